@@ -1,0 +1,180 @@
+"""`Weight`: a quantized matrix as a value.
+
+A format is one frozen pytree whose leaves are the checkpoint's own bits. What a format has to say about sharding is
+one fact, `axes`: along which dimension of the matrix each axis of each leaf runs, and how many positions one index of
+it stands for. Shapes, PartitionSpecs, padding and the slices that a loader reads are all derived from that fact, so a
+format cannot shard in one place and be wrong in another. (The alternative, a `shard` method per format, is where the
+peers lost tensor parallelism for GPTQ, AWQ and bitsandbytes one after the other.)
+
+An invariant of every format: leaves of all-zero bytes stand for a matrix of zeros. Padding relies on it.
+"""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxllm.errors import InputError
+
+
+class Cut(NamedTuple):
+    """A leaf's axis that runs along `dim` ("out" or "in") of the matrix, `unit` positions to an index."""
+
+    dim: str
+    unit: int = 1
+
+
+Axes = tuple[Cut | None, ...]
+
+
+def static_field() -> dataclasses.Field:
+    """A dataclass field that is part of the type of a weight (known at trace time), not a leaf."""
+    return dataclasses.field(metadata={"static": True})
+
+
+class Weight(ABC):
+    """A matrix `[*batch, out, in]` in some format. Subclasses are final, frozen, registered dataclasses.
+
+    Leaves may be arrays, `ShapeDtypeStruct`s or `PartitionSpec`s, so nothing is validated on construction.
+    """
+
+    @property
+    @abstractmethod
+    def format(self) -> str:
+        """The format's name as its users write it, for example "Q4_1" or "bfloat16"."""
+
+    @property
+    @abstractmethod
+    def axes(self) -> dict[str, Axes]:
+        """For each leaf, what its trailing axes run along; axes before those are the batch."""
+
+    @abstractmethod
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """The matrix `[*batch, out, in]`: decoded exactly in float32, then rounded once to `dtype`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape `(*batch, out, in)`."""
+        name, axes = next(iter(self.axes.items()))
+        leaf = getattr(self, name).shape
+        sizes = dict.fromkeys(("out", "in"))
+        for size, cut in zip(leaf[len(leaf) - len(axes) :], axes, strict=True):
+            if cut:
+                sizes[cut.dim] = size * cut.unit
+        return (*leaf[: len(leaf) - len(axes)], *(n for n in sizes.values() if n is not None))
+
+    def unit(self, dim: str) -> int:
+        """How many positions of `dim` cannot be told apart by cutting: its block size."""
+        return math.lcm(*(cut.unit for axes in self.axes.values() for cut in axes if cut and cut.dim == dim))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def shard_specs(self, spec: PartitionSpec, mesh: Mesh, name: str = "weight") -> Self:
+        """The same weight with a PartitionSpec for every leaf, from one over the logical `[*batch, out, in]`.
+
+        Raises:
+            InputError: a dimension is not a whole number of blocks on every device; names the sizes that work.
+        """
+        entries = tuple(spec) + (None,) * (len(self.shape) - len(spec))
+        along = dict(zip(("out", "in"), entries[-2:], strict=True))
+        specs = {}
+        for leaf_name, axes in self.axes.items():
+            shape = getattr(self, leaf_name).shape
+            batch = len(shape) - len(axes)
+            leaf_spec = [*entries[:batch], *(along[cut.dim] if cut else None for cut in axes)]
+            for i, (size, entry) in enumerate(zip(shape, leaf_spec, strict=True)):
+                if size % _shards(entry, mesh):
+                    cut = axes[i - batch] if i >= batch else Cut(f"batch axis {i}")
+                    works = [n for n in range(1, size + 1) if size % n == 0]
+                    raise InputError(
+                        f"{name}: dimension '{cut.dim}' of {size * cut.unit} is {size} blocks of {cut.unit}, which do "
+                        f"not divide over {_shards(entry, mesh)} devices; {entry} = {_short(works)} works, or pad_to()"
+                    )
+            specs[leaf_name] = PartitionSpec(*leaf_spec)
+        return dataclasses.replace(self, **specs)
+
+    def pad_to(self, mesh: Mesh, spec: PartitionSpec) -> Self:
+        """The same matrix with zero blocks appended so that `spec` divides every leaf."""
+        entries = (tuple(spec) + (None,) * len(self.shape))[: len(self.shape)]
+        *_, rows, cols = self.shape
+        return self.arrange(
+            rows=padded_index(rows, self.unit("out") * _shards(entries[-2], mesh)),
+            cols=padded_index(cols, self.unit("in") * _shards(entries[-1], mesh)),
+        )
+
+    def arrange(self, rows: np.ndarray | None = None, cols: np.ndarray | None = None) -> Self:
+        """The matrix whose row i is our row `rows[i]`, and likewise columns; an index of -1 is a zero.
+
+        Blocks move as they are: nothing is decoded. Raises InputError if an index would tear a block apart.
+        """
+        leaves = {}
+        for name, axes in self.axes.items():
+            leaf = getattr(self, name)
+            for i, index in enumerate(block_index(axes, rows, cols)):
+                if index is not None:
+                    leaf = _take(leaf, index, leaf.ndim - len(axes) + i)
+            leaves[name] = leaf
+        return dataclasses.replace(self, **leaves)
+
+    def take(self, ids: jax.Array) -> Self:
+        """Rows `ids` of an unbatched matrix, as a weight of shape `[*ids.shape, in]`: an embedding lookup."""
+        leaves = {}
+        for name, axes in self.axes.items():
+            assert axes[0] == Cut("out"), f"{self.format} cannot look up single rows"
+            leaves[name] = getattr(self, name)[ids]
+        return dataclasses.replace(self, **leaves)
+
+
+def padded_index(size: int, multiple: int) -> np.ndarray:
+    """`0 .. size-1`, then -1 up to the next multiple: the identity with zeros appended."""
+    index = np.arange(math.ceil(size / multiple) * multiple)
+    return np.where(index < size, index, -1)
+
+
+def block_index(axes: Axes, rows: np.ndarray | None, cols: np.ndarray | None) -> list[np.ndarray | None]:
+    """An index over positions of the matrix as one over indices of a leaf, for each of its trailing axes.
+
+    Raises:
+        InputError: the positions of one block do not stay together.
+    """
+    index = {"out": rows, "in": cols}
+    return [None if cut is None or index[cut.dim] is None else _whole_blocks(index[cut.dim], cut) for cut in axes]
+
+
+def _whole_blocks(index: np.ndarray, cut: Cut) -> np.ndarray:
+    if index.size % cut.unit == 0:
+        grid = index.reshape(-1, cut.unit)
+        first = grid[:, :1]
+        together = np.where(first < 0, -1, first + np.arange(cut.unit))
+        if ((first < 0) | (first % cut.unit == 0)).all() and (grid == together).all():
+            return np.where(first[:, 0] < 0, -1, first[:, 0] // cut.unit)
+    raise InputError(f"dimension '{cut.dim}' can only be rearranged in whole blocks of {cut.unit}")
+
+
+def _take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Array | np.ndarray:
+    taken = leaf.take(np.maximum(index, 0), axis=axis)
+    if (index >= 0).all():
+        return taken
+    keep = np.expand_dims(index >= 0, [i for i in range(leaf.ndim) if i != axis])
+    where = np.where if isinstance(taken, np.ndarray) else jnp.where
+    return where(keep, taken, np.zeros((), taken.dtype))
+
+
+def _shards(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:7], "..."]))

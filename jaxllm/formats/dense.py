@@ -1,0 +1,32 @@
+"""Plain floating-point weights, and the compute copy that other formats are decoded into."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.formats.base import Axes, Cut, Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(Weight):
+    """A float matrix as it is: `values` `[*batch, out, in]`, or a vector `[out]`, of any floating dtype."""
+
+    values: jax.Array
+
+    @property
+    def format(self) -> str:
+        return self.values.dtype.name
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        return {"values": (Cut("out"), Cut("in"))[: self.values.ndim]}
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        return jnp.asarray(self.values, dtype)
+
+    @classmethod
+    def from_dense(cls, w: jax.Array, dtype: jax.typing.DTypeLike) -> Self:
+        return cls(jnp.asarray(w, dtype))

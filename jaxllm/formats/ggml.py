@@ -1,0 +1,33 @@
+"""Weights in llama.cpp's block types, as GGUF and GGML files hold them."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.formats.ggml_blocks import BLOCK_TYPES
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GGML(Weight):
+    """Blocks along `in`: `blocks` is uint8 `[*batch, out, in / block, block_bytes]`, the file's own bytes.
+
+    Keeping the bytes of a block on an axis of their own makes cutting the matrix the same as cutting whole blocks.
+    """
+
+    blocks: jax.Array
+    type: str = static_field()
+
+    @property
+    def format(self) -> str:
+        return self.type
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        return {"blocks": (Cut("out"), Cut("in", BLOCK_TYPES[self.type].size), None)}
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        values = BLOCK_TYPES[self.type].decode(self.blocks)
+        return values.reshape(*values.shape[:-2], -1).astype(dtype)
