@@ -87,7 +87,7 @@ class Weight(ABC):
             InputError: a dimension is not a whole number of blocks on every device; names the sizes that work.
         """
         entries = tuple(spec) + (None,) * (len(self.shape) - len(spec))
-        along = dict(zip(("out", "in"), entries[-2:], strict=True))
+        along = dict(zip(("out", "in"), entries[-2:], strict=False))  # a vector has no "in"
         specs = {}
         for leaf_name, axes in self.axes.items():
             shape = getattr(self, leaf_name).shape

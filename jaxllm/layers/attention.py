@@ -1,0 +1,106 @@
+"""Grouped-query attention over a cache, heads cut over tp."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxllm.layers.cache import write
+from jaxllm.layers.heads import HeadLayout
+from jaxllm.layers.linear import Linear
+from jaxllm.layers.rope import rotate
+from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, local
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with fewer key/value heads than query heads (Ainslie et al., 2023).
+
+    Args:
+        hidden_size, num_heads, num_kv_heads: as in the checkpoint.
+        head_dim, value_dim: size of a query/key head and of a value head.
+        heads: where the heads stand on the mesh.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, heads: HeadLayout
+    ) -> None:
+        self.head_dim, self.value_dim = head_dim, value_dim
+        self.scale = head_dim**-0.5
+        q_rows, k_rows = heads.rows(heads.query, head_dim), heads.rows(heads.kv, head_dim)
+        v_rows, o_cols = heads.rows(heads.kv, value_dim), heads.rows(heads.query, value_dim)
+        self.q_proj = Linear((num_heads * head_dim, hidden_size), COLUMN, rows=q_rows)
+        self.k_proj = Linear((num_kv_heads * head_dim, hidden_size), COLUMN, rows=k_rows)
+        self.v_proj = Linear((num_kv_heads * value_dim, hidden_size), COLUMN, rows=v_rows)
+        self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        window: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """New tokens attend to the cache and to one another.
+
+        Args:
+            x: `[batch, time, hidden]`.
+            rope: cosine and sine of the positions.
+            cache: keys and values `[batch, kv_heads, capacity, dim]`, to be donated.
+            positions: `[batch, time]`, consecutive in time.
+            window: how many positions of the cache are looked at; all of `positions` lie below it.
+
+        Returns:
+            The output `[batch, time, hidden]` and the cache with the new keys and values in it.
+        """
+        q = rotate(_heads(self.q_proj(x), self.head_dim), *rope)
+        k = rotate(_heads(self.k_proj(x), self.head_dim), *rope)
+        v = _heads(self.v_proj(x), self.value_dim)
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            keys, values = write(keys, k, positions[:, 0]), write(values, v, positions[:, 0])
+            y = dot_product_attention(q * self.scale, keys[:, :, :window], values[:, :, :window], positions)
+            return y, keys, values
+
+        specs = (HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec())
+        y, *cache = local(attend, specs, (HEADS, CACHE, CACHE))(q, k, v, *cache, positions)
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
+
+
+def _heads(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def dot_product_attention(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
+
+    Args:
+        q: `[batch, time, heads, head_dim]`, the queries of one key/value head together.
+        keys, values: `[batch, kv_heads, positions, dim]`.
+        positions: `[batch, time]`, that of each query.
+
+    Returns:
+        `[batch, time, heads, value_dim]` in q's dtype.
+    """
+    batch, time, heads, head_dim = q.shape
+    kv_heads, length = keys.shape[1:3]
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    # Queries that share a key head become the rows of one matrix: [batch, kv_heads, group * time, head_dim].
+    q = q.reshape(batch, time, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    visible = jnp.arange(length) <= positions[:, None, None, :, None]  # [batch, 1, 1, time, length]
+    scores = scores.reshape(batch, kv_heads, -1, time, length)
+    scores = jnp.where(visible, scores, -jnp.inf).reshape(batch, kv_heads, -1, length)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    y = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    y = y.reshape(batch, kv_heads, heads // kv_heads, time, -1).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, time, heads, -1).astype(q.dtype)

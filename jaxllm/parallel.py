@@ -1,0 +1,114 @@
+"""The mesh and everything that happens across it.
+
+This is the only module with `shard_map`, collectives and axis names. A layer states how its matrix is cut (COLUMN, ROW
+or REPLICATED, over the logical `[out, in]`) and calls `linear` or `lookup`; kernels below see one device's shards. One
+device is the mesh of shape (1, 1) and runs the same code: the collectives over it compile to nothing.
+
+Functions here act under the ambient mesh (`jax.set_mesh`), so that neither layers nor models carry one around.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.kernels.dispatch import matmul
+
+TP = "tp"  # tensor parallelism: one matrix over several devices
+EP = "ep"  # expert parallelism: whole experts on different devices
+
+COLUMN = PartitionSpec(TP, None)  # outputs are cut; nothing is communicated
+ROW = PartitionSpec(None, TP)  # inputs are cut; partial products are summed over tp
+REPLICATED = PartitionSpec(None, None)
+
+HEADS = PartitionSpec(None, None, TP, None)  # activations [batch, time, heads, head_dim]
+CACHE = PartitionSpec(None, TP, None, None)  # cached keys and values [batch, kv_heads, capacity, head_dim]
+
+
+def make_mesh(mesh: Mesh | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes (ep, tp) from text such as "tp=4,ep=2"; axes left out have size 1.
+
+    Raises:
+        InputError: text that is not `axis=size` pairs, or more devices asked for than there are.
+    """
+    if isinstance(mesh, Mesh):
+        if not set(mesh.axis_names) <= {TP, EP}:
+            raise InputError(f"mesh axes {mesh.axis_names}: only '{EP}' and '{TP}' have a meaning here")
+        grid = mesh.devices.T if mesh.axis_names == (TP, EP) else mesh.devices
+        return _mesh(grid.reshape(mesh.shape.get(EP, 1), mesh.shape.get(TP, 1)))
+    sizes = parse_mesh(mesh or "")
+    devices = jax.devices() if devices is None else devices
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        raise InputError(
+            f"mesh {mesh} needs {count} devices, but there are {len(devices)}; on a CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before Python starts"
+        )
+    return _mesh(np.array(devices[:count]).reshape(sizes[EP], sizes[TP]))
+
+
+def _mesh(grid: np.ndarray) -> Mesh:
+    return Mesh(grid, (EP, TP), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"tp=4,ep=2"` as `{"ep": 2, "tp": 4}`."""
+    sizes = {EP: 1, TP: 1}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise InputError(f"mesh '{text}': expected axis=size pairs such as 'tp=4,ep=2'")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def local(f: Callable, in_specs: object, out_specs: object) -> Callable:
+    """`f` on each device's own shards, cut as the PartitionSpecs say."""
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs)
+
+
+def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> `[..., out]` in `dtype` (x's by default), for a weight cut by `spec`.
+
+    COLUMN leaves the last axis of the result cut over tp; ROW expects that of x and gives a whole result. The sum over
+    devices is taken in float32 and rounded once, so that N devices round where one device does.
+    """
+    out_axis, in_axis = spec
+    lead = (None,) * (x.ndim - 1)
+
+    def shard(x: jax.Array, weight: Weight) -> jax.Array:
+        y = matmul(x, weight)
+        if in_axis is not None:
+            y = jax.lax.psum(y, in_axis)
+        return y.astype(dtype or x.dtype)
+
+    specs = weight.shard_specs(spec, jax.sharding.get_abstract_mesh())
+    return local(shard, (PartitionSpec(*lead, in_axis), specs), PartitionSpec(*lead, out_axis))(x, weight)
+
+
+def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows `ids` of a COLUMN-cut table `[vocab, hidden]`, as `[*ids.shape, hidden]`.
+
+    Every device looks up the ids that it holds and adds zeros for the others: one reduce of activations, in exchange
+    for never holding the whole vocabulary on one device.
+    """
+
+    def shard(ids: jax.Array, weight: Weight) -> jax.Array:
+        held = weight.shape[0]
+        here = ids - jax.lax.axis_index(TP) * held
+        mine = (here >= 0) & (here < held)
+        rows = weight.take(jnp.clip(here, 0, held - 1)).dequantize(dtype)
+        return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), dtype)), TP)
+
+    specs = weight.shard_specs(COLUMN, jax.sharding.get_abstract_mesh())
+    return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
+
+
+def gather(x: jax.Array) -> jax.Array:
+    """A cut array, whole on every device."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -1,0 +1,96 @@
+"""A table of what was loaded: every matrix, its format, how it is cut, and what one device holds."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from tabulate import tabulate
+
+from jaxllm.checkpoint.rules import Placed
+from jaxllm.parallel import COLUMN, ROW
+
+HEADERS = ("parameter", "file format", "bits", "held as", "shape", "cut", "on each device", "bytes", "note")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Prints as a text table; a notebook shows HTML. `rows` has one tuple, as in HEADERS, per group of like layers."""
+
+    title: str
+    rows: list[tuple]
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{tabulate(self.rows, HEADERS, disable_numparse=True)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self.title}</p>{tabulate(self.rows, HEADERS, tablefmt='html', disable_numparse=True)}"
+
+
+def summarize(placed: Sequence[Placed], mesh: Mesh, name: str) -> Summary:
+    """Group equal layers and add up bytes."""
+    groups: dict[tuple, list[int]] = {}
+    for p in placed:
+        generic, layer = re.subn(r"\blayers\.\d+\.", "layers.*.", p.name)
+        index = int(re.search(r"\blayers\.(\d+)\.", p.name)[1]) if layer else -1
+        groups.setdefault((generic, *_row(p)), []).append(index)
+    rows = [(generic.replace("*", _ranges(layers), 1), *row) for (generic, *row), layers in groups.items()]
+    parameters = sum(math.prod(p.declaration.shape) for p in placed)
+    source = sum(p.source.nbytes for p in placed)
+    held = sum(_device_bytes(p) for p in placed)
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    title = (
+        f"{name}: {parameters:,} parameters, {source / 2**20:.1f} MiB in the file, "
+        f"{held / 2**20:.1f} MiB on each device of the mesh {axes}"
+    )
+    return Summary(title, rows)
+
+
+def _row(p: Placed) -> tuple[str, ...]:
+    leaves = jax.tree.leaves(p.weight)
+    held = "float32" if isinstance(p.weight, jax.Array) else p.weight.format
+    shards = " + ".join(f"{list(leaf.sharding.shard_shape(leaf.shape))} {leaf.dtype}" for leaf in leaves)
+    return (
+        p.source.format,
+        f"{p.source.bits_per_weight:.4g}",
+        held,
+        " x ".join(map(str, p.declaration.shape)),
+        _cut(p.declaration.spec),
+        shards,
+        f"{_device_bytes(p):,}",
+        _note(p),
+    )
+
+
+def _device_bytes(p: Placed) -> int:
+    leaves = jax.tree.leaves(p.weight)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _cut(spec: PartitionSpec) -> str:
+    return {COLUMN: "column", ROW: "row"}.get(spec, "replicated" if not any(spec) else str(spec))
+
+
+def _note(p: Placed) -> str:
+    notes = []
+    for index, size, what in zip(
+        (p.declaration.rows, p.declaration.cols), p.declaration.shape, ("rows", "columns"), strict=False
+    ):
+        if index is None:
+            continue
+        zeros = int((index < 0).sum())
+        if copies := (len(index) - zeros) // size - 1:
+            notes.append(f"{what} held {copies + 1} times")
+        if zeros:
+            notes.append(f"{zeros} zero {what} added")
+    return ", ".join(notes)
+
+
+def _ranges(layers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `{0-2,5}`."""
+    starts = np.flatnonzero(np.diff(layers, prepend=layers[0] - 2) != 1)
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in np.split(np.array(layers), starts[1:])]
+    return parts[0] if len(parts) == 1 and "-" not in parts[0] else "{" + ",".join(parts) + "}"

@@ -1,0 +1,125 @@
+"""A tokenizer with what generation needs around it: special ids, the chat template, decoding piece by piece."""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from jaxllm.errors import InputError
+from jaxllm.tokenizer import gguf
+from jaxllm.tokenizer.chat import ChatTemplate, Messages
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        bos_id: the token that begins a text, or None.
+        eos_ids: tokens that end an answer.
+        chat_template: None where the checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None,
+        eos_ids: frozenset[int],
+        add_bos: bool,
+        chat_template: str | None,
+    ) -> None:
+        self.backend = backend
+        self.bos_id, self._add_bos = bos_id, add_bos and bos_id is not None
+        special = {"bos_token": self._text(bos_id), "eos_token": self._text(min(eos_ids, default=None))}
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special)
+        self.eos_ids = eos_ids | self._end_of_turn()
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object]) -> Self:
+        """The tokenizer in the metadata of a GGUF file.
+
+        Raises:
+            InputError: it is of an unknown kind, or inconsistent.
+        """
+
+        def get(key: str) -> object:
+            return metadata.get(f"tokenizer.ggml.{key}")
+
+        spm = get("model") == "llama"
+        add_bos = get("add_bos_token")
+        return cls(
+            gguf.build(metadata),
+            bos_id=get("bos_token_id"),
+            eos_ids=frozenset(i for key in ("eos", "eot", "eom") if (i := get(f"{key}_token_id")) is not None),
+            add_bos=spm if add_bos is None else bool(add_bos),
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; the names of special tokens in it become those tokens. BOS is put first if the model wants it.
+
+        A chat template may have written BOS already; it is not put twice.
+        """
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if self._add_bos and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Ids of a conversation, up to where the model has to answer.
+
+        Raises:
+            InputError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
+        return self.encode(self.chat_template.render(messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+    def _text(self, token: int | None) -> str:
+        return "" if token is None else self.backend.id_to_token(token) or ""
+
+    def _end_of_turn(self) -> frozenset[int]:
+        """The special token that the chat template writes after an answer, if any."""
+        answer = "An answer."
+        try:
+            turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+            text = self.chat_template.render(turn, add_generation_prompt=False) if self.chat_template else ""
+        except InputError:  # some templates want a system message or tools; their eos_token_id has to do
+            return frozenset()
+        _, found, after = text.rpartition(answer)
+        ids = self.backend.encode(after.strip(), add_special_tokens=False).ids if found else []
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return frozenset(ids[:1]) & special
+
+
+class TextStream:
+    """Text as it comes, token by token: a character is given out when all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = ""
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, which may be empty."""
+        self._ids.append(token)
+        piece = self._stream.step(self._tokenizer.backend, token) or ""
+        self._given += piece
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no more tokens come: bytes that do not make a character show as U+FFFD."""
+        whole = self._tokenizer.decode(self._ids)
+        return whole[len(self._given) :] if whole.startswith(self._given) else ""
