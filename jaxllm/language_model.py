@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.rules import Placed
-from jaxllm.decoding import SMALLEST, Compiled, Memory, bucket, generate_tokens, pieces
+from jaxllm.decoding import SMALLEST, Memory, bucket, generate_tokens, pieces
 from jaxllm.errors import InputError
+from jaxllm.programs import Programs
 from jaxllm.sampling import Sampler
 from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
@@ -27,8 +28,8 @@ Prompt = str | Messages | Sequence[int]
 class Completion:
     """An answer. `tokens` are all that were generated, including the one that ended it; `text` leaves that out.
 
-    Rates are tokens per second: of the prompt until the first token came, and of the tokens after it. In a batch they
-    are this prompt's own share.
+    Rates are tokens per second: of the prompt until the first token came, and of the tokens after it, without the time
+    that compiling took. In a batch they are this prompt's own share.
     """
 
     prompt: Prompt
@@ -63,7 +64,7 @@ class LanguageModel:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
         self.dtype, self.max_seq_len = jnp.dtype(dtype), max_seq_len
         self.placed = list(placed)
-        self.compiled = Compiled(model, mesh, dtype)
+        self.programs = Programs(model, mesh, dtype)
 
     def logits(self, tokens: jax.typing.ArrayLike) -> jax.Array:
         """Next-token logits float32 `[batch, time, vocab]` after every one of `tokens[batch, time]`.
@@ -75,12 +76,12 @@ class LanguageModel:
         if tokens.ndim != 2 or not tokens.size:
             raise InputError(f"tokens must be [batch, time], not {list(tokens.shape)}")
         rows = [self._checked(row.tolist()) for row in tokens]
-        cache = self.compiled.empty_cache(len(rows), bucket(tokens.shape[1], SMALLEST))
+        cache = self.programs.empty_cache(len(rows), bucket(tokens.shape[1], SMALLEST))
         parts = []
         for piece, counts, start in pieces(rows, 0):
             window = min(bucket(start + piece.shape[1], SMALLEST), cache.capacity)
-            hidden, cache = self.compiled.extend(cache, piece, counts, window)
-            parts.append(self.compiled.head(hidden))
+            hidden, cache = self.programs.extend(cache, piece, counts, window)
+            parts.append(self.programs.head(hidden))
         return jnp.concatenate(parts, axis=1)[:, : tokens.shape[1]]
 
     def generate(
@@ -175,6 +176,10 @@ class LanguageModel:
             raise InputError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         return ids
 
+    def _clock(self) -> float:
+        """Seconds, standing still while programs are compiled."""
+        return time.perf_counter() - self.programs.compile_seconds
+
     def _answer(
         self,
         completions: Sequence[Completion],
@@ -191,9 +196,9 @@ class LanguageModel:
         eos = self.tokenizer.eos_ids if self.tokenizer else frozenset()
         streams = [self.tokenizer.stream() if self.tokenizer else None for _ in prompts]
         active = [True] * len(prompts)
-        begun = first = time.perf_counter()
-        for step, tokens in enumerate(generate_tokens(self.compiled, prompts, max(limits), sampler, seed, memory)):
-            now = time.perf_counter()
+        begun = first = self._clock()
+        for step, tokens in enumerate(generate_tokens(self.programs, prompts, max(limits), sampler, seed, memory)):
+            now = self._clock()
             first = now if step == 0 else first
             added = [""] * len(prompts)
             for i, (c, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):

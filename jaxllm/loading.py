@@ -81,7 +81,9 @@ def _from_gguf(
     weights = weights or default_weights(checkpoint, dtype, mesh)
 
     def track(work: list) -> tqdm:
-        return tqdm(work, desc="loading", unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
+        return tqdm(
+            work, desc="loading", unit=" tensors", disable=None if progress else True, leave=False, file=sys.stderr
+        )
 
     placed = rules.fill(
         model, checkpoint.tensors, GGUF_RULES, mesh, _keep if weights == "packed" else rules.as_dense(weights), track

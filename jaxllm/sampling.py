@@ -137,11 +137,16 @@ class Sampler:
                 chain.append(MinP(np.float32(min_p)))
         return cls(tuple(chain))
 
+    @property
+    def kind(self) -> tuple[type, ...]:
+        """What a program that draws with this sampler depends on: the steps, not their numbers."""
+        return tuple(type(step) for step in self.steps)
+
     def __call__(self, logits: jax.Array, seen: jax.Array, keys: jax.Array) -> jax.Array:
         """Token ids int32 `[batch]` from logits `[batch, vocab]`, with one random key per row."""
         for step in self.steps:
             logits = step(logits, seen)
-        if any(isinstance(step, Temperature) for step in self.steps):
+        if Temperature in self.kind:
             return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

@@ -34,9 +34,13 @@ class KVCache:
             values = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, _, dim in shapes)
             return cls(keys, values, jnp.zeros((batch,), jnp.int32))
 
-        heads, whole = NamedSharding(mesh, CACHE), NamedSharding(mesh, PartitionSpec())
-        placed = cls((heads,) * len(shapes), (heads,) * len(shapes), whole)
-        return jax.jit(make, out_shardings=placed)()
+        return jax.jit(make, out_shardings=cls.shardings(len(shapes), mesh))()
+
+    @classmethod
+    def shardings(cls, layers: int, mesh: Mesh) -> Self:
+        """The same tree with the sharding of every array."""
+        heads = (NamedSharding(mesh, CACHE),) * layers
+        return cls(heads, heads, NamedSharding(mesh, PartitionSpec()))
 
     @property
     def capacity(self) -> int:

@@ -133,6 +133,9 @@ class Llama(nnx.Module):
     def empty_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> KVCache:
         return KVCache.zeros([layer.kv_shape for layer in self.layers], batch, capacity, dtype, mesh)
 
+    def cache_shardings(self, mesh: Mesh) -> KVCache:
+        return KVCache.shardings(len(self.layers), mesh)
+
     def __call__(
         self, tokens: jax.Array, cache: KVCache, counts: jax.Array, window: int, dtype: jax.typing.DTypeLike
     ) -> tuple[jax.Array, KVCache]:
