@@ -1,8 +1,12 @@
-"""How llama.cpp's block types are laid out: FORMATS by name, and a decoder for each.
+"""How llama.cpp's block types are laid out: `BLOCK_TYPES` by name, and a decoder for each.
 
 A decoder takes blocks as uint8 `[..., block_bytes]` and returns float32 `[..., block_size]`. Every product in these
 formulas (an 11-bit float16 significand times small integers) is exact in float32, so the result does not depend on
-the order of operations or on fused multiply-adds, and equals gguf-py's to the bit.
+the order of operations or on fused multiply-adds, and equals gguf-py's to the bit. Two types need another reason:
+
+- Q8_K has a float32 scale, but its only operation is one product, which rounds once. (The exception: XLA may take
+  float32 subnormals for zeros, so a scale below 2^-126 may decode to zeros.)
+- MXFP4 has scales down to 2^-128, which XLA would lose for that reason: its values are looked up, not multiplied.
 
 Source of the layouts: ggml's `ggml-common.h`; the formulas are those of `dequantize_row_*` in `ggml-quants.c`.
 """
@@ -12,7 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+
+from jaxllm.formats import ggml_iq
+from jaxllm.formats.ggml_bits import f16, f32, flat, i8, lookup, nibbles, planes, scaled, split, stream, u16, words
 
 Decoder = Callable[[jax.Array], jax.Array]
 
@@ -25,91 +32,64 @@ class BlockType(NamedTuple):
     decode: Decoder
 
 
-def _split(blocks: jax.Array, *widths: int) -> list[jax.Array]:
-    """The fields of a block, which follow one another in `widths` bytes."""
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    assert ends[-1] == blocks.shape[-1]
-    return jnp.split(blocks, ends[:-1], axis=-1)
-
-
-def _f16(pair: jax.Array) -> jax.Array:
-    """float16 of `[..., 2]` bytes, as float32 `[..., 1]`."""
-    return lax.bitcast_convert_type(pair, jnp.float16).astype(jnp.float32)[..., None]
-
-
-def _f32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)
-
-
-def _i8(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int8)
-
-
-def _flat(x: jax.Array, axes: int) -> jax.Array:
-    """The last `axes` axes as one."""
-    return x.reshape(*x.shape[:-axes], -1)
-
-
-def _fields(x: jax.Array, bits: int) -> jax.Array:
-    """`[..., n]` bytes as `[..., 8 / bits, n]`: field k of every byte, lowest bits first."""
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-    return (x[..., None, :] >> shifts) & jnp.uint8(2**bits - 1)
-
-
-def _nibbles(qs: jax.Array) -> jax.Array:
-    """Low nibbles, then high nibbles: `[..., n]` -> `[..., 2n]`."""
-    return _flat(_fields(qs, 4), 2)
-
-
-def _bits(qh: jax.Array) -> jax.Array:
-    """Single bits in order, least significant first: `[..., n]` -> `[..., 8n]`."""
-    return _flat(jnp.swapaxes(_fields(qh, 1), -1, -2), 2)
+def _q1_0(b: jax.Array) -> jax.Array:
+    d, qs = split(b, 2, 16)
+    return f16(d) * (2 * f32(stream(qs, 1)) - 1)
 
 
 def _q4_0(b: jax.Array) -> jax.Array:
-    d, qs = _split(b, 2, 16)
-    return _f16(d) * (_f32(_nibbles(qs)) - 8)
+    d, qs = split(b, 2, 16)
+    return f16(d) * (f32(nibbles(qs)) - 8)
 
 
 def _q4_1(b: jax.Array) -> jax.Array:
-    d, m, qs = _split(b, 2, 2, 16)
-    return _f16(d) * _f32(_nibbles(qs)) + _f16(m)
+    d, m, qs = split(b, 2, 2, 16)
+    return f16(d) * f32(nibbles(qs)) + f16(m)
 
 
 def _q5_0(b: jax.Array) -> jax.Array:
-    d, qh, qs = _split(b, 2, 4, 16)
-    return _f16(d) * (_f32(_nibbles(qs) | _bits(qh) << 4) - 16)
+    d, qh, qs = split(b, 2, 4, 16)
+    return f16(d) * (f32(nibbles(qs) | stream(qh, 1) << 4) - 16)
 
 
 def _q5_1(b: jax.Array) -> jax.Array:
-    d, m, qh, qs = _split(b, 2, 2, 4, 16)
-    return _f16(d) * _f32(_nibbles(qs) | _bits(qh) << 4) + _f16(m)
+    d, m, qh, qs = split(b, 2, 2, 4, 16)
+    return f16(d) * f32(nibbles(qs) | stream(qh, 1) << 4) + f16(m)
 
 
 def _q8_0(b: jax.Array) -> jax.Array:
-    d, qs = _split(b, 2, 32)
-    return _f16(d) * _f32(_i8(qs))
+    d, qs = split(b, 2, 32)
+    return f16(d) * f32(i8(qs))
+
+
+def _q8_1(b: jax.Array) -> jax.Array:
+    d, _sum, qs = split(b, 2, 2, 32)
+    return f16(d) * f32(i8(qs))
+
+
+def _q8_k(b: jax.Array) -> jax.Array:
+    d, qs, _sums = split(b, 4, 256, 32)
+    return words(d, jnp.float32) * f32(i8(qs))
 
 
 def _crumbs(qs: jax.Array) -> jax.Array:
-    """The 2-bit values of 64 bytes, in the order of Q2_K and Q3_K: two halves of 4 x 32."""
-    return _flat(_fields(qs.reshape(*qs.shape[:-1], 2, 32), 2), 3)
+    """The 2-bit values of 64 bytes, in the order of Q2_K, Q3_K and TQ2_0: two halves of 4 x 32."""
+    return flat(planes(qs.reshape(*qs.shape[:-1], 2, 32), 2), 3)
 
 
 def _q2_k(b: jax.Array) -> jax.Array:
-    scales, qs, d, dmin = _split(b, 16, 64, 2, 2)
-    scale = _f16(d) * _f32(scales & 15)  # [..., 16]: one for 16 weights
-    minimum = _f16(dmin) * _f32(scales >> 4)
-    q = _f32(_crumbs(qs)).reshape(*qs.shape[:-1], 16, 16)
-    return _flat(scale[..., None] * q - minimum[..., None], 2)
+    scales, qs, d, dmin = split(b, 16, 64, 2, 2)
+    scale = f16(d) * f32(scales & 15)  # [..., 16]: one for 16 weights
+    minimum = f16(dmin) * f32(scales >> 4)
+    q = f32(_crumbs(qs)).reshape(*qs.shape[:-1], 16, 16)
+    return flat(scale[..., None] * q - minimum[..., None], 2)
 
 
 def _q3_k(b: jax.Array) -> jax.Array:
-    hmask, qs, scales, d = _split(b, 32, 64, 12, 2)
-    low, high = _nibbles(scales[..., :8]), _flat(_fields(scales[..., 8:], 2), 2)
-    scale = _f16(d) * (_f32(low | high << 4) - 32)  # [..., 16]
-    q = _f32(_crumbs(qs) | _flat(_fields(hmask, 1), 2) << 2) - 4
-    return _flat(scale[..., None] * q.reshape(*qs.shape[:-1], 16, 16), 2)
+    hmask, qs, scales, d = split(b, 32, 64, 12, 2)
+    low, high = nibbles(scales[..., :8]), flat(planes(scales[..., 8:], 2), 2)
+    scale = f16(d) * (f32(low | high << 4) - 32)  # [..., 16]
+    return scaled(scale, f32(_crumbs(qs) | flat(planes(hmask, 1), 2) << 2) - 4)
 
 
 def _scales_and_mins(s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,42 +103,111 @@ def _scales_and_mins(s: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _k_scaled(d: jax.Array, dmin: jax.Array, scales: jax.Array, q: jax.Array) -> jax.Array:
     """d * scale * q - dmin * minimum, for q `[..., 8, 32]`."""
     scale, minimum = _scales_and_mins(scales)
-    return _flat((_f16(d) * _f32(scale))[..., None] * _f32(q) - (_f16(dmin) * _f32(minimum))[..., None], 2)
+    return flat((f16(d) * f32(scale))[..., None] * f32(q) - (f16(dmin) * f32(minimum))[..., None], 2)
 
 
 def _q4_k_codes(qs: jax.Array) -> jax.Array:
     """128 bytes as `[..., 8, 32]`: of every 32 bytes first the low nibbles, then the high ones."""
-    pairs = _fields(qs.reshape(*qs.shape[:-1], 4, 32), 4)
+    pairs = planes(qs.reshape(*qs.shape[:-1], 4, 32), 4)
     return pairs.reshape(*qs.shape[:-1], 8, 32)
 
 
 def _q4_k(b: jax.Array) -> jax.Array:
-    d, dmin, scales, qs = _split(b, 2, 2, 12, 128)
+    d, dmin, scales, qs = split(b, 2, 2, 12, 128)
     return _k_scaled(d, dmin, scales, _q4_k_codes(qs))
 
 
 def _q5_k(b: jax.Array) -> jax.Array:
-    d, dmin, scales, qh, qs = _split(b, 2, 2, 12, 32, 128)
-    return _k_scaled(d, dmin, scales, _q4_k_codes(qs) | _fields(qh, 1) << 4)
+    d, dmin, scales, qh, qs = split(b, 2, 2, 12, 32, 128)
+    return _k_scaled(d, dmin, scales, _q4_k_codes(qs) | planes(qh, 1) << 4)
 
 
 def _q6_k(b: jax.Array) -> jax.Array:
-    ql, qh, scales, d = _split(b, 128, 64, 16, 2)
-    low = _flat(_fields(ql.reshape(*ql.shape[:-1], 2, 64), 4), 3)
-    q = _f32(low | _crumbs(qh) << 4) - 32
-    scale = _f16(d) * _f32(_i8(scales))  # [..., 16]
-    return _flat(scale[..., None] * q.reshape(*q.shape[:-1], 16, 16), 2)
+    ql, qh, scales, d = split(b, 128, 64, 16, 2)
+    low = flat(planes(ql.reshape(*ql.shape[:-1], 2, 64), 4), 3)
+    scale = f16(d) * f32(i8(scales))  # [..., 16]
+    return scaled(scale, f32(low | _crumbs(qh) << 4) - 32)
+
+
+def _trits(x: jax.Array, count: int) -> jax.Array:
+    """The first `count` base-3 digits of the fractions `x / 256`: `[..., n]` bytes -> `[..., count * n]`."""
+    powers = jnp.array([1, 3, 9, 27, 81], jnp.uint8)[:count, None]
+    return flat(u16(x[..., None, :] * powers) * 3 >> 8, 2)  # the product drops the digits before
+
+
+def _tq1_0(b: jax.Array) -> jax.Array:
+    first, second, last, d = split(b, 32, 16, 4, 2)
+    q = jnp.concatenate([_trits(first, 5), _trits(second, 5), _trits(last, 4)], axis=-1)
+    return f16(d) * (f32(q) - 1)
+
+
+def _tq2_0(b: jax.Array) -> jax.Array:
+    qs, d = split(b, 64, 2)
+    return f16(d) * (f32(_crumbs(qs)) - 1)
+
+
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def _e8m0_halves() -> np.ndarray:
+    """Half of the power of two that a byte stands for; 255, which the standard makes a NaN, is one more power."""
+    return np.ldexp(np.float32(1), np.arange(256) - 128)
+
+
+def _ue4m3_halves() -> np.ndarray:
+    """Half of the float8_e4m3 that a byte stands for, its sign ignored; 127, a NaN, is 0 here (but 255 is 240)."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.ldexp(np.where(exponent == 0, mantissa, mantissa + 8), np.maximum(exponent, 1) - 11)
+    return np.where(byte == 127, 0, values).astype(np.float32)
+
+
+def _products(scales: np.ndarray) -> np.ndarray:
+    """Every scale times every E2M1 value, float32 `[256 * 16]`."""
+    with np.errstate(over="ignore"):
+        return np.outer(scales, E2M1_DOUBLED).reshape(-1)
+
+
+MXFP4_VALUES = _products(_e8m0_halves())
+NVFP4_VALUES = _products(_ue4m3_halves())
+
+
+def _mxfp4(b: jax.Array) -> jax.Array:
+    e, qs = split(b, 1, 16)
+    return lookup(MXFP4_VALUES, u16(e) << 4 | u16(nibbles(qs)))
+
+
+def _nvfp4(b: jax.Array) -> jax.Array:
+    d, qs = split(b, 4, 32)
+    codes = nibbles(qs.reshape(*qs.shape[:-1], 4, 8))  # [..., 4, 16]
+    return flat(lookup(NVFP4_VALUES, u16(d)[..., None] << 4 | u16(codes)), 2)
 
 
 BLOCK_TYPES = {
+    "Q1_0": BlockType(128, 18, _q1_0),
     "Q4_0": BlockType(32, 18, _q4_0),
     "Q4_1": BlockType(32, 20, _q4_1),
     "Q5_0": BlockType(32, 22, _q5_0),
     "Q5_1": BlockType(32, 24, _q5_1),
     "Q8_0": BlockType(32, 34, _q8_0),
+    "Q8_1": BlockType(32, 36, _q8_1),  # 40 in gguf-py's table: an older layout, float32 d and sum
     "Q2_K": BlockType(256, 84, _q2_k),
     "Q3_K": BlockType(256, 110, _q3_k),
     "Q4_K": BlockType(256, 144, _q4_k),
     "Q5_K": BlockType(256, 176, _q5_k),
     "Q6_K": BlockType(256, 210, _q6_k),
+    "Q8_K": BlockType(256, 292, _q8_k),
+    "TQ1_0": BlockType(256, 54, _tq1_0),
+    "TQ2_0": BlockType(256, 66, _tq2_0),
+    "MXFP4": BlockType(32, 17, _mxfp4),
+    "NVFP4": BlockType(64, 36, _nvfp4),
+    "IQ1_S": BlockType(256, 50, ggml_iq.iq1_s),
+    "IQ1_M": BlockType(256, 56, ggml_iq.iq1_m),
+    "IQ2_XXS": BlockType(256, 66, ggml_iq.iq2_xxs),
+    "IQ2_XS": BlockType(256, 74, ggml_iq.iq2_xs),
+    "IQ2_S": BlockType(256, 82, ggml_iq.iq2_s),
+    "IQ3_XXS": BlockType(256, 98, ggml_iq.iq3_xxs),
+    "IQ3_S": BlockType(256, 110, ggml_iq.iq3_s),
+    "IQ4_NL": BlockType(32, 18, ggml_iq.iq4_nl),
+    "IQ4_XS": BlockType(256, 136, ggml_iq.iq4_xs),
 }

@@ -61,7 +61,10 @@ class Attention(nnx.Module):
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            keys, values = write(keys, k, positions[:, 0]), write(values, v, positions[:, 0])
+            # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
+            keys, values = lax.optimization_barrier(
+                (write(keys, k, positions[:, 0]), write(values, v, positions[:, 0]))
+            )
             y = dot_product_attention(q * self.scale, keys[:, :, :window], values[:, :, :window], positions)
             return y, keys, values
 
