@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     p.add_argument("--tp", type=int, default=1, metavar="N", help="cut every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="spread experts over N groups of devices")
-    p.add_argument("--quantize", metavar="TYPE", help="encode unquantized matrices while loading, for example q8_0")
+    p.add_argument("--quantize", metavar="TYPE", help="encode every matrix while loading, for example q4_k")
     p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
     p.add_argument("--weights", choices=WEIGHTS, help="hold matrices packed, or as a decoded copy (CPU: a copy)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="positions of the context (the model's own)")

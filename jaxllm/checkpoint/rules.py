@@ -36,12 +36,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Placed:
-    """One parameter as it was loaded: what the checkpoint held, and what now lies on the devices."""
+    """One parameter as it was loaded.
+
+    source: what the checkpoint holds (shapes only).
+    encoded: what was made of that before it was placed (shapes only); the same unless it was quantized anew.
+    weight: what lies on the devices.
+    """
 
     name: str
     declaration: Declaration
     source: Weight
+    encoded: Weight
     weight: Weight | jax.Array
+
+
+Encode = Callable[[str, Weight], Weight]
+Convert = Callable[[Weight, NamedSharding], Weight]
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,11 @@ def match(names: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[str, _Match
     return matches, complaints
 
 
-def row_block(model: nnx.Module, tensors: Mapping[str, Weight], rules: Iterable[Rule]) -> int:
-    """The largest block, along its columns, of a matrix whose columns the model cuts."""
+def row_block(model: nnx.Module, tensors: Mapping[str, Weight], rules: Iterable[Rule], planned: Encode) -> int:
+    """The largest block, along its columns, of a matrix whose columns the model cuts, once it is encoded."""
     matches, _ = match(tensors, rules)
     cut = [
-        tensors[matches[name].source].unit("in")
+        planned(name, tensors[matches[name].source]).unit("in")
         for name, param in parameters(model).items()
         if name in matches and len(spec := param.get_value().spec) == 2 and spec[1] is not None
     ]
@@ -87,13 +97,15 @@ def fill(
     tensors: Mapping[str, Weight],
     rules: Iterable[Rule],
     mesh: Mesh,
-    convert: Callable[[Weight, NamedSharding], Weight],
+    encode: Encode,
+    convert: Convert,
     track: Callable[[list], Iterable],
 ) -> list[Placed]:
     """Replace every Declaration in `model` by its weight, placed on the mesh.
 
     Args:
         tensors: the checkpoint's tensors by name; their leaves are host arrays, usually memory-mapped.
+        encode: applied to each matrix, with the parameter's name, before it is placed.
         convert: applied to each placed matrix before the next one is read, with the sharding of the whole matrix.
         track: wraps the list of work to show progress.
 
@@ -119,18 +131,31 @@ def fill(
         if found.rule.rows is not None:
             order = found.rule.rows(model.config)
             rows = order if rows is None else np.where(rows < 0, -1, order[rows])
-        weight = place(source, declaration.spec, mesh, rows, declaration.cols, name=found.source)
-        if len(declaration.shape) == 1:
-            value = weight.dequantize()
-        else:
-            value = convert(weight, NamedSharding(mesh, declaration.spec))
+        vector = len(declaration.shape) == 1
+        encoded = source if vector else encode(name, source)
+        weight = place(encoded, declaration.spec, mesh, rows, declaration.cols, name=found.source)
+        value = weight.dequantize() if vector else convert(weight, NamedSharding(mesh, declaration.spec))
         param.set_value(value)
-        placed.append(Placed(name, declaration, source, value))
+        placed.append(Placed(name, declaration, _shapes(source), _shapes(encoded), value))
     return placed
 
 
-def as_dense(dtype: jax.typing.DTypeLike) -> Callable[[Weight, NamedSharding], Weight]:
-    """A conversion for `fill`: decode each matrix where it lies, rounding once to `dtype`."""
+def _shapes(weight: Weight) -> Weight:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight)
+
+
+def keep(name: str, weight: Weight) -> Weight:
+    """The `encode` of `fill` that leaves matrices in the checkpoint's format."""
+    return weight
+
+
+def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
+    """The `convert` of `fill` that holds matrices as they were placed."""
+    return weight
+
+
+def as_dense(dtype: jax.typing.DTypeLike) -> Convert:
+    """A `convert` of `fill`: decode each matrix where it lies, rounding once to `dtype`."""
 
     @cache  # like matrices share a program
     def decoder(sharding: NamedSharding) -> Callable[[Weight], Weight]:

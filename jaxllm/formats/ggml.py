@@ -1,12 +1,14 @@
 """Weights in llama.cpp's block types, as GGUF and GGML files hold them."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.formats.base import Axes, Cut, Weight, static_field
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
+from jaxllm.formats.ggml_encode import encode
 
 
 @jax.tree_util.register_dataclass
@@ -31,3 +33,8 @@ class GGML(Weight):
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         values = BLOCK_TYPES[self.type].decode(self.blocks)
         return values.reshape(*values.shape[:-2], -1).astype(dtype)
+
+    @classmethod
+    def from_dense(cls, w: jax.Array, type: str) -> Self:
+        """Encode floats `[*batch, out, in]`; errors are those of `ggml_encode.encode`. Not for use under `jit`."""
+        return cls(encode(w, type), type)

@@ -1,0 +1,123 @@
+"""`python -m jaxllm.bench`: tokens per second, and how near the weights come to the machine's bandwidth.
+
+At batch 1 every new token reads every weight once, so the bandwidth of memory bounds decoding; the share of it that is
+reached says how much is left to gain. With `--peers`, other engines run the same file in the same minutes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from jaxllm.decoding import generate_tokens
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.language_model import LanguageModel
+from jaxllm.loading import DTYPES, WEIGHTS, find_checkpoint, load
+from jaxllm.sampling import Sampler
+
+PEERS = ("llama.cpp", "mistral.rs")
+PEER_SCRIPT = Path(__file__).parent.parent / "tests" / "reference" / "peer_bench.py"
+
+
+def bandwidth(mib: int = 512) -> float:
+    """Bytes per second at which this machine streams float32 weights through a matrix-vector product."""
+    w = jnp.ones((mib * 2**20 // 4 // 4096, 4096), jnp.float32)
+    x = jnp.ones((4096,), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(w, x).block_until_ready()
+    return w.nbytes / _median_seconds(lambda: product(w, x).block_until_ready(), 9)
+
+
+def measure(model: LanguageModel, prefill: int, decode: int, repeats: int) -> dict[str, float]:
+    """Median tokens/s over `repeats` runs, each on a new random prompt, after one warm-up that compiles."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(repeats + 1):
+        prompt = rng.integers(0, model.config.vocab_size, prefill).tolist()
+        steps = generate_tokens(model.programs, [prompt], decode + 1, Sampler())
+        begun = time.perf_counter()
+        next(steps)
+        first = time.perf_counter()
+        for _ in steps:
+            pass
+        runs.append((prefill / (first - begun), decode / (time.perf_counter() - first)))
+    prefill_rate, decode_rate = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+    return {"prefill_tok_s": prefill_rate, "decode_tok_s": decode_rate}
+
+
+def bytes_per_token(model: LanguageModel) -> int:
+    """Bytes of matrices that one decode step reads: all of them, but the table of tokens only where it is the head."""
+    tied = model.config.tie_word_embeddings
+    matrices = [p for p in model.placed if isinstance(p.weight, Weight)]
+    return sum(p.weight.nbytes for p in matrices if tied or p.name != "embed_tokens.weight")
+
+
+def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, object]:
+    """What `tests/reference/peer_bench.py` measures of another engine, run by that engine's own interpreter."""
+    command = [python, PEER_SCRIPT, name, file, "--prefill", args.prefill, "--decode", args.decode]
+    command += ["--threads", os.process_cpu_count(), "--repeats", args.repeats]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m jaxllm.bench", description=__doc__.splitlines()[0])
+    p.add_argument("--model", default="demo", metavar="PATH")
+    p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (512)")
+    p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens generated after it (64)")
+    p.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of which the median is taken (5)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    p.add_argument("--weights", choices=WEIGHTS)
+    p.add_argument("--peers", metavar="PYTHON", help="a Python that has llama-cpp-python and mistralrs")
+    args = p.parse_args(argv)
+    try:
+        run(args)
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    model = load(args.model, dtype=args.dtype, weights=args.weights)
+    limit = bandwidth()
+    ours = measure(model, args.prefill, args.decode, args.repeats)
+    read = bytes_per_token(model) * ours["decode_tok_s"]
+    print(f"{model.name}, prompt of {args.prefill} tokens, then {args.decode} at batch 1, dtype {args.dtype}")
+    print(
+        f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {bytes_per_token(model) / 2**20:.0f} MiB of "
+        f"weights a token, {read / 1e9:.1f} GB/s, {read / limit:.0%} of that"
+    )
+    rows = [("jaxllm", ours["prefill_tok_s"], ours["decode_tok_s"], "", "")]
+    if args.peers:
+        for name in PEERS:
+            theirs = peer(name, args.peers, find_checkpoint(args.model), args)
+            ratios = [f"{ours[k] / theirs[k]:.2f}x" for k in ("prefill_tok_s", "decode_tok_s")]
+            rows.append((f"{name} {theirs['version']}", theirs["prefill_tok_s"], theirs["decode_tok_s"], *ratios))
+    print(tabulate(rows, ("", "prefill tok/s", "decode tok/s", "we prefill", "we decode"), floatfmt=".1f"))
+
+
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
