@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxllm.checkpoint import rules
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf

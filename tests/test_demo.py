@@ -1,6 +1,8 @@
 """The demo model against Hugging Face transformers, on one emulated device and on several."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -116,3 +118,13 @@ def test_quantizing_while_loading(load_once, demo):
 def test_a_type_that_cannot_be_encoded():
     with pytest.raises(jaxllm.InputError, match="cannot quantize to 'iq2_s'; known are q4_0, "):
         jaxllm.load("demo", quantize="iq2_s")
+
+
+def test_loading_needs_little_more_memory_than_the_file():
+    """Peak of a process that loads and does nothing else, with the compute copy that a CPU gets by default."""
+    code = """if True:
+        import pathlib, re, jaxllm
+        model = jaxllm.load("demo", progress=False)
+        print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])"""
+    peak = 1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < 98_362_432 + 700e6
