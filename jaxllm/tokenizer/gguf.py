@@ -17,6 +17,7 @@ from jaxllm.tokenizer import pretokenizers
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\u2581"
+_REQUIRED = object()
 
 # Values of tokenizer.ggml.token_type that matter here; normal, unused and byte tokens are plain entries of the BPE.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -162,14 +163,11 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     return vocabulary
 
 
-def _token_id(metadata: Mapping[str, object], name: str, vocabulary: _Vocabulary, default: int | None = None) -> int:
+def _token_id(metadata: Mapping[str, object], name: str, vocabulary: _Vocabulary, default: object = _REQUIRED) -> int:
     index = _get(metadata, name, int, default)
     if not 0 <= index < len(vocabulary.tokens):
         raise InputError(f"{_PREFIX}{name} is {index}, but there are {len(vocabulary.tokens)} tokens")
     return index
-
-
-_REQUIRED = object()
 
 
 def _get[T](metadata: Mapping[str, object], name: str, kind: type[T], default: object = _REQUIRED) -> T:
@@ -177,7 +175,7 @@ def _get[T](metadata: Mapping[str, object], name: str, kind: type[T], default: o
     if value is _REQUIRED:
         raise InputError(f"{_PREFIX}{name} is missing")
     if value is not default and type(value) is not kind:
-        raise InputError(f"{_PREFIX}{name} is {value!r}, expected {kind.__name__}")
+        raise InputError(f"{_PREFIX}{name} is of type {type(value).__name__}, expected {kind.__name__}")
     return value
 
 
@@ -185,7 +183,7 @@ def _strings(metadata: Mapping[str, object], name: str) -> list[str]:
     strings = _get(metadata, name, list)
     for i, s in enumerate(strings):
         if not isinstance(s, str):
-            raise InputError(f"{_PREFIX}{name}[{i}] is {s!r}, expected a string")
+            raise InputError(f"{_PREFIX}{name}[{i}] is of type {type(s).__name__}, expected str")
     try:
         "".join(strings).encode()
     except UnicodeEncodeError:

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizer import gguf
+from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
 
 
@@ -45,13 +45,15 @@ class Tokenizer:
         def get(key: str) -> object:
             return metadata.get(f"tokenizer.ggml.{key}")
 
-        spm = get("model") == "llama"
         add_bos = get("add_bos_token")
+        if add_bos is None:  # then it goes by the kind
+            known = pretokenizers.BY_NAME.get(get("pre"))
+            add_bos = get("model") == "llama" or (known is not None and known.add_bos)
         return cls(
             gguf.build(metadata),
             bos_id=get("bos_token_id"),
             eos_ids=frozenset(i for key in ("eos", "eot", "eom") if (i := get(f"{key}_token_id")) is not None),
-            add_bos=spm if add_bos is None else bool(add_bos),
+            add_bos=bool(add_bos),
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
