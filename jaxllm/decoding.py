@@ -58,13 +58,14 @@ def pieces(prompts: Sequence[Sequence[int]], start: int) -> Iterator[tuple[np.nd
 
 
 def prefill(
-    programs: Programs, prompts: Sequence[Sequence[int]], cache: KVCache, start: int = 0
+    programs: Programs, prompts: Sequence[Sequence[int]], cache: KVCache, limits: Sequence[int], start: int = 0
 ) -> tuple[jax.Array, KVCache]:
     """Logits `[batch, vocab]` after the last token of each prompt, and the cache that holds them all.
 
-    Positions before `start` must be in the cache already.
+    Positions before `start` must be in the cache already. `limits` are the lengths that the sequences may grow to.
     """
-    cache = replace(cache, lengths=programs.whole(np.full(len(prompts), start, np.int32)))
+    lengths = np.full(len(prompts), start, np.int32)
+    cache = replace(cache, lengths=programs.whole(lengths), limits=programs.whole(np.array(limits, np.int32)))
     last = None
     for tokens, counts, position in pieces(prompts, start):
         window = min(bucket(position + tokens.shape[1], SMALLEST), cache.capacity)
@@ -90,7 +91,10 @@ def generate_tokens(
     rows = [*prompts, *[[0]] * (bucket(len(prompts), 1) - len(prompts))]  # few batch sizes, few programs
     capacity = bucket(max(map(len, rows)) + max_new_tokens, SMALLEST_CACHE)
     cache, start = memory.resume(rows[0], capacity) if memory else (None, 0)
-    logits, cache = prefill(programs, rows, cache or programs.empty_cache(len(rows), capacity), start)
+    cache = cache or programs.empty_cache(len(rows), capacity)
+    # A conversation is told its cache's capacity: what is kept from turn to turn has to stay valid.
+    limits = [cache.capacity if memory else len(row) + max_new_tokens for row in rows]
+    logits, cache = prefill(programs, rows, cache, limits, start)
     state = programs.start(logits, rows, seed, sampler)
     held = list(rows[0])
     for remaining in reversed(range(max_new_tokens)):

@@ -26,7 +26,9 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser(prog="python -m jaxllm.generate", description="Answer prompts with a language model.")
-    p.add_argument("--model", "--ckpt-path", required=True, metavar="PATH", help="a GGUF file, or 'demo'")
+    p.add_argument(
+        "--model", "--ckpt-path", required=True, metavar="PATH", help="a file, directory or hub id, or 'demo'"
+    )
 
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
 
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens an answer (256)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest token")
+    p.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest token (as the checkpoint says)")
     p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     p.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that make up probability P")
     p.add_argument("--min-p", type=float, metavar="P", help="draw among tokens P times as likely as the likeliest")

@@ -1,8 +1,9 @@
 """`LanguageModel`: a loaded model and everything that one does with it."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,10 @@ class LanguageModel:
         dtype: jax.typing.DTypeLike,
         max_seq_len: int,
         name: str,
+        sampling: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
-        self.dtype, self.max_seq_len = jnp.dtype(dtype), max_seq_len
+        self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
         self.placed = list(placed)
         self.programs = Programs(model, mesh, dtype)
 
@@ -77,6 +79,7 @@ class LanguageModel:
             raise InputError(f"tokens must be [batch, time], not {list(tokens.shape)}")
         rows = [self._checked(row.tolist()) for row in tokens]
         cache = self.programs.empty_cache(len(rows), bucket(tokens.shape[1], SMALLEST))
+        cache = replace(cache, limits=self.programs.whole(np.full(len(rows), tokens.shape[1], np.int32)))
         parts = []
         for piece, counts, start in pieces(rows, 0):
             window = min(bucket(start + piece.shape[1], SMALLEST), cache.capacity)
@@ -90,7 +93,7 @@ class LanguageModel:
         max_new_tokens: int = 256,
         *,
         seed: int = 0,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -102,12 +105,13 @@ class LanguageModel:
             max_new_tokens: the most tokens that an answer may have.
             seed: of the random draws; the same seed gives the same text.
             temperature: 0 takes the most likely token; above, tokens are drawn.
-            top_k, top_p, min_p, repetition_penalty: see `jaxllm.sampling`.
+            top_k, top_p, min_p, repetition_penalty: see `jaxllm.sampling`. What is None is as the checkpoint's
+                generation_config.json says, or else not done (temperature: 0).
 
         Raises:
             InputError: a prompt that does not fit into the context, or a parameter outside its range.
         """
-        sampler = Sampler.of(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampler = self._sampler(temperature, top_k, top_p, min_p, repetition_penalty)
         one = _is_one(prompts)
         completions = [Completion(prompt) for prompt in ([prompts] if one else prompts)]
         ids = [self.encode(c.prompt) for c in completions]
@@ -123,7 +127,7 @@ class LanguageModel:
         max_new_tokens: int = 256,
         *,
         seed: int = 0,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -137,7 +141,7 @@ class LanguageModel:
             memory: keeps the cache of a conversation between calls, so that only new turns are processed.
             completion: filled in while the answer comes.
         """
-        sampler = Sampler.of(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampler = self._sampler(temperature, top_k, top_p, min_p, repetition_penalty)
         completion = completion or Completion(prompt)
         for pieces_of_step in self._answer([completion], [self.encode(prompt)], max_new_tokens, sampler, seed, memory):
             yield from filter(None, pieces_of_step)
@@ -175,6 +179,11 @@ class LanguageModel:
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise InputError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         return ids
+
+    def _sampler(self, *given: float | None) -> Sampler:
+        names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+        options = {n: self.sampling.get(n) if g is None else g for n, g in zip(names, given, strict=True)}
+        return Sampler.of(options.pop("temperature") or 0.0, **options)
 
     def _clock(self) -> float:
         """Seconds, standing still while programs are compiled."""

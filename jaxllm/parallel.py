@@ -9,6 +9,7 @@ Functions here act under the ambient mesh (`jax.set_mesh`), so that neither laye
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.dispatch import matmul
+from jaxllm.kernels.experts import Activation, grouped_mlp, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
 EP = "ep"  # expert parallelism: whole experts on different devices
@@ -25,6 +27,11 @@ EP = "ep"  # expert parallelism: whole experts on different devices
 COLUMN = PartitionSpec(TP, None)  # outputs are cut; nothing is communicated
 ROW = PartitionSpec(None, TP)  # inputs are cut; partial products are summed over tp
 REPLICATED = PartitionSpec(None, None)
+
+EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack of experts [experts, out, in]: whole experts over ep,
+EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each of them cut over tp
+SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, which all devices share
+SHARED_ROW = PartitionSpec(None, (EP, TP))
 
 HEADS = PartitionSpec(None, None, TP, None)  # activations [batch, time, heads, head_dim]
 CACHE = PartitionSpec(None, TP, None, None)  # cached keys and values [batch, kv_heads, capacity, head_dim]
@@ -67,9 +74,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def local(f: Callable, in_specs: object, out_specs: object) -> Callable:
+def local(f: Callable, in_specs: object, out_specs: object, check_vma: bool = True) -> Callable:
     """`f` on each device's own shards, cut as the PartitionSpecs say."""
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -107,6 +114,62 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
 
     specs = weight.shard_specs(COLUMN, jax.sharding.get_abstract_mesh())
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gated:
+    """The weights of a gated feed-forward block, or stacks of them."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+    def specs(self, column: PartitionSpec, row: PartitionSpec) -> "Gated":
+        mesh = jax.sharding.get_abstract_mesh()
+        return Gated(
+            self.gate.shard_specs(column, mesh), self.up.shard_specs(column, mesh), self.down.shard_specs(row, mesh)
+        )
+
+
+def experts(
+    x: jax.Array,
+    scores: jax.Array,
+    chosen: jax.Array,
+    stack: Gated,
+    num_experts: int,
+    activation: Activation,
+    shared: tuple[Gated, jax.Array] | None = None,
+) -> jax.Array:
+    """Every token through the experts it has chosen, weighed by their scores, and one sum over all devices.
+
+    Args:
+        x: `[tokens, hidden]`.
+        scores, chosen: `[tokens, k]`, expert numbers being int32.
+        stack: cut by EXPERT_COLUMN and EXPERT_ROW.
+        shared: a block cut by SHARED_COLUMN and SHARED_ROW that every token goes through, and its scores `[tokens, 1]`.
+
+    Returns:
+        `[tokens, hidden]` in x's dtype.
+    """
+    tile = tile_size(chosen.size, num_experts)
+
+    def shard(
+        x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, shared: tuple[Gated, jax.Array] | None
+    ) -> jax.Array:
+        first = jax.lax.axis_index(EP) * stack.gate.shape[0]
+        y = grouped_mlp(x, scores, chosen - first, stack.gate, stack.up, stack.down, tile, activation)
+        if shared is not None:
+            block, score = shared
+            h = activation(matmul(x, block.gate), matmul(x, block.up)).astype(x.dtype)
+            y = y + score * matmul(h, block.down)
+        return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
+
+    whole = PartitionSpec()
+    shared_specs = None if shared is None else (shared[0].specs(SHARED_COLUMN, SHARED_ROW), whole)
+    specs = whole, whole, whole, stack.specs(EXPERT_COLUMN, EXPERT_ROW), shared_specs
+    # A loop of as many rounds as a device has work is beyond what check_vma can follow.
+    return local(shard, specs, whole, check_vma=False)(x, scores, chosen, stack, shared)
 
 
 def gather(x: jax.Array) -> jax.Array:

@@ -3,70 +3,107 @@
 import jax
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as T
-from gguf import quants
 from jax.sharding import PartitionSpec as P
-from tiny_gguf import random_tensor
+from test_ggml_formats import example, reference
 
-from jaxllm.checkpoint.placing import place
+from jaxllm.checkpoint.placing import FileArray, Source, place
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Cut, block_index, padded_index
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.layers.heads import place_heads
-from jaxllm.parallel import COLUMN, REPLICATED, ROW, make_mesh
+from jaxllm.layers.parameter import Declaration
+from jaxllm.parallel import COLUMN, REPLICATED, ROW, linear, make_mesh
 
-ROWS = 12
+ROWS, BLOCKS = 12, 6
+SPECS = {"column": COLUMN, "row": ROW, "replicated": REPLICATED}
 
 
 def weight(name):
-    """A matrix `[12, 6 blocks]` and its float32 values as gguf-py decodes them."""
+    """A matrix `[12, 6 blocks]` and its float32 values as an independent decoder gives them."""
     if name == "dense":
         values = np.random.default_rng(0).normal(size=(ROWS, 48)).astype(np.float32)
         return Dense(values), values
-    size, nbytes, _ = BLOCK_TYPES[name]
-    data = random_tensor(np.random.default_rng(0), (ROWS, 6 * size), T[name])
-    return GGML(data.reshape(ROWS, 6, nbytes), name), quants.dequantize(data, T[name])
+    pool = example(name).blocks.reshape(-1, 1, BLOCK_TYPES[name].nbytes)
+    largest = np.abs(reference(name, pool)).max(axis=-1)
+    usual = pool[(largest > 1e-3) & (largest < 1e3)]  # random bytes have wild scales, too
+    blocks = np.resize(usual, (ROWS, BLOCKS, pool.shape[-1]))
+    return GGML(blocks, name), reference(name, blocks)
 
 
 def decode(weight):
-    """By gguf-py, from whatever bytes the weight holds."""
-    if isinstance(weight, Dense):
-        return np.asarray(weight.values)
-    blocks = np.asarray(weight.blocks)
-    return quants.dequantize(blocks.reshape(len(blocks), -1), T[weight.type])
+    """By the same independent decoder, from whatever bytes the weight holds."""
+    return np.asarray(weight.values) if isinstance(weight, Dense) else reference(weight.type, np.asarray(weight.blocks))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("spec", [COLUMN, ROW, REPLICATED])
-@pytest.mark.parametrize("name", ["dense", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["dense", *BLOCK_TYPES])
 def test_every_device_holds_its_own_blocks(name, spec, tp):
-    mesh, (source, values) = make_mesh(f"tp={tp}"), weight(name)
+    mesh, spec, (source, values) = make_mesh(f"tp={tp}"), SPECS[spec], weight(name)
     padded = source.pad_to(mesh, spec)
     out, in_ = padded.shape
     expected = np.pad(values, ((0, out - ROWS), (0, in_ - values.shape[1])))
     np.testing.assert_array_equal(decode(padded), expected)
 
-    placed = place(source, spec, mesh, padded_index(ROWS, out), padded_index(values.shape[1], in_))
+    arranged = Declaration(source.shape, spec, padded_index(ROWS, out), padded_index(values.shape[1], in_))
+    placed = place(Source("x", (source,)), arranged, mesh)
     cuts = [tp if axis else 1 for axis in spec]
     [leaf] = jax.tree.leaves(placed)
     assert len(leaf.addressable_shards) == tp
     for shard in leaf.addressable_shards:
         local = decode(jax.tree.unflatten(jax.tree.structure(placed), [np.asarray(shard.data)]))
         assert local.shape == (out // cuts[0], in_ // cuts[1])
-        index = [
-            slice(r * n, (r + 1) * n) if cut > 1 else slice(None)
-            for r, n, cut in zip([shard.device.id] * 2, local.shape, cuts, strict=True)
-        ]
-        np.testing.assert_array_equal(local, expected[*index])
+        r = shard.device.id
+        part = [slice(r * n, (r + 1) * n) if cut > 1 else slice(None) for n, cut in zip(local.shape, cuts, strict=True)]
+        np.testing.assert_array_equal(local, expected[*part])
+
+
+@pytest.mark.parametrize("spec", ["column", "row"])
+@pytest.mark.parametrize("name", ["dense", *BLOCK_TYPES])
+def test_a_cut_matrix_multiplies_as_a_whole_one(name, spec):
+    """On 4 devices: 6 blocks are padded to 8, so some devices hold zeros."""
+    mesh, spec, (source, values) = make_mesh("tp=4"), SPECS[spec], weight(name)
+    rows, cols = source.pad_to(mesh, spec).shape
+    arranged = Declaration(source.shape, spec, padded_index(ROWS, rows), padded_index(values.shape[1], cols))
+    placed = place(Source("x", (source,)), arranged, mesh)
+    x = np.random.default_rng(1).normal(size=(3, values.shape[1])).astype(np.float32)
+    with jax.set_mesh(mesh):
+        y = jax.jit(linear, static_argnums=2)(np.pad(x, ((0, 0), (0, cols - x.shape[1]))), placed, spec)
+    np.testing.assert_allclose(y[:, :ROWS], x @ values.T, rtol=1e-4, atol=1e-4 * np.abs(x @ values.T).max())
 
 
 def test_arranged_parts_are_read_by_index():
     source, values = weight("Q4_1")
     rows = np.array([3, -1, 0, 0, 11, 5, -1, 2])
-    placed = place(source, COLUMN, make_mesh("tp=4"), rows)
+    placed = place(Source("x", (source,)), Declaration(source.shape, COLUMN, rows), make_mesh("tp=4"))
     np.testing.assert_array_equal(decode(placed), np.where(rows[:, None] < 0, 0, values[rows]))
+
+
+def test_a_stack_is_put_together_from_rows_of_its_experts(tmp_path):
+    """Experts one by one, in files, of which the odd rows are wanted; a device gets whole experts and parts of rows."""
+    experts = [np.random.default_rng(i).normal(size=(12, 8)).astype(np.float32) for i in range(4)]
+    for i, values in enumerate(experts):
+        (tmp_path / f"{i}").write_bytes(bytes(3) + values.tobytes())
+    stored = [FileArray(tmp_path / f"{i}", 3, (12, 8), np.dtype(np.float32)) for i in range(4)]
+    odd = np.arange(1, 12, 2)
+    source = Source("x", tuple(map(Dense, stored)), stacked=True, rows=odd)
+    assert source.shape == (4, 6, 8)
+    declared = Declaration(source.shape, P("ep", "tp", None), rows=np.array([5, 4, -1, 0]), cols=np.arange(8)[::-1])
+    placed = place(source, declared, make_mesh("ep=2,tp=4"))
+    expected = np.stack([np.where([[True], [True], [False], [True]], e[[11, 9, 1, 1], ::-1], 0) for e in experts])
+    np.testing.assert_array_equal(placed.values, expected)
+    assert {s.data.shape for s in placed.values.addressable_shards} == {(2, 1, 8)}
+
+
+def test_a_transposed_file_array_is_read_transposed(tmp_path):
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    (tmp_path / "x").write_bytes(values.tobytes())
+    array = FileArray(tmp_path / "x", 0, (2, 3, 4), values.dtype).swapaxes(-1, -2)
+    assert array.shape == (2, 4, 3)
+    np.testing.assert_array_equal(array.map(), values.swapaxes(-1, -2))
+    np.testing.assert_array_equal(np.asarray(array.swapaxes(-1, -2)), values)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
-"""GGUF files: metadata as plain values, tensors as weights over the mapped file.
+"""GGUF files, whole or in parts: metadata as plain values, tensors as weights over the mapped file.
 
-The container is read by gguf-py. Its reader trusts every count and length in the file, and takes a second and a half
-over a vocabulary of 49,152 tokens, one numpy view at a time; `_Reader` bounds every read by the file's size and reads
-arrays in one go.
+Every count and length is held against the size of the file before it is used. (gguf-py's reader trusts them all, knows
+nothing of version 1 and of parts, and takes a second and a half over a vocabulary of 49,152 tokens.)
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -22,10 +22,41 @@ from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 
 MAGIC = b"GGUF"
 
+# Far more than any vocabulary or chat template has, and little enough to read: a damaged length must not fill memory.
+MOST = 1 << 24
+
+_PLAIN = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "bfloat16",
+    "I8": "i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+}
+_SCALARS = {
+    GGUFValueType.UINT8: "u1",
+    GGUFValueType.INT8: "i1",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+_WHOLE_NUMBERS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
+
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An open file: `metadata` by key, `tensors` by name with memory-mapped leaves."""
+    """An open file: `metadata` by key, `tensors` by name with memory-mapped leaves.
+
+    path: of the first part, where there are several.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
@@ -37,97 +68,190 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Map a GGUF file; nothing but its header is read.
+    """Map a GGUF file; nothing but its header is read. Any part of a split file stands for all of them.
 
     Raises:
-        InputError: not a GGUF file, cut short, inconsistent, or with tensors of an unknown type.
+        InputError: not a GGUF file, cut short, inconsistent, with tensors of an unknown type, or without all its parts.
     """
+    file = _open_one(path)
+    return _open_parts(file) if file.metadata.get("split.count", 0) > 1 else file
+
+
+def _open_one(path: Path) -> GGUFFile:
     with path.open("rb") as file:
-        magic, version = file.read(4), file.read(4)
+        magic = file.read(4)
     if magic != MAGIC:
         raise InputError(f"{path}: not a GGUF file (it begins with {magic!r}, not {MAGIC!r})")
-    if version[:2] == b"\0\0":
-        raise InputError(f"{path}: a big-endian GGUF file, which is not supported")
     try:
-        reader = _Reader(path)
-        metadata = {key: _value(field) for key, field in reader.fields.items()}
-        tensors = {t.name: _weight(t) for t in reader.tensors}
+        return GGUFFile(path, *_parse(np.memmap(path, np.uint8, "r")))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
-        # gguf-py reports what it finds wrong with these; `_Reader` has ruled out reads past the end.
-        raise InputError(f"{path}: damaged GGUF file: {_first_line(error)}") from error
-    return GGUFFile(path, metadata, tensors)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.args[0] if error.args else error).split("\n")[0]
+def _open_parts(given: GGUFFile) -> GGUFFile:
+    """All parts of a split file as one; all but the tensors is what the first part says."""
+    number, count = given.metadata.get("split.no", 0), given.metadata["split.count"]
+    end = f"-{number + 1:05}-of-{count:05}.gguf"
+    if not given.path.name.endswith(end):
+        raise InputError(f"{given.path}: part {number + 1} of {count}, but its name does not end in '{end}'")
+    parts, tensors = [], {}
+    for i in range(count):
+        path = given.path.with_name(given.path.name.removesuffix(end) + f"-{i + 1:05}-of-{count:05}.gguf")
+        if not path.is_file():
+            raise InputError(f"{given.path}: part {i + 1} of {count} is missing: {path}")
+        part = given if path == given.path else _open_one(path)
+        claim = [part.metadata.get(key) for key in ("split.no", "split.count")]
+        if claim != [i, count]:
+            raise InputError(f"{path}: split.no and split.count are {claim[0]} and {claim[1]}, not {i} and {count}")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise InputError(f"{path}: tensor '{min(twice)}' is in an earlier part already")
+        parts.append(part)
+        tensors |= part.tensors
+    first = parts[0]
+    if len(tensors) != (announced := first.metadata.get("split.tensors.count")):
+        raise InputError(f"{first.path}: split.tensors.count is {announced}, but the parts have {len(tensors)} tensors")
+    return GGUFFile(first.path, first.metadata, tensors)
 
 
-class _Reader(GGUFReader):
-    """gguf-py's reader, within the bounds of the file and without a Python object for every array item."""
+def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
+    header = _Header(data)
+    tensor_count, key_count = header.length(), header.length()
+    metadata, tensors, ranges = {}, {}, []
+    for _ in range(key_count):
+        key = header.string()
+        if key in metadata:
+            raise InputError(f"metadata key {key[:64]!r} is given twice")
+        metadata[key] = header.value(key)
+    for key in _WHOLE_NUMBERS:
+        if type(metadata.get(key, 0)) is not int:
+            raise InputError(f"metadata key '{key}' is not a whole number")
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
-        need, have = int(count) * np.dtype(dtype).itemsize, len(self.data) - int(offset)
-        if need > have:
-            raise InputError(f"cut short or damaged: {need} bytes announced at offset {offset}, {max(have, 0)} left")
-        return super()._get(int(offset), dtype, count, override_order)
+    infos = [header.tensor_info() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if alignment < 1 or alignment & (alignment - 1):
+        raise InputError(f"metadata key 'general.alignment' is {alignment}, not a power of two")
+    start = math.ceil(header.offset / alignment) * alignment
+    for name, dims, type_number, offset in infos:
+        if name in tensors:
+            raise InputError(f"tensor '{name}' is given twice")
+        if offset % alignment:
+            raise InputError(f"tensor '{name}' begins at offset {offset}, which is not a multiple of {alignment}")
+        tensors[name] = mapped(data, start + offset, name, dims, type_number)
+        ranges.append((offset, offset + tensors[name].nbytes, name))
+    for (_, end, name), (begin, _, other) in pairwise(sorted(ranges)):
+        if begin < end:
+            raise InputError(f"tensors '{name}' and '{other}' overlap")
+    return metadata, tensors
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-        item, count = GGUFValueType(int(head[0][0])), int(head[1][0])
-        start = orig_offs + 12
+
+class Cursor:
+    """A mapped file and a place in it, from which to read on. Reading past the end is an InputError."""
+
+    def __init__(self, data: np.ndarray, offset: int) -> None:
+        self.data, self.offset = memoryview(data), offset
+
+    @property
+    def left(self) -> int:
+        return max(len(self.data) - self.offset, 0)
+
+    def take(self, nbytes: int) -> memoryview:
+        if nbytes > self.left:
+            raise InputError(
+                f"cut short or damaged: {nbytes} bytes announced at offset {self.offset}, {self.left} left"
+            )
+        self.offset += nbytes
+        return self.data[self.offset - nbytes : self.offset]
+
+    def numbers(self, dtype: str, count: int) -> list:
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype).tolist()
+
+    def number(self, dtype: str = "<u4") -> Any:
+        return self.numbers(dtype, 1)[0]
+
+    def length(self, nbytes: int = 4) -> int:
+        """A count of things to come, itself of `nbytes` bytes."""
+        return self.plausible(int.from_bytes(self.take(nbytes), "little"))
+
+    def plausible(self, count: int) -> int:
+        """The same `count`, if so many things can follow here: nothing that is counted has less than a byte."""
+        if count > min(MOST, self.left):
+            raise InputError(
+                f"cut short or damaged: {count} announced before offset {self.offset}, {self.left} bytes left"
+            )
+        return count
+
+    def dims(self, rank: int, dtype: str = "<u4") -> list[int]:
+        if not 1 <= rank <= 4:
+            raise InputError(f"damaged: a tensor of {rank} dimensions before offset {self.offset}")
+        return self.numbers(dtype, rank)
+
+
+class _Header(Cursor):
+    """What a GGUF file has before its tensors."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        super().__init__(data, len(MAGIC))
+        version = self.number()
+        if version & 0xFFFF == 0:
+            raise InputError("a big-endian GGUF file, which is not supported")
+        if version not in (1, 2, 3):
+            raise InputError(f"GGUF version {version} is not supported; 1, 2 and 3 are")
+        self.word = 4 if version == 1 else 8  # bytes of every count, length and dimension
+
+    def length(self) -> int:
+        return super().length(self.word)
+
+    def string(self) -> str:
+        return str(self.take(self.length()), "utf-8", "replace")
+
+    def value(self, key: str) -> Any:
+        """A metadata value as a number, a string, or a list of them."""
+        kind = self.number()
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind != GGUFValueType.ARRAY:
+            return self.number(self._scalar(kind, repr(key[:64])))
+        item = self.number()
         if item == GGUFValueType.STRING:
-            items, end = self._strings(start, count)
-        elif item in self.gguf_scalar_to_np:
-            items = self._get(start, self.gguf_scalar_to_np[item], count)
-            end = start + items.nbytes
-        else:
-            raise InputError(f"arrays of {item.name} in metadata are not supported")
-        return end - orig_offs, [*head, items], [2], [GGUFValueType.ARRAY, item]
+            return [self.string() for _ in range(self.length())]
+        return self.numbers(self._scalar(item, f"an item of {key[:64]!r}"), self.length())
 
-    def _get_tensor_info_field(self, orig_offs: int) -> Any:
-        field = super()._get_tensor_info_field(orig_offs)
-        dims, raw_type = field.parts[3].tolist(), int(field.parts[4][0])
-        if raw_type not in set(GGMLQuantizationType):
-            raise InputError(f"tensor '{field.name}' has the unknown type {raw_type}")
-        block = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type)][0]
-        if not 1 <= len(dims) <= 4 or dims[0] % block or not 0 < math.prod(dims) < 8 * len(self.data) * block:
-            raise InputError(f"tensor '{field.name}' has the impossible shape {dims[::-1]}")
-        return field
+    def _scalar(self, kind: int, what: str) -> str:
+        if kind not in _SCALARS:
+            raise InputError(f"metadata: {what} has the type {kind}, which is not supported")
+        return _SCALARS[kind]
 
-    def _strings(self, offset: int, count: int) -> tuple[list[str], int]:
-        self._get(offset, np.uint64, count)  # every string has a length of 8 bytes: bounds the count
-        data = memoryview(self.data)
-        strings = []
-        for _ in range(count):
-            end = offset + 8 + int.from_bytes(data[offset : offset + 8], "little")
-            if end > len(data):
-                raise InputError(f"cut short or damaged: a string at offset {offset} ends outside the file")
-            strings.append(str(data[offset + 8 : end], "utf-8", "replace"))
-            offset = end
-        return strings, offset
+    def tensor_info(self) -> tuple[str, list[int], int, int]:
+        """Name, dimensions (the innermost first), number of the type, and offset from the first tensor's place."""
+        name = self.string()
+        return name, self.dims(self.number(), f"<u{self.word}"), self.number(), self.number("<u8")
 
 
-def _value(field: Any) -> Any:
-    """A metadata field as a plain value: a number, a string, or a list of them."""
-    value = field.parts[field.data[0]]
-    if field.types[0] == GGUFValueType.ARRAY:
-        return value if isinstance(value, list) else value.tolist()
-    if field.types[0] == GGUFValueType.STRING:
-        return str(bytes(value), "utf-8", "replace")
-    return value[0].item()
+def mapped(data: np.ndarray, offset: int, name: str, dims: list[int], type_number: int) -> Weight:
+    """The tensor at `offset` of a mapped file as a weight.
 
+    Args:
+        dims: the innermost first.
+        type_number: as in ggml's enum.
 
-def _weight(tensor: Any) -> Weight:
-    """A tensor of the file as a weight. gguf-py gives floats as they are, and blocks as rows of bytes."""
-    name = GGMLQuantizationType(tensor.tensor_type).name
-    if name in ("F32", "F16"):
-        return Dense(tensor.data)
-    if name == "BF16":
-        return Dense(tensor.data.view("bfloat16"))
-    if name not in BLOCK_TYPES:
-        raise InputError(f"tensor '{tensor.name}' has type {name}, which is not supported")
-    return GGML(tensor.data.reshape(*tensor.data.shape[:-1], -1, BLOCK_TYPES[name].nbytes), name)
+    Raises:
+        InputError: the type is unknown, or the shape impossible in it or too large for the file.
+    """
+    if not name.isprintable():  # the name will be part of one-line messages
+        raise InputError(f"damaged: a tensor with the name {name[:64]!r}")
+    if type_number not in set(GGMLQuantizationType):
+        raise InputError(f"tensor '{name}' has the unknown type {type_number}")
+    type = GGMLQuantizationType(type_number).name
+    if type not in _PLAIN and type not in BLOCK_TYPES:
+        raise InputError(f"tensor '{name}' has type {type}, which is not supported")
+    plain, shape = _PLAIN.get(type), dims[::-1]
+    size, nbytes = (1, np.dtype(plain).itemsize) if plain else BLOCK_TYPES[type][:2]
+    if dims[0] % size or 0 in dims or (len(dims) == 1 and not plain):
+        raise InputError(f"tensor '{name}' has the impossible shape {shape} for {type}")
+    length = math.prod(dims) // size * nbytes
+    if offset + length > len(data):
+        raise InputError(
+            f"cut short or damaged: tensor '{name}' of shape {shape} and type {type} ends outside the file"
+        )
+    values = data[offset : offset + length]
+    return Dense(values.view(plain).reshape(shape)) if plain else GGML(values.reshape(*shape[:-1], -1, nbytes), type)

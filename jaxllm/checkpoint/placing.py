@@ -1,52 +1,109 @@
 """Host tensors onto a mesh: each device's part is read on its own, straight from the file."""
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, block_index
+from jaxllm.layers.parameter import Declaration
 
 
-def place(
-    weight: Weight,
-    spec: PartitionSpec,
-    mesh: Mesh,
-    rows: np.ndarray | None = None,
-    cols: np.ndarray | None = None,
-    name: str = "weight",
-) -> Weight:
-    """`weight.arrange(rows, cols)` cut over the mesh, reading from its host arrays only what each device holds.
+@dataclass(frozen=True)
+class FileArray:
+    """An array in a file, mapped only while a part of it is read: pages that were read do not stay with the process."""
 
-    Args:
-        weight: leaves are host arrays, which may be memory-mapped.
-        spec: of the logical matrix.
-        name: for errors.
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    transposed: bool = False  # the last two axes, of what the file holds
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def map(self) -> np.ndarray:
+        stored = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+        array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+    def swapaxes(self, *_: int) -> "FileArray":
+        """The last two axes swapped; nothing is read."""
+        shape = (*self.shape[:-2], *self.shape[:-3:-1])
+        return dataclasses.replace(self, shape=shape, transposed=not self.transposed)
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.map(), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: rows of one tensor, or, `stacked`, of one tensor for each expert.
+
+    Leaves of the parts are host arrays or `FileArray`s. `rows` are those of a tensor that the parameter consists of,
+    in its order; None is all of them.
+    """
+
+    name: str
+    parts: tuple[Weight, ...]
+    stacked: bool = False
+    rows: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        if self.rows is not None:
+            shape[max(len(shape) - 2, 0)] = len(self.rows)
+        return (len(self.parts), *shape) if self.stacked else tuple(shape)
+
+
+def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
+    """The parameter, arranged as it is declared and cut over the mesh; only what a device holds is read for it.
 
     Raises:
-        InputError: a part would not be whole blocks.
+        InputError: a part would not be whole blocks, or experts are of different formats.
     """
-    sources, abstract = {}, {}
-    for leaf_name, axes in weight.axes.items():
-        leaf = getattr(weight, leaf_name)
-        index = [None] * (leaf.ndim - len(axes)) + block_index(axes, rows, cols)
-        shape = tuple(n if i is None else len(i) for n, i in zip(leaf.shape, index, strict=True))
-        sources[leaf_name] = leaf, index
-        abstract[leaf_name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    specs = dataclasses.replace(weight, **abstract).shard_specs(spec, mesh, name)
+    first, rows = source.parts[0], declaration.rows
+    if source.rows is not None:
+        rows = source.rows if rows is None else np.where(rows < 0, -1, source.rows[rows])
+    kinds = {(jax.tree.structure(p), *(leaf.shape for leaf in jax.tree.leaves(p))) for p in source.parts}
+    if len(kinds) > 1:
+        raise InputError(f"{source.name}: experts of one layer differ in format or shape")
+
+    leaves, index, abstract = {}, {}, {}
+    for name, axes in first.axes.items():
+        leaf = getattr(first, name)
+        batch = [None] * (leaf.ndim - len(axes) + source.stacked)
+        index[name] = batch + block_index(axes, rows, declaration.cols)
+        leaves[name] = [getattr(part, name) for part in source.parts]
+        shape = (len(source.parts), *leaf.shape) if source.stacked else leaf.shape
+        shape = tuple(n if i is None else len(i) for n, i in zip(shape, index[name], strict=True))
+        abstract[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    specs = dataclasses.replace(first, **abstract).shard_specs(declaration.spec, mesh, source.name)
     placed = {
-        leaf_name: jax.make_array_from_callback(
-            shape.shape, NamedSharding(mesh, getattr(specs, leaf_name)), partial(_read, *sources[leaf_name])
+        name: jax.make_array_from_callback(
+            shape.shape,
+            NamedSharding(mesh, getattr(specs, name)),
+            partial(_read, leaves[name], source.stacked, index[name]),
         )
-        for leaf_name, shape in abstract.items()
+        for name, shape in abstract.items()
     }
-    return dataclasses.replace(weight, **placed)
+    return dataclasses.replace(first, **placed)
 
 
-def _read(leaf: np.ndarray, index: list[np.ndarray | None], part: tuple[slice, ...]) -> np.ndarray:
+def _read(
+    leaves: list[np.ndarray | FileArray], stacked: bool, index: list[np.ndarray | None], part: tuple[slice, ...]
+) -> np.ndarray:
     """The `part` of the rearranged leaf, as an array of its own (never a view of a mapped file)."""
+    if stacked:
+        return np.stack([_read([leaf], False, index[1:], part[1:]) for leaf in leaves[part[0]]])
+    leaf = leaves[0].map() if isinstance(leaves[0], FileArray) else leaves[0]
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]

@@ -1,11 +1,13 @@
 """How the names of a checkpoint become the parameters of a model.
 
-Each model lists rules; `fill` matches them against the names present, reports everything that does not fit in one
-error, and only then reads: each device's part of each tensor, rearranged as the model declared it.
+Each model lists rules; `match` reports everything that does not fit in one error, and `fill` only then reads: each
+device's part of each tensor, rearranged as the model declared it.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,23 +17,30 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.checkpoint.placing import place
+from jaxllm.checkpoint.placing import Source, place
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.layers.parameter import Declaration
+
+READERS = 4  # threads: parameters that are read at the same time
 
 
 @dataclass(frozen=True)
 class Rule:
     """Tensors whose whole name matches `pattern` become the parameter `target` (a template for `re.Match.expand`).
 
-    `rows`, given the model's config, says which row of the tensor is each row of the parameter (None: in order).
+    A group named `expert` in the pattern makes each tensor one of a stack. Several rules may match one tensor, which
+    then becomes several parameters, each made of some of its rows.
+
+    rows: given the model's config and the match, which row of the tensor each row of the parameter is (None: in order).
+    either_way: some store it as `[out, in]`, others as `[in, out]`; taken as whichever fits, the first if both do.
     """
 
     pattern: str
     target: str
-    rows: Callable[[Any], np.ndarray] | None = None
+    rows: Callable[[Any, re.Match], np.ndarray] | None = None
+    either_way: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,94 +63,130 @@ Encode = Callable[[str, Weight], Weight]
 Convert = Callable[[Weight, NamedSharding], Weight]
 
 
-@dataclass(frozen=True)
-class _Match:
-    source: str
-    rule: Rule
-
-
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """The parameters of a model by dotted path, in the order of its layers."""
+    """The parameters of a model by dotted path."""
     return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def match(names: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[str, _Match], list[str]]:
-    """Targets with the tensor that each comes from, and a complaint for every name that has no or no single place."""
-    matches, complaints = {}, []
-    for name in names:
-        found = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
-        if not found:
+def match(
+    model: nnx.Module, tensors: Mapping[str, Weight], rules: Sequence[Rule], ignored: Sequence[str] = ()
+) -> dict[str, Source]:
+    """For each parameter of the model, what it is read from.
+
+    Args:
+        tensors: the checkpoint's tensors by name.
+        ignored: patterns of names that checkpoints of this kind may have and that mean nothing here.
+
+    Raises:
+        InputError: lists every unknown, missing, doubly given and mis-shaped tensor.
+    """
+    found: dict[str, dict[int | None, tuple[str, Rule, re.Match]]] = {}
+    complaints = []
+    for name in tensors:
+        hits = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
+        if not hits and not any(re.fullmatch(pattern, name) for pattern in ignored):
             complaints.append(f"unknown tensor '{name}'")
+        for rule, m in hits:
+            target, expert = m.expand(rule.target), m.groupdict().get("expert")
+            slots = found.setdefault(target, {})
+            slot = None if expert is None else int(expert)
+            if slot in slots:
+                complaints.append(f"tensors '{slots[slot][0]}' and '{name}' both stand for {target}")
+            slots[slot] = name, rule, m
+
+    declared = parameters(model)
+    sources = {}
+    for target, param in declared.items():
+        if target not in found:
+            complaints.append(f"missing tensor for {target}")
             continue
-        rule, m = found[0]
-        target = m.expand(rule.target)
-        if target in matches:
-            complaints.append(f"tensors '{matches[target].source}' and '{name}' both stand for {target}")
-        matches[target] = _Match(name, rule)
-    return matches, complaints
+        slots, shape = found.pop(target), param.get_value().shape
+        stacked = None not in slots
+        if stacked and sorted(slots) != list(range(shape[0])):
+            complaints.append(f"{target} needs experts 0 to {shape[0] - 1}, found {_listed(sorted(slots))}")
+            continue
+        ordered = [slots[i] for i in sorted(slots, key=lambda i: i or 0)]
+        source = _source(model.config, tensors, ordered, stacked, shape)
+        if source.shape != shape:
+            complaints.append(f"tensor '{source.name}' has shape {list(source.shape)}, expected {list(shape)}")
+        sources[target] = source
+    for target, slots in found.items():
+        complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]
+    if complaints:
+        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        raise InputError("; ".join(complaints[:8]) + more)
+    return sources
 
 
-def row_block(model: nnx.Module, tensors: Mapping[str, Weight], rules: Iterable[Rule], planned: Encode) -> int:
+def _source(
+    config: object,
+    tensors: Mapping[str, Weight],
+    found: list[tuple[str, Rule, re.Match]],
+    stacked: bool,
+    shape: tuple[int, ...],
+) -> Source:
+    name, rule, m = found[0]
+    parts = [tensors[part] for part, _, _ in found]
+    if rule.either_way and parts[0].shape[-1] != shape[-1] == parts[0].shape[-2]:
+        parts = [dataclasses.replace(part, values=part.values.swapaxes(-1, -2)) for part in parts]
+    return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
+
+
+def _listed(numbers: list) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Encode) -> int:
     """The largest block, along its columns, of a matrix whose columns the model cuts, once it is encoded."""
-    matches, _ = match(tensors, rules)
     cut = [
-        planned(name, tensors[matches[name].source]).unit("in")
+        planned(name, sources[name].parts[0]).unit("in")
         for name, param in parameters(model).items()
-        if name in matches and len(spec := param.get_value().spec) == 2 and spec[1] is not None
+        if len(spec := param.get_value().spec) >= 2 and spec[-1] is not None
     ]
     return max(cut, default=1)
 
 
 def fill(
     model: nnx.Module,
-    tensors: Mapping[str, Weight],
-    rules: Iterable[Rule],
+    sources: Mapping[str, Source],
     mesh: Mesh,
     encode: Encode,
     convert: Convert,
-    track: Callable[[list], Iterable],
+    track: Callable[[Iterable, int], Iterable],
 ) -> list[Placed]:
     """Replace every Declaration in `model` by its weight, placed on the mesh.
 
     Args:
-        tensors: the checkpoint's tensors by name; their leaves are host arrays, usually memory-mapped.
+        sources: from `match`.
         encode: applied to each matrix, with the parameter's name, before it is placed.
-        convert: applied to each placed matrix before the next one is read, with the sharding of the whole matrix.
-        track: wraps the list of work to show progress.
-
-    Raises:
-        InputError: lists every unknown, missing, doubly given and mis-shaped tensor.
+        convert: applied to each placed matrix, with the sharding of the whole matrix.
+        track: wraps the results, of which there will be so many, to show progress.
     """
-    declared = parameters(model)
-    matches, complaints = match(tensors, rules)
-    complaints += [f"missing tensor for {name}" for name in declared if name not in matches]
-    complaints += [f"tensor '{m.source}' has no place ({name})" for name, m in matches.items() if name not in declared]
-    for name, param in declared.items():
-        want = param.get_value().shape
-        if name in matches and (got := tensors[matches[name].source].shape) != want:
-            complaints.append(f"tensor '{matches[name].source}' has shape {list(got)}, expected {list(want)}")
-    if complaints:
-        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-        raise InputError("; ".join(complaints[:8]) + more)
 
-    placed = []
-    for name, param in track(list(declared.items())):
-        declaration, found = param.get_value(), matches[name]
-        source, rows = tensors[found.source], declaration.rows
-        if found.rule.rows is not None:
-            order = found.rule.rows(model.config)
-            rows = order if rows is None else np.where(rows < 0, -1, order[rows])
+    def load(item: tuple[str, nnx.Param]) -> Placed:
+        name, declaration, source = item[0], item[1].get_value(), sources[item[0]]
         vector = len(declaration.shape) == 1
-        encoded = source if vector else encode(name, source)
-        weight = place(encoded, declaration.spec, mesh, rows, declaration.cols, name=found.source)
-        value = weight.dequantize() if vector else convert(weight, NamedSharding(mesh, declaration.spec))
-        param.set_value(value)
-        placed.append(Placed(name, declaration, _shapes(source), _shapes(encoded), value))
+        kept = vector or declaration.keep
+        encoded = source if kept else dataclasses.replace(source, parts=tuple(encode(name, p) for p in source.parts))
+        weight = place(encoded, declaration, mesh)
+        if vector:
+            weight = weight.dequantize()
+        elif not kept:
+            weight = convert(weight, NamedSharding(mesh, declaration.spec))
+        return Placed(name, declaration, _shapes(source), _shapes(encoded), weight)
+
+    declared = parameters(model)
+    with ThreadPoolExecutor(READERS) as pool:
+        placed = list(track(pool.map(load, declared.items()), len(declared)))
+    for p in placed:
+        declared[p.name].set_value(p.weight)
     return placed
 
 
-def _shapes(weight: Weight) -> Weight:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight)
+def _shapes(source: Source) -> Weight:
+    """The source as one weight, of shapes only."""
+    lead = (len(source.parts),) if source.stacked else ()
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), source.parts[0])
 
 
 def keep(name: str, weight: Weight) -> Weight:

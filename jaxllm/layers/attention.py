@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxllm.layers.cache import write
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear
+from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, local
 
@@ -20,19 +21,35 @@ class Attention(nnx.Module):
         hidden_size, num_heads, num_kv_heads: as in the checkpoint.
         head_dim, value_dim: size of a query/key head and of a value head.
         heads: where the heads stand on the mesh.
+        qkv_bias, o_bias: whether the projections have biases.
+        norm_eps: of an RMSNorm over each query and key head; None: there is none.
+        sliding_window: how many positions back, its own included, a token sees; None: all of them.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, heads: HeadLayout
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        heads: HeadLayout,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        norm_eps: float | None = None,
+        sliding_window: int | None = None,
     ) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.scale = head_dim**-0.5
+        self.scale, self.sliding_window = head_dim**-0.5, sliding_window
         q_rows, k_rows = heads.rows(heads.query, head_dim), heads.rows(heads.kv, head_dim)
         v_rows, o_cols = heads.rows(heads.kv, value_dim), heads.rows(heads.query, value_dim)
-        self.q_proj = Linear((num_heads * head_dim, hidden_size), COLUMN, rows=q_rows)
-        self.k_proj = Linear((num_kv_heads * head_dim, hidden_size), COLUMN, rows=k_rows)
-        self.v_proj = Linear((num_kv_heads * value_dim, hidden_size), COLUMN, rows=v_rows)
-        self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols)
+        self.q_proj = Linear((num_heads * head_dim, hidden_size), COLUMN, rows=q_rows, bias=qkv_bias)
+        self.k_proj = Linear((num_kv_heads * head_dim, hidden_size), COLUMN, rows=k_rows, bias=qkv_bias)
+        self.v_proj = Linear((num_kv_heads * value_dim, hidden_size), COLUMN, rows=v_rows, bias=qkv_bias)
+        self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols, bias=o_bias)
+        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
     def __call__(
         self,
@@ -54,9 +71,10 @@ class Attention(nnx.Module):
         Returns:
             The output `[batch, time, hidden]` and the cache with the new keys and values in it.
         """
-        q = rotate(_heads(self.q_proj(x), self.head_dim), *rope)
-        k = rotate(_heads(self.k_proj(x), self.head_dim), *rope)
-        v = _heads(self.v_proj(x), self.value_dim)
+        q, k = _heads(self.q_proj(x), self.head_dim), _heads(self.k_proj(x), self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q, *rope), rotate(k, *rope), _heads(self.v_proj(x), self.value_dim)
 
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
@@ -65,8 +83,8 @@ class Attention(nnx.Module):
             keys, values = lax.optimization_barrier(
                 (write(keys, k, positions[:, 0]), write(values, v, positions[:, 0]))
             )
-            y = dot_product_attention(q * self.scale, keys[:, :, :window], values[:, :, :window], positions)
-            return y, keys, values
+            seen = keys[:, :, :window], values[:, :, :window]
+            return dot_product_attention(q * self.scale, *seen, positions, self.sliding_window), keys, values
 
         specs = (HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec())
         y, *cache = local(attend, specs, (HEADS, CACHE, CACHE))(q, k, v, *cache, positions)
@@ -77,13 +95,16 @@ def _heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
-def dot_product_attention(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+def dot_product_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, sliding_window: int | None
+) -> jax.Array:
     """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
 
     Args:
         q: `[batch, time, heads, head_dim]`, the queries of one key/value head together.
         keys, values: `[batch, kv_heads, positions, dim]`.
         positions: `[batch, time]`, that of each query.
+        sliding_window: see `Attention`.
 
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
@@ -98,7 +119,8 @@ def dot_product_attention(q: jax.Array, keys: jax.Array, values: jax.Array, posi
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
     )
-    visible = jnp.arange(length) <= positions[:, None, None, :, None]  # [batch, 1, 1, time, length]
+    back = positions[:, None, None, :, None] - jnp.arange(length)  # [batch, 1, 1, time, length]
+    visible = back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
     scores = scores.reshape(batch, kv_heads, -1, time, length)
     scores = jnp.where(visible, scores, -jnp.inf).reshape(batch, kv_heads, -1, length)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

@@ -16,12 +16,14 @@ class KVCache:
     """Keys and values of every layer, each `[batch, kv_heads, capacity, head_dim]`, cut over heads.
 
     `lengths[batch]` is the number of positions that hold a token. Positions from there on are never attended to, so
-    they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite.
+    they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite. `limits[batch]` is the
+    length that each sequence may grow to, which decides about rotary frequencies (`Rope`).
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
+    limits: jax.Array
 
     @classmethod
     def zeros(
@@ -32,15 +34,15 @@ class KVCache:
         def make() -> Self:
             keys = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, dim, _ in shapes)
             values = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, _, dim in shapes)
-            return cls(keys, values, jnp.zeros((batch,), jnp.int32))
+            return cls(keys, values, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
         return jax.jit(make, out_shardings=cls.shardings(len(shapes), mesh))()
 
     @classmethod
     def shardings(cls, layers: int, mesh: Mesh) -> Self:
         """The same tree with the sharding of every array."""
-        heads = (NamedSharding(mesh, CACHE),) * layers
-        return cls(heads, heads, NamedSharding(mesh, PartitionSpec()))
+        heads, whole = (NamedSharding(mesh, CACHE),) * layers, NamedSharding(mesh, PartitionSpec())
+        return cls(heads, heads, whole, whole)
 
     @property
     def capacity(self) -> int:

@@ -19,6 +19,7 @@ class Linear(nnx.Module):
         spec: COLUMN, ROW or REPLICATED.
         rows, cols: arrangement of the matrix, see `Declaration`.
         bias: whether there is one. That of a ROW layer is added once, after the reduce.
+        keep: whether the matrix stays in the checkpoint's format, see `Declaration`.
     """
 
     def __init__(
@@ -29,13 +30,15 @@ class Linear(nnx.Module):
         rows: np.ndarray | None = None,
         cols: np.ndarray | None = None,
         bias: bool = False,
+        keep: bool = False,
     ) -> None:
         self.spec = spec
-        self.weight = declare(shape, spec, rows, cols)
+        self.weight = declare(shape, spec, rows, cols, keep)
         self.bias = declare(shape[:1], PartitionSpec(spec[0]), rows) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = parallel.linear(x, self.weight.get_value(), self.spec)
+    def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """`x[..., in]` -> `[..., out]` in `dtype`, x's by default."""
+        y = parallel.linear(x, self.weight.get_value(), self.spec, dtype)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 

@@ -2,22 +2,51 @@
 
 Checkpoints that pair neighbours (2i, 2i + 1) have the rows of their q and k matrices reordered while they are read
 (`half_split_rows`). That changes nothing in q . k, works on packed rows, and spares every step a strided shuffle.
+
+The ways to stretch a model beyond the context it was trained on only change frequencies, once, before anything runs:
+`linear`, `llama3`, `yarn` and `divided` (by factors that the checkpoint brings) are functions from frequencies to
+frequencies, as in transformers' `modeling_rope_utils.py`.
 """
+
+import math
+from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
-    """`theta ** (-2i / rotary_dim)` as float32 `[rotary_dim / 2]` (Su et al., 2021)."""
-    return (theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
+@dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies, float32 `[rotary_dim / 2]`, and what cosine and sine are multiplied by.
 
+    A sequence that may grow beyond `short_context` positions uses `long` instead, from its first token on.
+    """
 
-def angles(positions: jax.Array, inv_freq: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 `[batch, time, 1, rotary_dim / 2]`, of `positions[batch, time]`."""
-    angle = positions[..., None, None].astype(jnp.float32) * inv_freq
-    return jnp.cos(angle), jnp.sin(angle)
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+    long: Self | None = None
+    short_context: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.inv_freq)
+
+    def angles(self, positions: jax.Array, limits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine, float32 `[batch, time, 1, rotary_dim / 2]`.
+
+        Args:
+            positions: int32 `[batch, time]`.
+            limits: int32 `[batch]`, the length that each sequence may grow to.
+        """
+        inv_freq, scale = jnp.asarray(self.inv_freq, jnp.float32), jnp.float32(self.scale)
+        if self.long is not None:
+            grows = (limits > self.short_context)[:, None, None, None]
+            inv_freq = jnp.where(grows, jnp.asarray(self.long.inv_freq, jnp.float32), inv_freq)
+            scale = jnp.where(grows, jnp.float32(self.long.scale), scale)
+        angle = positions[..., None, None].astype(jnp.float32) * inv_freq
+        return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -33,3 +62,62 @@ def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     """Where, in a q or k matrix with neighbours paired, each row of the half-split order is found."""
     within = np.concatenate([np.arange(0, rotary_dim, 2), np.arange(1, rotary_dim, 2), np.arange(rotary_dim, head_dim)])
     return (np.arange(heads)[:, None] * head_dim + within).reshape(-1)
+
+
+def frequencies(rotary_dim: int, theta: float) -> np.ndarray:
+    """`theta ** (-2i / rotary_dim)`, float64 `[rotary_dim / 2]` (Su et al., 2021)."""
+    return theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def divided(inv_freq: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
+    """Frequencies divided by a factor each (`rope_freqs` of GGUF files, LongRoPE), or all by one (linear scaling)."""
+    return inv_freq / np.asarray(factors, np.float64)
+
+
+def llama3(inv_freq: np.ndarray, factor: float, low: float, high: float, original_context: int) -> np.ndarray:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, those between interpolated.
+
+    Args:
+        low, high: how many turns over the original context make a wavelength long, or short.
+    """
+    turns = original_context * inv_freq / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def yarn(
+    inv_freq: np.ndarray,
+    factor: float,
+    theta: float,
+    original_context: int,
+    beta_fast: float = 32,
+    beta_slow: float = 1,
+    truncate: bool = True,
+) -> np.ndarray:
+    """YaRN (Peng et al., 2023): frequencies that turn often are kept, rare ones divided by `factor`, a ramp between.
+
+    Args:
+        beta_fast, beta_slow: turns over the original context at which the ramp begins and ends.
+        truncate: whether the ends of the ramp are rounded to whole dimensions.
+    """
+    dim = 2 * len(inv_freq)
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return inv_freq * (1 - ramp) + inv_freq / factor * ramp
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature: `0.1 * mscale * ln(factor) + 1` for factors above 1."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def longrope_scale(factor: float, original_context: int) -> float:
+    """LongRoPE's temperature (Ding et al., 2024), for a context longer by `factor` than the original."""
+    return math.sqrt(1 + math.log(factor) / math.log(original_context)) if factor > 1 else 1.0

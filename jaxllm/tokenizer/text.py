@@ -1,6 +1,7 @@
 """A tokenizer with what generation needs around it: special ids, the chat template, decoding piece by piece."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Self
 
 import tokenizers
@@ -57,6 +58,30 @@ class Tokenizer:
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
+    @classmethod
+    def from_directory(cls, folder: Path, config: Mapping[str, object], eos: int | list[int] | None) -> Self:
+        """The tokenizer of a Hugging Face directory: tokenizer.json, and what tokenizer_config.json says of it.
+
+        Args:
+            eos: `eos_token_id` of generation_config.json or config.json.
+
+        Raises:
+            InputError: tokenizer.json or the chat template cannot be read.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            raise InputError(f"tokenizer.json: {str(error).splitlines()[0]}") from error
+
+        def token(name: str) -> int | None:
+            text = config.get(name)
+            text = text.get("content") if isinstance(text, Mapping) else text
+            return None if text is None else backend.token_to_id(text)
+
+        ids = {token("eos_token"), *(eos if isinstance(eos, list) else [eos])} - {None}
+        # What comes before a text is the business of tokenizer.json's own post-processor.
+        return cls(backend, token("bos_token"), frozenset(ids), add_bos=False, chat_template=_template(folder, config))
+
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
@@ -66,10 +91,7 @@ class Tokenizer:
 
         A chat template may have written BOS already; it is not put twice.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        if self._add_bos and ids[:1] != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return ids
+        return self._with_bos(self.backend.encode(text).ids)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Ids of a conversation, up to where the model has to answer.
@@ -79,7 +101,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
-        return self.encode(self.chat_template.render(messages))
+        text = self.chat_template.render(messages)  # it writes what has to come first, as far as it knows
+        return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -87,6 +110,9 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return [self.bos_id, *ids] if self._add_bos and ids[:1] != [self.bos_id] else ids
 
     def _text(self, token: int | None) -> str:
         return "" if token is None else self.backend.id_to_token(token) or ""
@@ -103,6 +129,18 @@ class Tokenizer:
         ids = self.backend.encode(after.strip(), add_special_tokens=False).ids if found else []
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         return frozenset(ids[:1]) & special
+
+
+def _template(folder: Path, config: Mapping[str, object]) -> str | None:
+    """The chat template: a file of its own, or an entry of tokenizer_config.json, which may be a list of named ones."""
+    for name in ("chat_template.jinja", "chat_template.jinja2"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default", next(iter(named.values()), None))
+    return template
 
 
 class TextStream:

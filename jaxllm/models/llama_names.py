@@ -1,0 +1,111 @@
+"""What the tensors of the Llama family are called in GGUF files and in Hugging Face checkpoints."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxllm.checkpoint.rules import Rule
+from jaxllm.layers.rope import half_split_rows
+from jaxllm.models.llama_config import LlamaConfig
+
+Rows = Callable[[LlamaConfig, re.Match], np.ndarray]
+
+
+def _attention_rows(part: str, fused: bool, half_split: bool = False) -> Rows:
+    """Rows of q, k or v: a part of a fused tensor, and brought to the half-split order where neighbours are paired."""
+
+    def rows(config: LlamaConfig, m: re.Match) -> np.ndarray:
+        layer = config.layers[int(m[1])]
+        heads = {"q": layer.num_attention_heads, "k": layer.num_key_value_heads, "v": layer.num_key_value_heads}
+        sizes = {p: n * (config.v_head_dim if p == "v" else config.head_dim) for p, n in heads.items()}
+        index = np.arange(sizes[part])
+        if half_split and part != "v":
+            index = half_split_rows(heads[part], config.head_dim, config.rope.rotary_dim)
+        before = {"q": 0, "k": sizes["q"], "v": sizes["q"] + sizes["k"]}[part]
+        return index + before if fused else index
+
+    return rows
+
+
+def _half(which: int, expert: bool = False) -> Rows:
+    """The gate (0) or up (1) half of a fused tensor's rows."""
+
+    def rows(config: LlamaConfig, m: re.Match) -> np.ndarray:
+        size = config.moe.moe_intermediate_size if expert else config.layers[int(m[1])].intermediate_size
+        return np.arange(size) + which * size
+
+    return rows
+
+
+_A, _L = r"layers.\1.self_attn.", r"layers.\1."
+_G = r"blk\.(\d+)\."
+
+_GGUF = [
+    Rule(r"token_embd\.weight", "embed_tokens.weight"),
+    Rule(r"output_norm\.weight", "norm.weight"),
+    Rule(r"output\.weight", "lm_head.weight"),
+    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    Rule(_G + r"attn_v\.(weight|bias)", _A + r"v_proj.\2"),
+    Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
+    Rule(_G + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight"),
+    Rule(_G + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
+    Rule(_G + r"ffn_gate_inp\.weight", _L + "mlp.gate.weight"),
+    Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _L + r"mlp.experts.\2_proj"),
+    Rule(_G + r"ffn_gate_up_exps\.weight", _L + "mlp.experts.gate_proj", _half(0, expert=True)),
+    Rule(_G + r"ffn_gate_up_exps\.weight", _L + "mlp.experts.up_proj", _half(1, expert=True)),
+    Rule(_G + r"ffn_(gate|up|down)\.(?P<expert>\d+)\.weight", _L + r"mlp.experts.\2_proj"),
+    Rule(_G + r"ffn_(gate|up|down)_shexp\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
+    Rule(_G + r"ffn_gate_inp_shexp\.weight", _L + "mlp.shared_expert_gate.weight"),
+]
+_GGUF_MLP = [Rule(_G + r"ffn_(gate|up|down)\.(weight|bias)", _L + r"mlp.\2_proj.\3")]
+_GGUF_FUSED = [
+    *(Rule(_G + r"attn_qkv\.(weight|bias)", _A + rf"{p}_proj.\2", _attention_rows(p, True)) for p in "qkv"),
+    Rule(_G + r"ffn_up\.weight", _L + "mlp.gate_proj.weight", _half(0)),
+    Rule(_G + r"ffn_up\.weight", _L + "mlp.up_proj.weight", _half(1)),
+    Rule(_G + r"ffn_down\.weight", _L + "mlp.down_proj.weight"),
+]
+# Read with the configuration: they change rotary frequencies.
+GGUF_IGNORED = [r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd"]
+
+
+def _gguf_qk(paired: bool) -> list[Rule]:
+    return [
+        Rule(_G + rf"attn_{p}\.(weight|bias)", _A + rf"{p}_proj.\2", _attention_rows(p, False, paired)) for p in "qk"
+    ]
+
+
+def gguf_rules(config: LlamaConfig) -> list[Rule]:
+    """Files of architecture `llama` pair neighbours in q and k; those of `phi3` fuse matrices."""
+    if config.model_type == "phi3":
+        return [*_GGUF, *_GGUF_FUSED]
+    return [*_GGUF, *_gguf_qk(paired=config.model_type == "llama"), *_GGUF_MLP]
+
+
+_M = r"model\.layers\.(\d+)\."
+_SPARSE = _M + r"(?:mlp|block_sparse_moe)\."
+
+HF_RULES = [
+    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
+    Rule(r"model\.norm\.weight", "norm.weight"),
+    Rule(r"lm_head\.weight", "lm_head.weight"),
+    Rule(_M + r"(input_layernorm|post_attention_layernorm)\.weight", _L + r"\2.weight"),
+    Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
+    Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
+    *(Rule(_M + r"self_attn\.qkv_proj\.weight", _A + f"{p}_proj.weight", _attention_rows(p, True)) for p in "qkv"),
+    Rule(_M + r"mlp\.(gate|up|down)_proj\.(weight|bias)", _L + r"mlp.\2_proj.\3"),
+    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.gate_proj.weight", _half(0)),
+    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.up_proj.weight", _half(1)),
+    Rule(_SPARSE + r"gate\.weight", _L + "mlp.gate.weight"),
+    Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
+    Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w1\.weight", _L + "mlp.experts.gate_proj"),
+    Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w3\.weight", _L + "mlp.experts.up_proj"),
+    Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w2\.weight", _L + "mlp.experts.down_proj"),
+    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.gate_proj", _half(0, expert=True), either_way=True),
+    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.up_proj", _half(1, expert=True), either_way=True),
+    Rule(_SPARSE + r"experts\.down_proj", _L + "mlp.experts.down_proj", either_way=True),
+    Rule(_M + r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
+    Rule(_M + r"mlp\.shared_expert_gate\.weight", _L + "mlp.shared_expert_gate.weight"),
+]
+# Buffers that older checkpoints hold; frequencies are computed from the configuration.
+HF_IGNORED = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"]

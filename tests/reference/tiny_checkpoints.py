@@ -1,0 +1,393 @@
+"""Writes tests/golden/checkpoints: tiny random Hugging Face models, and what transformers computes with them.
+
+Run with a Python that has torch, transformers and safetensors (README.md beside the checkpoints names the versions).
+Without arguments the directories and the README are written anew; with --check nothing is written, and every
+directory is loaded again and compared with its golden.npz.
+
+Each directory is what `save_pretrained` writes, plus golden.npz:
+
+    tokens  int32   [2, T]     random prompts
+    logits  float32 [2, T, V]  of the float32 model
+    greedy  int32   [12]       what `generate` appends to the first prompt
+    tokens_short, logits_short (phi3_longrope only): prompts within the original context, where other factors hold
+
+and for some cases config_old.json, the same config as transformers 4 spelled it.
+
+The weights are not those of transformers' own initialisation, whose logits are almost flat: linear layers keep the
+variance of their input, norms are uniform in 0.5..1.5, biases are large, so that a forgotten one shows. Goldens come
+from transformers' eager attention and experts; --check uses other implementations, so that two have to agree.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1] / "golden" / "checkpoints"
+LENGTH, NEW = 24, 12
+BOS, EOS = 1, 2
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3,  # large enough that a wrong one shows
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+
+
+def rope(theta: float = 1000.0, kind: str = "default", **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint. `old` is written into config_old.json over the old spelling, `old_drops` left out of it."""
+
+    what: str
+    config: transformers.PreTrainedConfig
+    seed: int
+    dtype: torch.dtype = torch.float32
+    shards: int = 1
+    short: int = 0
+    old: dict[str, Any] | None = None
+    old_drops: tuple[str, ...] = ()
+
+
+def cases() -> dict[str, Case]:
+    llama = {**SMALL, "head_dim": 16}
+    odd = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 80}
+    fused = {**SMALL, "hidden_size": 48, "intermediate_size": 40}  # head_dim 12
+    moe = {**SMALL, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0]}
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 1024}
+    window = {"sliding_window": 8}
+    t = transformers
+    return {
+        "llama": Case("grouped queries, untied, head_dim != hidden_size / heads", t.LlamaConfig(**llama, **rope()), 3),
+        "llama3_rope": Case(
+            "rope_type llama3: one frequency kept, two blended, five divided",
+            t.LlamaConfig(**{**llama, "max_position_embeddings": 512}, **rope(10000.0, "llama3", **llama3)),
+            3,
+            old={},
+        ),
+        "llama_bias": Case(
+            "attention_bias (q, k, v and o), mlp_bias, tied embeddings",
+            t.LlamaConfig(**llama, **rope(), attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+            18,
+        ),
+        "llama_linear": Case(
+            'rope_type linear (old spelling: "type")',
+            t.LlamaConfig(**{**llama, "max_position_embeddings": 256}, **rope(1000.0, "linear", factor=4.0)),
+            7,
+            old={"rope_scaling": {"type": "linear", "factor": 4.0}},
+        ),
+        "llama_yarn": Case(
+            "rope_type yarn with the default betas and attention factor",
+            t.LlamaConfig(**{**llama, "max_position_embeddings": 4096}, **rope(100.0, "yarn", **yarn)),
+            8,
+        ),
+        "odd": Case(
+            "llama with 6 heads, 2 KV heads, intermediate_size 80; bfloat16 in 3 files with an index",
+            t.LlamaConfig(**{**SMALL, **odd}, **rope()),
+            8,
+            torch.bfloat16,
+            shards=3,
+            old={},
+            old_drops=("head_dim",),
+        ),
+        "mistral": Case(
+            "sliding window of 8 in every layer",
+            t.MistralConfig(**llama, **window, **rope()),
+            9,
+        ),
+        "qwen2": Case(
+            "biases on q, k, v only; tied; config_old.json names a window that use_sliding_window turns off",
+            t.Qwen2Config(**SMALL, **rope(), tie_word_embeddings=True),
+            13,
+            old={"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+            old_drops=("layer_types",),
+        ),
+        "qwen2_window": Case(
+            "layer 0 full, layer 1 with a window of 8: layer_types, in config_old.json only max_window_layers",
+            t.Qwen2Config(**SMALL, **rope(), **window, use_sliding_window=True, max_window_layers=1),
+            9,
+            old={},
+            old_drops=("layer_types",),
+        ),
+        "qwen3": Case("norms on q and k, head_dim != hidden_size / heads", t.Qwen3Config(**llama, **rope()), 13),
+        "phi3": Case(
+            "fused qkv_proj and gate_up_proj, half of each head rotated",
+            t.Phi3Config(**fused, **rope(partial_rotary_factor=0.5), partial_rotary_factor=0.5),
+            11,
+        ),
+        "phi3_longrope": Case(
+            "rope_type longrope, original context 16: long factors for tokens, short ones for tokens_short",
+            t.Phi3Config(**fused, **rope(1000.0, "longrope", **factors), original_max_position_embeddings=16),
+            12,
+            short=12,
+            old={"rope_scaling": {"type": "longrope", **factors}},
+        ),
+        "mixtral": Case(
+            "4 experts, 2 used, weights renormalised; one tensor an expert (w1, w3, w2)",
+            t.MixtralConfig(**{**SMALL, "intermediate_size": 24}, **rope(), num_local_experts=4, num_experts_per_tok=2),
+            13,
+        ),
+        "qwen3_moe": Case(
+            "8 experts, 2 used, norm_topk_prob; of 4 layers only layer 1 is sparse (decoder_sparse_step 2, "
+            "mlp_only_layers [3]); num_local_experts, in config_old.json num_experts",
+            t.Qwen3MoeConfig(
+                **{**moe, "num_hidden_layers": 4, "intermediate_size": 32, "moe_intermediate_size": 16},
+                **rope(),
+                head_dim=8,
+                num_experts=8,
+                decoder_sparse_step=2,
+                mlp_only_layers=[3],
+                norm_topk_prob=True,
+            ),
+            18,
+            old={"num_experts": 8},
+            old_drops=("num_local_experts",),
+        ),
+        "qwen3_moe_b": Case(
+            "4 experts, 2 used, weights not renormalised; head_dim != hidden_size / heads",
+            t.Qwen3MoeConfig(**moe, **rope(), head_dim=16, num_experts=4, norm_topk_prob=False),
+            26,
+        ),
+        "qwen2_moe": Case(
+            "4 experts, 2 used, not renormalised; a shared expert with a gate; biases on q, k, v",
+            t.Qwen2MoeConfig(**moe, **rope(), num_experts=4, shared_expert_intermediate_size=40, norm_topk_prob=False),
+            27,
+        ),
+    }
+
+
+# Other layouts of mixtral's experts, made from its tensors; the golden is a copy.
+RELAYOUTS = {
+    "mixtral_stacked": "mixtral as transformers 5 holds it: experts.gate_up_proj [E, 2I, H], down_proj [E, H, I]",
+    "mixtral_transposed": "mixtral with experts.gate_up_proj [E, H, 2I], down_proj [E, I, H]",
+}
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Gives every parameter a value that matters; see the module docstring."""
+    gen = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                p.uniform_(0.5, 1.5, generator=gen)
+            elif p.ndim == 1:
+                p.normal_(0.0, 0.5, generator=gen)
+            elif "embed_tokens" in name:
+                p.normal_(0.0, 0.3, generator=gen)
+            else:  # [..., out, in]
+                gain = 1.5 if re.search("q_proj|k_proj|qkv_proj|lm_head", name) else 1.0
+                p.normal_(0.0, gain * p.shape[-1] ** -0.5, generator=gen)
+
+
+def load(path: Path, config_file: str, **more: Any) -> torch.nn.Module:
+    """The model in float32, every tensor of the file used and none missing."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        config=transformers.AutoConfig.from_pretrained(path / config_file),
+        dtype=torch.float32,
+        output_loading_info=True,
+        **more,
+    )
+    bad = {k: v for k, v in info.items() if v}
+    if bad:
+        raise ValueError(f"{path.name}: {bad}")
+    return model.eval()
+
+
+def forward(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [2, T, V]."""
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def generate(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The NEW tokens that greedy decoding appends to the first row."""
+    row = tokens[:1]
+    out = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=NEW, do_sample=False)
+    return out[0, row.shape[1] :]
+
+
+def narrowest_routing(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Least difference between the last chosen and the first refused expert's probability."""
+    k = model.config.num_experts_per_tok
+    with torch.no_grad():
+        routers = model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
+    best = torch.cat(routers).softmax(-1).sort(descending=True).values
+    return (best[:, k - 1] - best[:, k]).min().item()
+
+
+def golden(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
+    """Prompts and results, refused where rounding could change a token or an expert."""
+    gen = torch.Generator().manual_seed(1000 + case.seed)
+    tokens = torch.randint(EOS + 1, case.config.vocab_size, (2, LENGTH), generator=gen)
+    greedy = generate(model, tokens)
+    whole = torch.cat([tokens[:1], greedy[None]], 1)
+    best = forward(model, whole)[0, LENGTH - 1 : -1].topk(2)
+    assert len(greedy) == NEW and greedy.min() > EOS, "a special token: choose another seed"
+    assert len(set(greedy.tolist())) > 5, "a dull continuation: choose another seed"
+    assert torch.equal(best.indices[:, 0], greedy)
+    assert (best.values[:, 0] - best.values[:, 1]).min() > 0.01, "a near tie of tokens: choose another seed"
+    if hasattr(model.config, "num_experts_per_tok"):
+        margin = min(narrowest_routing(model, tokens), narrowest_routing(model, whole))
+        assert margin > 1e-3, "a near tie of experts: choose another seed"
+    out = {"tokens": tokens.int(), "logits": forward(model, tokens), "greedy": greedy.int()}
+    if case.short:
+        out |= {"tokens_short": tokens[:, : case.short].int(), "logits_short": forward(model, tokens[:, : case.short])}
+    return {k: v.numpy() for k, v in out.items()}
+
+
+def old_spelling(config: dict[str, Any], case: Case) -> dict[str, Any]:
+    """config.json as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype."""
+    config = {k: v for k, v in config.items() if k not in ("transformers_version", *case.old_drops)}
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    config["torch_dtype"] = config.pop("dtype")
+    return dict(sorted((config | case.old).items()))
+
+
+def make(name: str, case: Case) -> None:
+    path = ROOT / name
+    model = transformers.AutoModelForCausalLM.from_config(case.config, dtype=torch.float32)
+    randomize(model, case.seed)
+    model.to(case.dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path, max_shard_size=int(size / case.shards * 1.1))
+    assert len(list(path.glob("*.safetensors"))) == case.shards
+    # Not from `model`: to(bfloat16) has rounded its RoPE frequencies as well.
+    model = load(path, "config.json", attn_implementation="eager", experts_implementation="eager")
+    np.savez_compressed(path / "golden.npz", **golden(model, case))
+    if case.old is not None:
+        config = old_spelling(json.loads((path / "config.json").read_text()), case)
+        (path / "config_old.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stack_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Mixtral's `block_sparse_moe.experts.{e}.{w1,w3,w2}.weight` as `mlp.experts.{gate_up,down}_proj`."""
+    out = {}
+    layers: dict[str, dict[tuple[int, str], np.ndarray]] = {}
+    for name, x in tensors.items():
+        if found := re.fullmatch(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name):
+            layer, expert, part = found.groups()
+            layers.setdefault(layer, {})[int(expert), part] = x
+        else:
+            out[name.replace(".block_sparse_moe.", ".mlp.")] = x
+    for layer, w in layers.items():
+        experts = range(1 + max(e for e, _ in w))
+        gate_up = [np.concatenate([w[e, "w1"], w[e, "w3"]]) for e in experts]
+        out[f"{layer}.mlp.experts.gate_up_proj"] = np.stack(gate_up)  # [E, 2I, H]
+        out[f"{layer}.mlp.experts.down_proj"] = np.stack([w[e, "w2"] for e in experts])  # [E, H, I]
+    return out
+
+
+def transpose_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Swaps the last two axes of stacked experts; its own inverse."""
+    return {k: np.ascontiguousarray(x.swapaxes(1, 2)) if ".experts." in k else x for k, x in tensors.items()}
+
+
+def rewrite(source: Path, to: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    """A copy of a directory, its tensors changed."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(source, to)
+    save_file(change(load_file(source / "model.safetensors")), to / "model.safetensors", metadata={"format": "pt"})
+
+
+def directory_size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.iterdir())
+
+
+def write_readme(all_cases: dict[str, Case]) -> None:
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors", "numpy"))
+    rows = [(name, case.what) for name, case in all_cases.items()] + list(RELAYOUTS.items())
+    lines = [
+        "# Tiny random checkpoints",
+        "",
+        "Written by `tests/reference/tiny_checkpoints.py`, which describes golden.npz and config_old.json.",
+        f"Made with Python {platform.python_version()}, {packages}.",
+        "With `--check` it compares every directory with its golden. The weights are random: nothing here comes from a",
+        "published model. Do not edit by hand.",
+        "",
+        "| directory | KB | what is special |",
+        "|---|---|---|",
+        *(f"| {name} | {directory_size(ROOT / name) / 1024:.0f} | {what} |" for name, what in rows),
+    ]
+    (ROOT / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def differences(path: Path, config_file: str, gold: dict[str, np.ndarray]) -> Iterator[str]:
+    """What differs from the golden arrays by more than rounding."""
+    model = load(path, config_file, attn_implementation="sdpa", experts_implementation="batched_mm")
+    for suffix in ("", "_short"):
+        if f"tokens{suffix}" in gold:
+            logits = forward(model, torch.tensor(gold[f"tokens{suffix}"]).long()).numpy()
+            worst = np.abs(logits - gold[f"logits{suffix}"]).max()
+            if not worst < 1e-4:
+                yield f"logits{suffix} differ by {worst:.2g}"
+    if not np.array_equal(generate(model, torch.tensor(gold["tokens"]).long()).numpy(), gold["greedy"]):
+        yield "greedy tokens differ"
+
+
+def check() -> int:
+    """Prints a line for each config of each directory; the number that differ."""
+    failures = 0
+    names = [*cases(), *RELAYOUTS]
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            path = ROOT / name
+            with np.load(path / "golden.npz") as z:
+                gold = dict(z)
+            if name == "mixtral_transposed":  # transformers does not read this layout
+                rewrite(path, Path(temporary) / name, transpose_experts)
+                path = Path(temporary) / name
+            for config in sorted(path.glob("config*.json")):
+                found = list(differences(path, config.name, gold))
+                failures += bool(found)
+                print(f"{name}/{config.name}: {'; '.join(found) or 'ok'} (logits std {gold['logits'].std():.2f})")
+    return failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; compare what is there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    if args.check:
+        sys.exit(1 if check() else 0)
+    all_cases = cases()
+    for name, case in all_cases.items():
+        print(name)
+        make(name, case)
+    rewrite(ROOT / "mixtral", ROOT / "mixtral_stacked", stack_experts)
+    rewrite(ROOT / "mixtral_stacked", ROOT / "mixtral_transposed", transpose_experts)
+    write_readme(all_cases)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""GGUF files of every architecture, with the logits and tokens that transformers gives for the same weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_to_gguf import convert
+
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+
+# name -> how the file is written
+FILES = {
+    "llama": {"per_layer": True},
+    "llama3_rope": {},
+    "llama_bias": {},
+    "llama_linear": {},
+    "llama_yarn": {},
+    "mistral": {},
+    "mixtral": {},
+    "mixtral, experts one by one": {"merged_experts": False},
+    "qwen2": {},
+    "qwen2_moe": {},
+    "qwen3": {},
+    "qwen3_moe_b": {},
+    "phi3": {},
+    "phi3_longrope": {},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    for name, options in FILES.items():
+        convert(CHECKPOINTS / name.split(",")[0], folder / f"{name}.gguf", **options)
+    return folder
+
+
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=2,ep=4"])
+@pytest.mark.parametrize("name", FILES)
+def test_logits_and_tokens_are_those_of_transformers(load_once, files, name, mesh):
+    golden = np.load(CHECKPOINTS / name.split(",")[0] / "golden.npz")
+    model = load_once(files / f"{name}.gguf", mesh=mesh, dtype="float32")
+    np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
+    assert model.generate(golden["tokens"][0].tolist(), 12).tokens == golden["greedy"].tolist()
+
+
+def test_short_sequences_of_a_long_context_model_use_its_short_factors(load_once, files):
+    golden = np.load(CHECKPOINTS / "phi3_longrope" / "golden.npz")
+    model = load_once(files / "phi3_longrope.gguf", mesh="tp=1", dtype="float32")
+    np.testing.assert_allclose(model.logits(golden["tokens_short"]), golden["logits_short"], atol=1e-3)

@@ -1,0 +1,40 @@
+"""Hugging Face directories against transformers' own logits and tokens, on every kind of mesh."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
+MESHES = [("tp=1", NAMES), ("tp=2", NAMES), ("tp=8", NAMES), ("ep=4", SPARSE), ("tp=2,ep=2", SPARSE)]
+
+
+def golden(name):
+    return np.load(CHECKPOINTS / name / "golden.npz")
+
+
+@pytest.mark.parametrize(("name", "mesh"), [(name, mesh) for mesh, names in MESHES for name in names])
+def test_logits_are_those_of_transformers(load_once, name, mesh):
+    expected = golden(name)
+    got = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32").logits(expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_those_of_transformers(load_once, name):
+    expected = golden(name)
+    model = load_once(CHECKPOINTS / name, mesh="tp=2", dtype="float32")
+    prompts = [expected["tokens"][0].tolist(), expected["tokens"][1, :5].tolist()]
+    assert model.generate(prompts, 12)[0].tokens == expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if (CHECKPOINTS / n / "config_old.json").exists()])
+def test_the_older_spelling_of_a_config_means_the_same(load_once, name, tmp_path):
+    shutil.copytree(CHECKPOINTS / name, tmp_path / name)
+    shutil.copy(CHECKPOINTS / name / "config_old.json", tmp_path / name / "config.json")
+    expected = golden(name)
+    got = load_once(tmp_path / name, dtype="float32").logits(expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], atol=1e-3)
