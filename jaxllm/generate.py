@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quantize", metavar="TYPE", help="encode every matrix while loading, for example q4_k")
     p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
     p.add_argument("--weights", choices=WEIGHTS, help="hold matrices packed, or as a decoded copy (CPU: a copy)")
+    p.add_argument("--gqa", type=int, default=1, metavar="N", help="query heads to a key head, for files before GGUF")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="positions of the context (the model's own)")
 
     p.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, and nothing else there")
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:
         run(parser().parse_args(argv))
     except InputError as error:
@@ -84,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         weights=args.weights,
         max_seq_len=args.max_seq_len,
+        gqa=args.gqa,
     )
     raw = args.raw or model.tokenizer is None or model.tokenizer.chat_template is None
     options = {

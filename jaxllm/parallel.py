@@ -79,6 +79,11 @@ def local(f: Callable, in_specs: object, out_specs: object, check_vma: bool = Tr
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
+def local_specs(weight: Weight, spec: PartitionSpec) -> Weight:
+    """How each leaf of a weight is cut, for `local`."""
+    return weight.shard_specs(spec, jax.sharding.get_abstract_mesh())
+
+
 def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> `[..., out]` in `dtype` (x's by default), for a weight cut by `spec`.
 
@@ -94,7 +99,7 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
             y = jax.lax.psum(y, in_axis)
         return y.astype(dtype or x.dtype)
 
-    specs = weight.shard_specs(spec, jax.sharding.get_abstract_mesh())
+    specs = local_specs(weight, spec)
     return local(shard, (PartitionSpec(*lead, in_axis), specs), PartitionSpec(*lead, out_axis))(x, weight)
 
 
@@ -112,7 +117,7 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
         rows = weight.take(jnp.clip(here, 0, held - 1)).dequantize(dtype)
         return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), dtype)), TP)
 
-    specs = weight.shard_specs(COLUMN, jax.sharding.get_abstract_mesh())
+    specs = local_specs(weight, COLUMN)
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
 
 
@@ -126,10 +131,7 @@ class Gated:
     down: Weight
 
     def specs(self, column: PartitionSpec, row: PartitionSpec) -> "Gated":
-        mesh = jax.sharding.get_abstract_mesh()
-        return Gated(
-            self.gate.shard_specs(column, mesh), self.up.shard_specs(column, mesh), self.down.shard_specs(row, mesh)
-        )
+        return Gated(local_specs(self.gate, column), local_specs(self.up, column), local_specs(self.down, row))
 
 
 def experts(
@@ -147,7 +149,8 @@ def experts(
         x: `[tokens, hidden]`.
         scores, chosen: `[tokens, k]`, expert numbers being int32.
         stack: cut by EXPERT_COLUMN and EXPERT_ROW.
-        shared: a block cut by SHARED_COLUMN and SHARED_ROW that every token goes through, and its scores `[tokens, 1]`.
+        shared: a block cut by SHARED_COLUMN and SHARED_ROW that every token goes through, and its scores, `[tokens, 1]`
+            or `[]`.
 
     Returns:
         `[tokens, hidden]` in x's dtype.

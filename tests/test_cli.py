@@ -85,7 +85,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 ERRORS = {
     "missing file": (["--prompt", "x"], "no such file", "/no/such.gguf"),
-    "a directory": (["--prompt", "x"], "not a file", "."),
+    "an empty directory": (["--prompt", "x"], "tests/config.json: No such file", str(Path(__file__).parent)),
     "not a GGUF file": (["--prompt", "x"], "not a GGUF file", __file__),
     "no prompt": ([], "one of the arguments --prompt --input-file --interactive is required", "demo"),
     "unknown option": (["--prompt", "x", "--frobnicate"], "unrecognized arguments: --frobnicate", "demo"),

@@ -93,7 +93,7 @@ def test_routing(normalize):
     logits = np.random.default_rng(3).normal(size=(7, 6)).astype(np.float32)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     order = np.argsort(-probs, axis=-1)[:, :2]
-    scores, experts = softmax_top_k(2, normalize)(jnp.asarray(logits))
+    scores, experts = softmax_top_k(2, normalize)(jnp.asarray(logits), None)
     expected = np.take_along_axis(probs, order, -1)
     np.testing.assert_array_equal(experts, order)
     np.testing.assert_allclose(scores, expected / expected.sum(-1, keepdims=True) if normalize else expected, rtol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.rules import Rule
 from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
@@ -38,20 +39,28 @@ class Checkpoint:
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file or a Hugging Face directory.
+def open_checkpoint(path: Path, gqa: int = 1) -> Checkpoint:
+    """Open a GGUF file, one of the older GGML files, or a Hugging Face directory.
+
+    Args:
+        gqa: query heads to a key/value head, which GGML files do not say.
 
     Raises:
         InputError: it cannot be read, or is of a model that is not supported.
     """
-    opened = open_directory(path) if path.is_dir() else open_gguf(path)
+    if path.is_dir():
+        read, opened = _from_directory, open_directory(path)
+    elif is_ggml(path):
+        read, opened = _from_gguf, open_ggml(path, gqa)
+    else:
+        read, opened = _from_gguf, open_gguf(path)
     try:
-        return _from_directory(opened) if isinstance(opened, HFDirectory) else _from_gguf(opened)
+        return read(opened)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _from_gguf(file: GGUFFile) -> Checkpoint:
+def _from_gguf(file: GGUFFile | GGMLFile) -> Checkpoint:
     _supported("architecture", file.architecture, GGUF_ARCHITECTURES)
     config = LlamaConfig.from_gguf(file.metadata, file.tensors)
     tokenizer = Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight, block_index
+from jaxllm.formats.base import Weight, block_index, finest, shards
 from jaxllm.layers.parameter import Declaration
 
 
@@ -72,6 +72,13 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
     first, rows = source.parts[0], declaration.rows
     if source.rows is not None:
         rows = source.rows if rows is None else np.where(rows < 0, -1, source.rows[rows])
+    spec = declaration.spec
+    if len(first.shape) > 1 and (first.unit("out"), first.unit("in")) != (1, 1):
+        n_out, n_in = shards(spec[-2], mesh), shards(spec[-1], mesh)
+        out = finest(first.unit("out"), first.shape[-2], n_out, rows)
+        in_ = finest(first.unit("in"), first.shape[-1], n_in, declaration.cols)
+        source = dataclasses.replace(source, parts=tuple(part.refined(out, in_) for part in source.parts))
+        first = source.parts[0]
     kinds = {(jax.tree.structure(p), *(leaf.shape for leaf in jax.tree.leaves(p))) for p in source.parts}
     if len(kinds) > 1:
         raise InputError(f"{source.name}: experts of one layer differ in format or shape")
@@ -85,7 +92,7 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         shape = (len(source.parts), *leaf.shape) if source.stacked else leaf.shape
         shape = tuple(n if i is None else len(i) for n, i in zip(shape, index[name], strict=True))
         abstract[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    specs = dataclasses.replace(first, **abstract).shard_specs(declaration.spec, mesh, source.name)
+    specs = dataclasses.replace(first, **abstract).shard_specs(spec, mesh, source.name)
     placed = {
         name: jax.make_array_from_callback(
             shape.shape,

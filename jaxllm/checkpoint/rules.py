@@ -139,7 +139,7 @@ def _listed(numbers: list) -> str:
 def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Encode) -> int:
     """The largest block, along its columns, of a matrix whose columns the model cuts, once it is encoded."""
     cut = [
-        planned(name, sources[name].parts[0]).unit("in")
+        planned(name, sources[name].parts[0]).granularity("in")
         for name, param in parameters(model).items()
         if len(spec := param.get_value().spec) >= 2 and spec[-1] is not None
     ]

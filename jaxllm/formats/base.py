@@ -72,6 +72,15 @@ class Weight(ABC):
         """How many positions of `dim` cannot be told apart by cutting: its block size."""
         return math.lcm(*(cut.unit for axes in self.axes.values() for cut in axes if cut and cut.dim == dim))
 
+    def granularity(self, dim: str) -> int:
+        """The smallest part that `dim` can be cut into, after `refined` if the format has that: its block size."""
+        return self.unit(dim)
+
+    def refined(self, out: int, in_: int) -> Self:
+        """The same matrix with units of `out` and `in_`, which divide its own. For formats with scales that can be
+        repeated; others stay what they are, and cannot be cut there."""
+        return self
+
     @property
     def nbytes(self) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
@@ -94,12 +103,12 @@ class Weight(ABC):
             batch = len(shape) - len(axes)
             leaf_spec = [*entries[:batch], *(along[cut.dim] if cut else None for cut in axes)]
             for i, (size, entry) in enumerate(zip(shape, leaf_spec, strict=True)):
-                if size % _shards(entry, mesh):
+                if size % shards(entry, mesh):
                     cut = axes[i - batch] if i >= batch else Cut(f"batch axis {i}")
                     works = [n for n in range(1, size + 1) if size % n == 0]
                     raise InputError(
                         f"{name}: dimension '{cut.dim}' of {size * cut.unit} is {size} blocks of {cut.unit}, which do "
-                        f"not divide over {_shards(entry, mesh)} devices; {entry} = {_short(works)} works, or pad_to()"
+                        f"not divide over {shards(entry, mesh)} devices; {entry} = {_short(works)} works, or pad_to()"
                     )
             specs[leaf_name] = PartitionSpec(*leaf_spec)
         return dataclasses.replace(self, **specs)
@@ -109,8 +118,8 @@ class Weight(ABC):
         entries = (tuple(spec) + (None,) * len(self.shape))[: len(self.shape)]
         *_, rows, cols = self.shape
         return self.arrange(
-            rows=padded_index(rows, self.unit("out") * _shards(entries[-2], mesh)),
-            cols=padded_index(cols, self.unit("in") * _shards(entries[-1], mesh)),
+            rows=padded_index(rows, self.unit("out") * shards(entries[-2], mesh)),
+            cols=padded_index(cols, self.unit("in") * shards(entries[-1], mesh)),
         )
 
     def arrange(self, rows: np.ndarray | None = None, cols: np.ndarray | None = None) -> Self:
@@ -152,14 +161,30 @@ def block_index(axes: Axes, rows: np.ndarray | None, cols: np.ndarray | None) ->
     return [None if cut is None or index[cut.dim] is None else _whole_blocks(index[cut.dim], cut) for cut in axes]
 
 
+def finest(unit: int, size: int, shards: int, index: np.ndarray | None) -> int:
+    """The largest divisor of `unit` of which a dimension's shards, and what is moved as a piece, are multiples."""
+    size = len(index) if index is not None else size
+    if shards > 1:
+        unit = math.gcd(unit, size // shards)
+    while index is not None and not _is_whole(index, unit):
+        unit = max(n for n in range(1, unit) if unit % n == 0)
+    return unit
+
+
+def _is_whole(index: np.ndarray, unit: int) -> bool:
+    if index.size % unit:
+        return False
+    grid = index.reshape(-1, unit)
+    first = grid[:, :1]
+    together = np.where(first < 0, -1, first + np.arange(unit))
+    return bool(((first < 0) | (first % unit == 0)).all() and (grid == together).all())
+
+
 def _whole_blocks(index: np.ndarray, cut: Cut) -> np.ndarray:
-    if index.size % cut.unit == 0:
-        grid = index.reshape(-1, cut.unit)
-        first = grid[:, :1]
-        together = np.where(first < 0, -1, first + np.arange(cut.unit))
-        if ((first < 0) | (first % cut.unit == 0)).all() and (grid == together).all():
-            return np.where(first[:, 0] < 0, -1, first[:, 0] // cut.unit)
-    raise InputError(f"dimension '{cut.dim}' can only be rearranged in whole blocks of {cut.unit}")
+    if not _is_whole(index, cut.unit):
+        raise InputError(f"dimension '{cut.dim}' can only be rearranged in whole blocks of {cut.unit}")
+    first = index[:: cut.unit]
+    return np.where(first < 0, -1, first // cut.unit)
 
 
 def _take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Array | np.ndarray:
@@ -171,7 +196,8 @@ def _take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Arr
     return where(keep, taken, np.zeros((), taken.dtype))
 
 
-def _shards(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def shards(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """How many parts an entry of a PartitionSpec cuts a dimension into."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(mesh.shape[name] for name in names)
 

@@ -13,7 +13,7 @@ from jaxllm.parallel import CACHE
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, each `[batch, kv_heads, capacity, head_dim]`, cut over heads.
+    """Keys and values of every layer, each `[batch, kv_heads, capacity, head_dim]`, usually cut over heads.
 
     `lengths[batch]` is the number of positions that hold a token. Positions from there on are never attended to, so
     they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite. `limits[batch]` is the
@@ -27,7 +27,13 @@ class KVCache:
 
     @classmethod
     def zeros(
-        cls, shapes: list[tuple[int, int, int]], batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh
+        cls,
+        shapes: list[tuple[int, int, int]],
+        batch: int,
+        capacity: int,
+        dtype: jax.typing.DTypeLike,
+        mesh: Mesh,
+        spec: PartitionSpec = CACHE,
     ) -> Self:
         """An empty cache for layers of `(kv_heads, key_dim, value_dim)`, kv_heads as placed over the mesh."""
 
@@ -36,13 +42,13 @@ class KVCache:
             values = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, _, dim in shapes)
             return cls(keys, values, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
-        return jax.jit(make, out_shardings=cls.shardings(len(shapes), mesh))()
+        return jax.jit(make, out_shardings=cls.shardings(len(shapes), mesh, spec))()
 
     @classmethod
-    def shardings(cls, layers: int, mesh: Mesh) -> Self:
+    def shardings(cls, layers: int, mesh: Mesh, spec: PartitionSpec = CACHE) -> Self:
         """The same tree with the sharding of every array."""
-        heads, whole = (NamedSharding(mesh, CACHE),) * layers, NamedSharding(mesh, PartitionSpec())
-        return cls(heads, heads, whole, whole)
+        cut, whole = (NamedSharding(mesh, spec),) * layers, NamedSharding(mesh, PartitionSpec())
+        return cls(cut, cut, whole, whole)
 
     @property
     def capacity(self) -> int:

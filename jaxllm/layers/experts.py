@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxllm import parallel
 from jaxllm.formats.base import padded_index
@@ -12,15 +13,45 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.mlp import MLP, swiglu
 from jaxllm.layers.parameter import declare
 
-Route = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+Route = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 def softmax_top_k(k: int, normalize: bool) -> Route:
     """Softmax over all experts, the k likeliest, and, if `normalize`, their scores brought to a sum of 1."""
+    return grouped_top_k(k, "softmax", normalize)
 
-    def route(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-        return scores / jnp.sum(scores, axis=-1, keepdims=True) if normalize else scores, experts
+
+def grouped_top_k(
+    k: int,
+    scoring: str,
+    normalize: bool,
+    groups: int = 1,
+    chosen_groups: int = 1,
+    group_score: str = "max",
+    scale: float = 1.0,
+) -> Route:
+    """The routers of DeepSeek-V2 and V3, of which the plain one is the case of a single group.
+
+    Experts are scored by "softmax" or "sigmoid". Selection adds the correction bias, if there is one, and is limited
+    to the `chosen_groups` best groups, a group being as good as its best expert ("max") or the sum of its two best
+    ("top2"). The scores of the k chosen are without the bias, brought to a sum of 1 if `normalize`, times `scale`.
+    """
+
+    def route(logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
+        choice = scores if bias is None else scores + bias
+        if groups > 1:
+            grouped = choice.reshape(len(choice), groups, -1)
+            best = jax.lax.top_k(grouped, 1 if group_score == "max" else 2)[0].sum(axis=-1)
+            kept = jax.lax.top_k(best, chosen_groups)[1]
+            mask = jnp.any(jnp.arange(groups) == kept[..., None], axis=1)
+            # -inf, where the demo has 0: with negative biases an expert of a masked group could win.
+            choice = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
+        experts = jax.lax.top_k(choice, k)[1]
+        scores = jnp.take_along_axis(scores, experts, axis=-1)
+        if normalize:
+            scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        return scores * scale, experts
 
     return route
 
@@ -47,11 +78,14 @@ class MoE(nnx.Module):
     """The feed-forward block of a sparse layer.
 
     Args:
-        route: from router logits float32 `[tokens, experts]` to scores and expert numbers `[tokens, k]`.
+        route: from router logits float32 `[tokens, experts]` and the correction bias `[experts]`, if there is one, to
+            scores and expert numbers `[tokens, k]`.
         block: columns of `down` that cannot be cut apart.
         tp, ep: sizes of the mesh.
-        shared_size: intermediate size of a block that every token goes through, weighed by a sigmoid; None: there is
-            no such block. It is cut over all devices, and its part joins the experts' in their one reduce.
+        shared_size: intermediate size of a block that every token goes through; None: there is no such block. It is
+            cut over all devices, and its part joins the experts' in their one reduce.
+        shared_gate: whether that block is weighed by the sigmoid of a gate.
+        correction_bias: whether the router has a bias that only selects.
     """
 
     def __init__(
@@ -64,6 +98,8 @@ class MoE(nnx.Module):
         tp: int,
         ep: int,
         shared_size: int | None = None,
+        shared_gate: bool = False,
+        correction_bias: bool = False,
     ) -> None:
         self.route, self.num_experts = route, num_experts
         self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, keep=True)
@@ -71,16 +107,20 @@ class MoE(nnx.Module):
         specs = {"column": parallel.SHARED_COLUMN, "row": parallel.SHARED_ROW}
         has = shared_size is not None
         self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, **specs) if has else None
-        self.shared_expert_gate = Linear((1, hidden_size), parallel.REPLICATED, keep=True) if has else None
+        self.shared_expert_gate = Linear((1, hidden_size), parallel.REPLICATED, keep=True) if shared_gate else None
+        self.e_score_correction_bias = declare((num_experts,), PartitionSpec(None)) if correction_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x[..., hidden]` -> `[..., hidden]`."""
         tokens = x.reshape(-1, x.shape[-1])
-        scores, experts = self.route(self.gate(tokens, jnp.float32))
+        bias = None if self.e_score_correction_bias is None else self.e_score_correction_bias.get_value()
+        scores, experts = self.route(self.gate(tokens, jnp.float32), bias)
         shared = None
         if self.shared_expert is not None:
             mlp = self.shared_expert
             weights = (p.weight.get_value() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-            shared = parallel.Gated(*weights), jax.nn.sigmoid(self.shared_expert_gate(tokens, jnp.float32))
+            gate = self.shared_expert_gate
+            score = jnp.ones((), jnp.float32) if gate is None else jax.nn.sigmoid(gate(tokens, jnp.float32))
+            shared = parallel.Gated(*weights), score
         y = parallel.experts(tokens, scores, experts, self.experts.weights, self.num_experts, swiglu, shared)
         return y.reshape(x.shape)

@@ -40,7 +40,8 @@ class Block(nnx.Module):
         if layer.sparse:
             route = softmax_top_k(c.moe.num_experts_per_tok, c.moe.norm_topk_prob)
             sizes = c.hidden_size, c.moe.num_experts, c.moe.moe_intermediate_size
-            self.mlp = MoE(*sizes, route, block, tp, mesh.shape[EP], c.moe.shared_expert_intermediate_size)
+            shared = c.moe.shared_expert_intermediate_size
+            self.mlp = MoE(*sizes, route, block, tp, mesh.shape[EP], shared, shared_gate=shared is not None)
         else:
             self.mlp = MLP(c.hidden_size, layer.intermediate_size, block * tp, c.mlp_bias)
 
