@@ -1,21 +1,25 @@
 """Which model a checkpoint is of: its configuration, its rules, its tokenizer, whatever kind of file it came in."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
+from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.rules import Rule
-from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
+from jaxllm.checkpoint.safetensors import Entries, HFDirectory, open_directory
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.models.llama import Llama
-from jaxllm.models.llama_config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
-from jaxllm.models.llama_names import GGUF_IGNORED, HF_IGNORED, HF_RULES, gguf_rules
+from jaxllm.models import deepseek_config, deepseek_names, llama_config, llama_names
+from jaxllm.models.deepseek import deepseek
+from jaxllm.models.deepseek_config import DeepseekConfig
+from jaxllm.models.llama import llama
+from jaxllm.models.llama_config import LlamaConfig
+from jaxllm.sampling import Sampler
 from jaxllm.tokenizer import Tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -30,8 +34,8 @@ class Checkpoint:
     """
 
     name: str
-    config: LlamaConfig
-    model: Callable[[LlamaConfig, Mesh, int], nnx.Module]
+    config: LlamaConfig | DeepseekConfig
+    model: Callable[..., nnx.Module]
     tensors: Mapping[str, Weight]
     rules: Sequence[Rule]
     ignored: Sequence[str]
@@ -61,28 +65,52 @@ def open_checkpoint(path: Path, gqa: int = 1) -> Checkpoint:
 
 
 def _from_gguf(file: GGUFFile | GGMLFile) -> Checkpoint:
-    _supported("architecture", file.architecture, GGUF_ARCHITECTURES)
+    _supported("architecture", file.architecture, llama_config.GGUF_ARCHITECTURES)
     config = LlamaConfig.from_gguf(file.metadata, file.tensors)
     tokenizer = Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None
-    return Checkpoint(file.path.name, config, Llama, file.tensors, gguf_rules(config), GGUF_IGNORED, tokenizer)
+    rules = llama_names.gguf_rules(config)
+    return Checkpoint(file.path.name, config, llama, file.tensors, rules, llama_names.GGUF_IGNORED, tokenizer)
 
 
 def _from_directory(folder: HFDirectory) -> Checkpoint:
-    _supported("model_type", folder.config["model_type"], MODEL_TYPES)
-    config = LlamaConfig.from_hf(folder.config)
+    kind, tensors = folder.config["model_type"], assemble(folder.tensors, folder.config)
+    _supported("model_type", kind, (*llama_config.MODEL_TYPES, *deepseek_config.MODEL_TYPES))
+    if kind in deepseek_config.MODEL_TYPES:
+        config = DeepseekConfig.from_hf(folder.config, tensors)
+        model, rules, ignored = deepseek, deepseek_names.HF_RULES, deepseek_names.hf_ignored(config)
+    else:
+        config = LlamaConfig.from_hf(folder.config)
+        model, rules, ignored = llama, llama_names.HF_RULES, llama_names.HF_IGNORED
     generation = folder.json("generation_config.json")
     tokenizer = None
     if (folder.path / "tokenizer.json").is_file():
-        eos = generation.get("eos_token_id", folder.config.get("eos_token_id"))
-        tokenizer = Tokenizer.from_directory(folder.path, folder.json("tokenizer_config.json"), eos)
-    sampling = {}
-    if generation.get("do_sample"):
-        sampling = {"temperature": 1.0} | {k: generation[k] for k in SAMPLING if generation.get(k) is not None}
-    return Checkpoint(
-        folder.path.resolve().name, config, Llama, folder.tensors, HF_RULES, HF_IGNORED, tokenizer, sampling
-    )
+        eos = _eos(generation if "eos_token_id" in generation else Entries(folder.config, "config.json"))
+        tokenizer = Tokenizer.from_directory(folder.path, folder.json("tokenizer_config.json").values, eos)
+    sampling = _sampling(generation)
+    return Checkpoint(folder.path.resolve().name, config, model, tensors, rules, ignored, tokenizer, sampling)
+
+
+def _eos(entries: Entries) -> list[int]:
+    def good(value: object) -> bool:
+        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
+
+    value = entries.get("eos_token_id", [], good, "a token id or a list of them")
+    return value if isinstance(value, list) else [value]
+
+
+def _sampling(generation: Entries) -> dict[str, float]:
+    """What answers are drawn with; what transformers takes for "not done" (top_k 0, min_p 0) is left out."""
+    if not generation.flag("do_sample"):
+        return {}
+    given = {key: generation.number(key, above=-math.inf) for key in SAMPLING if key in generation}
+    given = {"temperature": 1.0} | {k: v for k, v in given.items() if v or k not in ("top_k", "min_p")}
+    try:
+        Sampler.of(**given)
+    except InputError as error:
+        raise InputError(f"{generation.where}: {error}") from error
+    return given
 
 
 def _supported(what: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise InputError(f"{what} '{value}' is not supported; supported: {', '.join(known)}")
+        raise InputError(f"{what} {value!r} is not supported; supported: {', '.join(known)}")

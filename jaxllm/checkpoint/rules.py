@@ -83,8 +83,10 @@ def match(
     found: dict[str, dict[int | None, tuple[str, Rule, re.Match]]] = {}
     complaints = []
     for name in tensors:
+        if any(re.fullmatch(pattern, name) for pattern in ignored):
+            continue
         hits = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
-        if not hits and not any(re.fullmatch(pattern, name) for pattern in ignored):
+        if not hits:
             complaints.append(f"unknown tensor '{name}'")
         for rule, m in hits:
             target, expert = m.expand(rule.target), m.groupdict().get("expert")
@@ -109,6 +111,9 @@ def match(
         source = _source(model.config, tensors, ordered, stacked, shape)
         if source.shape != shape:
             complaints.append(f"tensor '{source.name}' has shape {list(source.shape)}, expected {list(shape)}")
+        for part in source.parts:
+            if isinstance(part, Dense) and not jax.dtypes.issubdtype(part.values.dtype, np.floating):
+                complaints.append(f"tensor '{source.name}' is of {part.format}, not of floating-point numbers")
         sources[target] = source
     for target, slots in found.items():
         complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]

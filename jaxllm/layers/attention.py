@@ -42,6 +42,7 @@ class Attention(nnx.Module):
     ) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
         self.scale, self.sliding_window = head_dim**-0.5, sliding_window
+        self.cache_shape = len(heads.kv), head_dim, value_dim
         q_rows, k_rows = heads.rows(heads.query, head_dim), heads.rows(heads.kv, head_dim)
         v_rows, o_cols = heads.rows(heads.kv, value_dim), heads.rows(heads.query, value_dim)
         self.q_proj = Linear((num_heads * head_dim, hidden_size), COLUMN, rows=q_rows, bias=qkv_bias)

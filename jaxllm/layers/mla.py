@@ -53,6 +53,7 @@ class LatentAttention(nnx.Module):
     ) -> None:
         self.rank, self.nope, self.rope, self.value = kv_lora_rank, nope, rope, value
         self.scale, self.per_head_cache = scale, per_head_cache
+        self.cache_shape = (len(heads.query), nope + rope, value) if per_head_cache else (1, kv_lora_rank, rope)
         q_shape, q_rows = num_heads * (nope + rope), heads.rows(heads.query, nope + rope)
         low = q_lora_rank is not None
         self.q_proj = None if low else Linear((q_shape, hidden_size), COLUMN, rows=q_rows)

@@ -1,12 +1,13 @@
 """Sizes and constants of the Llama family, from a GGUF file's metadata or a Hugging Face config.json."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
+from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
@@ -14,6 +15,10 @@ from jaxllm.layers.rope import Rope
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3")
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
+
+# The most that is believed of a config.json, so that a hostile one cannot keep a machine busy.
+MANY = 2**14  # layers, heads, experts, dimensions of a head
+POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -116,53 +121,34 @@ class LlamaConfig:
         """The configuration in a config.json whose model_type is one of MODEL_TYPES.
 
         Raises:
-            InputError: a key is missing, or asks for something that is not supported.
+            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
         """
-        kind = config["model_type"]
-
-        def get(key: str, default: object = None) -> object:
-            value = config.get(key)
-            value = default if value is None else value
-            if value is None:
-                raise InputError(f"'{key}' is missing")
-            return value
-
-        if (activation := get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise InputError(f"hidden_act '{activation}' is not supported, only silu")
-        count, hidden, heads = get("num_hidden_layers"), get("hidden_size"), get("num_attention_heads")
-        head_dim, bias = get("head_dim", hidden // heads), get("attention_bias", False)
-        experts = get("num_local_experts", 0) or get("num_experts", 0) if kind.endswith(("moe", "mixtral")) else 0
-        windows = _hf_windows(config, count)
-        dense = set(get("mlp_only_layers", []))
-        step = get("decoder_sparse_step", 1)
-        layer = get("num_key_value_heads", heads), get("intermediate_size")
+        kind, entries = config["model_type"], Entries(config, "config.json")
+        if (activation := config.get("hidden_act") or "silu") not in ("silu", "swish"):
+            raise InputError(f"config.json: hidden_act {activation!r} is not supported, only silu")
+        hidden, heads = entries.whole("hidden_size"), entries.whole("num_attention_heads", most=MANY)
+        head_dim = entries.whole("head_dim", 128 if kind == "qwen3" else hidden // heads, most=MANY)
+        width, bias = entries.whole("intermediate_size"), entries.flag("attention_bias")
+        layer = entries.whole("num_key_value_heads", heads, most=MANY), width
+        sparse, moe = _hf_experts(entries, kind, width)
         return cls(
             model_type=kind,
-            vocab_size=get("vocab_size"),
+            vocab_size=entries.whole("vocab_size"),
             hidden_size=hidden,
             head_dim=head_dim,
             v_head_dim=head_dim,
-            rms_norm_eps=get("rms_norm_eps", 1e-6),
-            max_position_embeddings=get("max_position_embeddings", 2048),
-            tie_word_embeddings=get("tie_word_embeddings", False),
+            rms_norm_eps=entries.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=entries.whole("max_position_embeddings", 2048, most=POSITIONS),
+            tie_word_embeddings=entries.flag("tie_word_embeddings"),
             qkv_bias=bias or kind in ("qwen2", "qwen2_moe"),
             o_bias=bias,
-            mlp_bias=get("mlp_bias", False),
+            mlp_bias=entries.flag("mlp_bias"),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
-            rope=_hf_rope(config, head_dim),
+            rope=_hf_rope(entries, head_dim),
             layers=tuple(
-                LayerConfig(heads, *layer, windows[i], bool(experts) and i not in dense and (i + 1) % step == 0)
-                for i in range(count)
+                LayerConfig(heads, *layer, window, sparse(i)) for i, window in enumerate(_hf_windows(entries, kind))
             ),
-            moe=None
-            if not experts
-            else MoEConfig(
-                num_experts=experts,
-                num_experts_per_tok=get("num_experts_per_tok", 2),
-                moe_intermediate_size=get("moe_intermediate_size", get("intermediate_size")),
-                norm_topk_prob=kind == "mixtral" or get("norm_topk_prob", False),
-                shared_expert_intermediate_size=get("shared_expert_intermediate_size") if kind == "qwen2_moe" else None,
-            ),
+            moe=moe,
         )
 
 
@@ -177,6 +163,7 @@ def _shared_size(tensors: Mapping[str, Weight]) -> int | None:
     return next((w.shape[0] for name, w in tensors.items() if name.endswith("ffn_gate_shexp.weight")), None)
 
 
+@np.errstate(all="ignore")
 def _gguf_rope(get: object, tensors: Mapping[str, Weight], head_dim: int) -> Rope:
     theta, dim = get("rope.freq_base", 10000.0), get("rope.dimension_count", head_dim)
     base = rope.frequencies(dim, theta)
@@ -204,44 +191,55 @@ def _gguf_rope(get: object, tensors: Mapping[str, Weight], head_dim: int) -> Rop
     return Rope(_fixed(base))
 
 
-def _hf_rope(config: Mapping[str, object], head_dim: int) -> Rope:
+@np.errstate(all="ignore")
+def _hf_rope(config: Entries, head_dim: int) -> Rope:
     """Both spellings: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    base = rope.frequencies(int(head_dim * partial), theta)
-    context = config.get("max_position_embeddings", 2048)
-    original = given.get("original_max_position_embeddings", config.get("original_max_position_embeddings", context))
+    name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+    values = config.get(name, {}, lambda value: isinstance(value, dict), "a JSON object")
+    given = Entries(values, f"{config.where}: {name}")
+    if any(isinstance(value, dict) for value in values.values()):
+        raise InputError(f"{given.where} by kind of layer is not supported")
+    kind = values.get("rope_type") or values.get("type") or "default"
 
-    def need(key: str) -> object:
-        if given.get(key) is None:
-            raise InputError(f"rope scaling '{kind}' without '{key}'")
-        return given[key]
+    def having(key: str) -> Entries:
+        return given if key in given else config
+
+    def need(key: str, above: float = 0.0) -> float:
+        if key not in given:
+            raise InputError(f"{given.where}: rope scaling '{kind}' without '{key}'")
+        return given.number(key, above=above)
+
+    dim = int(head_dim * having("partial_rotary_factor").number("partial_rotary_factor", 1.0, most=1.0))
+    if dim < 2 or dim % 2:
+        raise InputError(f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions: must be an even number above 0")
+    theta = having("rope_theta").number("rope_theta", 10000.0, above=1.0)
+    base = rope.frequencies(dim, theta)
+    context = config.whole("max_position_embeddings", 2048, most=POSITIONS)
+    before = having("original_max_position_embeddings")
+    original = before.whole("original_max_position_embeddings", max(context, 2), 2, POSITIONS)
 
     if kind == "default":
         return Rope(_fixed(base))
     if kind == "linear":
         return Rope(_fixed(rope.divided(base, need("factor"))))
     if kind == "llama3":
-        turns = need("low_freq_factor"), need("high_freq_factor")
-        return Rope(_fixed(rope.llama3(base, need("factor"), *turns, original)))
+        factor, low = need("factor"), need("low_freq_factor")
+        return Rope(_fixed(rope.llama3(base, factor, low, need("high_freq_factor", above=low), original)))
     if kind == "yarn":
-        factor, ramp = need("factor"), (given.get("beta_fast") or 32, given.get("beta_slow") or 1)
-        scale = given.get("attention_factor")
-        if scale is None:
-            mscale, over = given.get("mscale"), given.get("mscale_all_dim")
-            scale = rope.yarn_scale(factor, mscale or 1)
-            scale = scale / rope.yarn_scale(factor, over) if mscale and over else rope.yarn_scale(factor)
-        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp, given.get("truncate", True))), scale)
+        factor, ramp = need("factor"), (given.number("beta_fast", 32), given.number("beta_slow", 1))
+        mscale, over = (given.number(key, 0.0, above=-math.inf) for key in ("mscale", "mscale_all_dim"))
+        scale = rope.yarn_scale(factor)
+        if mscale and over:
+            scale = rope.yarn_scale(factor, mscale) / rope.yarn_scale(factor, over)
+        scale = given.number("attention_factor", scale)
+        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp, given.flag("truncate", True))), scale)
     if kind in ("longrope", "su"):
-        factor = (
-            context / original if "original_max_position_embeddings" in {*given, *config} else given.get("factor", 1)
-        )
-        scale = given.get("attention_factor") or rope.longrope_scale(factor, original)
-        stretched = Rope(_fixed(rope.divided(base, need("long_factor"))), scale)
-        return Rope(_fixed(rope.divided(base, need("short_factor"))), scale, stretched, original)
-    raise InputError(f"rope scaling '{kind}' is not supported")
+        stretch = context / original if "original_max_position_embeddings" in before else given.number("factor", 1)
+        scale = given.number("attention_factor", rope.longrope_scale(stretch, original))
+        stretched = Rope(_fixed(rope.divided(base, given.numbers("long_factor", len(base)))), scale)
+        short = _fixed(rope.divided(base, given.numbers("short_factor", len(base))))
+        return Rope(short, scale, stretched, original)
+    raise InputError(f"{given.where}: rope scaling {kind!r} is not supported")
 
 
 def _fixed(inv_freq: np.ndarray) -> tuple[float, ...]:
@@ -250,12 +248,38 @@ def _fixed(inv_freq: np.ndarray) -> tuple[float, ...]:
     return tuple(inv_freq.tolist())
 
 
-def _hf_windows(config: Mapping[str, object], count: int) -> list[int | None]:
-    """Sliding windows by layer: `layer_types` says which layers have one; older configs say it in other ways."""
-    window = config.get("sliding_window")
-    if not window or not config.get("use_sliding_window", True):
+def _hf_windows(config: Entries, kind: str) -> list[int | None]:
+    """The sliding window of each layer. Every architecture has its own way to say which layers have one."""
+    count, window = config.whole("num_hidden_layers", most=MANY), config.whole("sliding_window", 0, 0, POSITIONS)
+    qwen = kind.startswith("qwen")
+    if not window or kind == "llama" or not config.flag("use_sliding_window", default=not qwen):
         return [None] * count
-    if types := config.get("layer_types"):
-        return [window if kind == "sliding_attention" else None for kind in types]
-    first = config.get("max_window_layers", 0) if str(config["model_type"]).startswith("qwen") else 0
-    return [window if i >= first else None for i in range(count)]
+    if "layer_types" in config and kind != "qwen3_moe":
+        types = config.get("layer_types", None, lambda v: isinstance(v, list) and len(v) == count, f"a list of {count}")
+        if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
+            raise InputError(f"{config.where}: 'layer_types' with {unknown[0]!r} are not supported")
+        return [window if entry == "sliding_attention" else None for entry in types]
+    if not qwen or kind == "qwen3_moe":
+        return [window] * count
+    bound = config.whole("max_window_layers", 28, 0)
+    if kind == "qwen2_moe":
+        return [window if i % 2 == 0 and i < bound else None for i in range(count)]
+    return [window if i >= bound else None for i in range(count)]
+
+
+def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int], bool], MoEConfig | None]:
+    """Which layers are sparse, and what those have in common."""
+    name = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe") or not (experts := config.whole(name, 0, 0, MANY)):
+        return lambda i: False, None
+    dense = config.get("mlp_only_layers", [], lambda value: isinstance(value, list), "a list")
+    step = config.whole("decoder_sparse_step", 1)
+    shared = config.whole("shared_expert_intermediate_size") if kind == "qwen2_moe" else None
+    moe = MoEConfig(
+        num_experts=experts,
+        num_experts_per_tok=config.whole("num_experts_per_tok", 2, most=experts),
+        moe_intermediate_size=config.whole("moe_intermediate_size", width),
+        norm_topk_prob=kind == "mixtral" or config.flag("norm_topk_prob"),
+        shared_expert_intermediate_size=shared,
+    )
+    return lambda i: i not in dense and (i + 1) % step == 0, moe
