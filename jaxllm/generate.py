@@ -17,7 +17,7 @@ import jax
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
-from jaxllm.loading import DTYPES, WEIGHTS, load
+from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, load
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quantize", metavar="TYPE", help="encode every matrix while loading, for example q4_k")
     p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
     p.add_argument("--weights", choices=WEIGHTS, help="hold matrices packed, or as a decoded copy (CPU: a copy)")
+    p.add_argument(
+        "--matmul", choices=MATMULS, default="dequant", help="activations of FP8 weights: as they are, or FP8"
+    )
     p.add_argument("--gqa", type=int, default=1, metavar="N", help="query heads to a key head, for files before GGUF")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="positions of the context (the model's own)")
 
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         weights=args.weights,
         max_seq_len=args.max_seq_len,
+        matmul=args.matmul,
         gqa=args.gqa,
     )
     raw = args.raw or model.tokenizer is None or model.tokenizer.chat_template is None

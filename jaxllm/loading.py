@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from jaxllm.checkpoint import rules
 from jaxllm.checkpoint.families import Checkpoint, open_checkpoint
+from jaxllm.checkpoint.quantized import with_fp8_activations
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
@@ -26,6 +28,7 @@ from jaxllm.quantize import Requantize
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
+MATMULS = ("dequant", "fp8")
 
 
 def load(
@@ -37,6 +40,7 @@ def load(
     weights: str | None = None,
     max_seq_len: int | None = None,
     adapters: tuple = (),
+    matmul: str = "dequant",
     gqa: int = 1,
     progress: bool = True,
 ) -> LanguageModel:
@@ -52,6 +56,8 @@ def load(
             "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
             there a copy in `dtype` is made if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
+        matmul: what FP8 weights are multiplied with: "dequant", activations in `dtype`, or "fp8", activations rounded
+            to FP8 in groups (which keeps the weights packed).
         gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
         progress: whether to show progress on stderr, if that is a terminal.
 
@@ -60,6 +66,7 @@ def load(
     """
     dtype = dtype or "bfloat16"
     _choose("dtype", dtype, DTYPES)
+    _choose("matmul", matmul, MATMULS)
     if weights is not None:
         _choose("weights", weights, WEIGHTS)
     if adapters:
@@ -70,6 +77,9 @@ def load(
     file = find_checkpoint(path)
     checkpoint = open_checkpoint(file, gqa)
     try:
+        if matmul == "fp8":
+            weights = _choose("weights", weights or "packed", ("packed",))
+            checkpoint = replace(checkpoint, tensors=with_fp8_activations(checkpoint.tensors))
         return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
@@ -159,6 +169,7 @@ def _demo() -> Path:
     return files[0]
 
 
-def _choose(name: str, value: str, among: tuple[str, ...]) -> None:
+def _choose(name: str, value: str, among: tuple[str, ...]) -> str:
     if value not in among:
         raise InputError(f"{name} '{value}': choose one of {', '.join(among)}")
+    return value

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flax import nnx
@@ -81,6 +81,8 @@ def _from_directory(folder: HFDirectory) -> Checkpoint:
     else:
         config = LlamaConfig.from_hf(folder.config)
         model, rules, ignored = llama, llama_names.HF_RULES, llama_names.HF_IGNORED
+    if "lm_head.weight" in tensors:  # as in transformers, where a head that is there counts more than being tied
+        config = replace(config, tie_word_embeddings=False)
     generation = folder.json("generation_config.json")
     tokenizer = None
     if (folder.path / "tokenizer.json").is_file():
@@ -91,11 +93,14 @@ def _from_directory(folder: HFDirectory) -> Checkpoint:
 
 
 def _eos(entries: Entries) -> list[int]:
-    def good(value: object) -> bool:
-        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
+    def listed(value: object) -> list:
+        return value if isinstance(value, list) else [value]
 
-    value = entries.get("eos_token_id", [], good, "a token id or a list of them")
-    return value if isinstance(value, list) else [value]
+    def good(value: object) -> bool:
+        return all(type(token) is int and -1 <= token < 2**31 for token in listed(value))
+
+    tokens = listed(entries.get("eos_token_id", [], good, "a token id or a list of them"))
+    return [token for token in tokens if token >= 0]  # some write -1 for "there is none"
 
 
 def _sampling(generation: Entries) -> dict[str, float]:

@@ -164,7 +164,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _sizes(hparams: HParams, tensors: Mapping[str, Weight], gqa: int, context: int) -> dict[str, Any]:
-    """What GGUF says of a model's sizes. Constants that these files do not have are those llama.cpp assumed."""
+    """What GGUF says of a model's sizes. Constants that these files do not have are Llama 2's."""
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in tensors:
             raise InputError(f"tensor '{name}' is missing")

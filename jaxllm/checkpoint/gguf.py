@@ -134,9 +134,9 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
     for name, dims, type_number, offset in infos:
         if name in tensors:
             raise InputError(f"tensor '{name}' is given twice")
+        tensors[name] = mapped(data, start + offset, name, dims, type_number)
         if offset % alignment:
             raise InputError(f"tensor '{name}' begins at offset {offset}, which is not a multiple of {alignment}")
-        tensors[name] = mapped(data, start + offset, name, dims, type_number)
         ranges.append((offset, offset + tensors[name].nbytes, name))
     for (_, end, name), (begin, _, other) in pairwise(sorted(ranges)):
         if begin < end:

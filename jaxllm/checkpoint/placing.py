@@ -1,6 +1,7 @@
 """Host tensors onto a mesh: each device's part is read on its own, straight from the file."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,10 @@ class FileArray:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
         stored = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
@@ -63,16 +68,28 @@ class Source:
         return (len(self.parts), *shape) if self.stacked else tuple(shape)
 
 
-def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
-    """The parameter, arranged as it is declared and cut over the mesh; only what a device holds is read for it.
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter lies on a mesh: its weight with a `ShapeDtypeStruct`, sharding included, for every leaf.
+
+    source: with the blocks of its formats refined where the cut needs that.
+    index: for each leaf, what stands at each place along its axes (None: all in order), see `Weight.arrange`.
+    """
+
+    source: Source
+    index: dict[str, list[np.ndarray | None]]
+    weight: Weight
+
+
+def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
+    """The parameter, arranged as it is declared and cut over the mesh; nothing is read.
 
     Raises:
         InputError: a part would not be whole blocks, or experts are of different formats.
     """
-    first, rows = source.parts[0], declaration.rows
+    first, rows, spec = source.parts[0], declaration.rows, declaration.spec
     if source.rows is not None:
         rows = source.rows if rows is None else np.where(rows < 0, -1, source.rows[rows])
-    spec = declaration.spec
     if len(first.shape) > 1 and (first.unit("out"), first.unit("in")) != (1, 1):
         n_out, n_in = shards(spec[-2], mesh), shards(spec[-1], mesh)
         out = finest(first.unit("out"), first.shape[-2], n_out, rows)
@@ -83,25 +100,33 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
     if len(kinds) > 1:
         raise InputError(f"{source.name}: experts of one layer differ in format or shape")
 
-    leaves, index, abstract = {}, {}, {}
+    index, shapes = {}, {}
     for name, axes in first.axes.items():
         leaf = getattr(first, name)
         batch = [None] * (leaf.ndim - len(axes) + source.stacked)
         index[name] = batch + block_index(axes, rows, declaration.cols)
-        leaves[name] = [getattr(part, name) for part in source.parts]
         shape = (len(source.parts), *leaf.shape) if source.stacked else leaf.shape
         shape = tuple(n if i is None else len(i) for n, i in zip(shape, index[name], strict=True))
-        abstract[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    specs = dataclasses.replace(first, **abstract).shard_specs(spec, mesh, source.name)
+        shapes[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    specs = dataclasses.replace(first, **shapes).shard_specs(spec, mesh, source.name)
     placed = {
-        name: jax.make_array_from_callback(
-            shape.shape,
-            NamedSharding(mesh, getattr(specs, name)),
-            partial(_read, leaves[name], source.stacked, index[name]),
-        )
-        for name, shape in abstract.items()
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, getattr(specs, name)))
+        for name, s in shapes.items()
     }
-    return dataclasses.replace(first, **placed)
+    return Layout(source, index, dataclasses.replace(first, **placed))
+
+
+def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
+    """The parameter as `layout` says; of its tensors, only what a device holds is read for it."""
+    plan = layout(source, declaration, mesh)
+
+    def read(name: str) -> jax.Array:
+        leaf, parts = getattr(plan.weight, name), [getattr(part, name) for part in plan.source.parts]
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, partial(_read, parts, source.stacked, plan.index[name])
+        )
+
+    return dataclasses.replace(plan.weight, **{name: read(name) for name in plan.weight.axes})
 
 
 def _read(

@@ -1,6 +1,7 @@
 """Tensors that belong together as one quantized weight, as a checkpoint's config declares them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -37,7 +38,7 @@ def _block_fp8(tensors: Mapping[str, Weight], block: tuple[int, int]) -> dict[st
             want = (-(-out // block[0]), -(-in_ // block[1]))
             if scales.shape[-2:] != want:
                 complaints.append(f"'{name}_scale_inv' has shape {list(scales.shape)}, expected {list(want)}")
-            joined[name] = BlockFP8(tensor.values, scales.values, block, False)
+            joined[name] = BlockFP8(tensor.values, scales.values, block, None)
         elif tensor.format.startswith("float8"):
             complaints.append(f"'{name}' is FP8, but '{name}_scale_inv' is missing")
         else:
@@ -45,3 +46,16 @@ def _block_fp8(tensors: Mapping[str, Weight], block: tuple[int, int]) -> dict[st
     if complaints:
         raise InputError("; ".join(complaints[:8]))
     return joined
+
+
+def with_fp8_activations(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The same tensors, blockwise FP8 ones to be multiplied with activations in FP8, a scale for each block's width.
+
+    Raises:
+        InputError: there are no such tensors.
+    """
+    if not any(isinstance(w, BlockFP8) for w in tensors.values()):
+        raise InputError("matmul 'fp8' needs a checkpoint with blockwise FP8 weights")
+    return {
+        name: replace(w, activation_group=w.block[1]) if isinstance(w, BlockFP8) else w for name, w in tensors.items()
+    }

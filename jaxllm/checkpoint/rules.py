@@ -117,6 +117,7 @@ def match(
         sources[target] = source
     for target, slots in found.items():
         complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]
+    complaints += _unused_rows(sources.values(), tensors)
     if complaints:
         more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise InputError("; ".join(complaints[:8]) + more)
@@ -135,6 +136,20 @@ def _source(
     if rule.either_way and parts[0].shape[-1] != shape[-1] == parts[0].shape[-2]:
         parts = [dataclasses.replace(part, values=part.values.swapaxes(-1, -2)) for part in parts]
     return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
+
+
+def _unused_rows(sources: Iterable[Source], tensors: Mapping[str, Weight]) -> list[str]:
+    """A complaint for each tensor of which the parameters made of its rows do not take every row once."""
+    taken: dict[str, list[np.ndarray]] = {}
+    for source in sources:
+        if source.rows is not None:
+            taken.setdefault(source.name, []).append(source.rows)
+    complaints = []
+    for name, rows in taken.items():
+        have, want = tensors[name].shape[-2:][0], sum(map(len, rows))
+        if have != want:
+            complaints.append(f"tensor '{name}' has {have} rows, expected {want}")
+    return complaints
 
 
 def _listed(numbers: list) -> str:

@@ -22,13 +22,14 @@ class BlockFP8(Weight):
         values: float8_e4m3fn `[*batch, out, in]`.
         scales: float32, bfloat16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`. Checkpoints
             call them `weight_scale_inv`, yet they are multiplied by.
-        quantize_activations: whether a matmul rounds its other operand to FP8, too (W8A8), or only decodes this one.
+        activation_group: how many neighbours of the other operand of a matmul are rounded to FP8 with one scale (W8A8);
+            None: they are not, and this matrix is only decoded.
     """
 
     values: jax.Array
     scales: jax.Array
     block: tuple[int, int] = static_field()
-    quantize_activations: bool = static_field()
+    activation_group: int | None = static_field()
 
     @property
     def format(self) -> str:
@@ -46,10 +47,15 @@ class BlockFP8(Weight):
 
     def refined(self, out: int, in_: int) -> Self:
         """The same matrix with smaller blocks: each scale repeated for the parts of its block."""
-        scales = np.asarray(self.scales)
+        scales, abstract = self.scales, isinstance(self.scales, jax.ShapeDtypeStruct)
         for axis, old, new in ((-2, self.block[0], out), (-1, self.block[1], in_)):
             size = math.ceil(self.values.shape[axis] / new)
-            scales = np.repeat(scales, old // new, axis=axis).take(range(size), axis=axis)
+            if abstract:
+                shape = list(scales.shape)
+                shape[axis] = size
+                scales = jax.ShapeDtypeStruct(tuple(shape), scales.dtype)
+            else:
+                scales = np.repeat(scales, old // new, axis=axis).take(range(size), axis=axis)
         return replace(self, scales=scales, block=(out, in_))
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -72,4 +78,4 @@ class BlockFP8(Weight):
         scales = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
         spread = jnp.repeat(jnp.repeat(scales, block[0], -2)[..., :out, :], block[1], -1)[..., :in_]
         values = jnp.clip(w / spread, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-        return cls(values, scales, block, False)
+        return cls(values, scales, block, None)

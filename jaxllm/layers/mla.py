@@ -21,6 +21,8 @@ from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, REPLICATED, ROW, local, local_specs
 
+LATENT_EPS = 1e-6  # of the norms of queries' and keys' latents: DeepSeek's code has it so, whatever rms_norm_eps is
+
 
 class LatentAttention(nnx.Module):
     """Causal attention over latents; heads are cut over tp, latents are whole on every device.
@@ -30,7 +32,6 @@ class LatentAttention(nnx.Module):
         kv_lora_rank: size of a latent.
         nope, rope, value: sizes of a head's part without and with rotary positions, and of its values.
         scale: of the scores.
-        eps: of the norms of the low-rank projections.
         heads: where the heads stand on the mesh.
         per_head_cache: see above.
     """
@@ -45,7 +46,6 @@ class LatentAttention(nnx.Module):
         rope: int,
         value: int,
         scale: float,
-        eps: float,
         heads: HeadLayout,
         *,
         bias: bool = False,
@@ -58,10 +58,10 @@ class LatentAttention(nnx.Module):
         low = q_lora_rank is not None
         self.q_proj = None if low else Linear((q_shape, hidden_size), COLUMN, rows=q_rows)
         self.q_a_proj = Linear((q_lora_rank, hidden_size), REPLICATED, bias=bias) if low else None
-        self.q_a_layernorm = RMSNorm(q_lora_rank, eps) if low else None
+        self.q_a_layernorm = RMSNorm(q_lora_rank, LATENT_EPS) if low else None
         self.q_b_proj = Linear((q_shape, q_lora_rank), COLUMN, rows=q_rows) if low else None
         self.kv_a_proj_with_mqa = Linear((kv_lora_rank + rope, hidden_size), REPLICATED, bias=bias)
-        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, LATENT_EPS)
         kv_rows = heads.rows(heads.query, nope + value)
         self.kv_b_proj = Linear((num_heads * (nope + value), kv_lora_rank), COLUMN, rows=kv_rows)
         o_cols = heads.rows(heads.query, value)

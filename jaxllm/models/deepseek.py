@@ -39,7 +39,6 @@ def attention(config: DeepseekConfig, mesh: Mesh, block: int, per_head_cache: bo
         c.qk_rope_head_dim,
         c.v_head_dim,
         c.softmax_scale,
-        c.rms_norm_eps,
         place_heads(c.num_attention_heads, c.num_attention_heads, mesh.shape[TP], c.v_head_dim, block),
         bias=c.attention_bias,
         per_head_cache=per_head_cache,

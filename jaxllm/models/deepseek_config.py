@@ -14,6 +14,52 @@ from jaxllm.layers.rope import Rope
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 GGUF_ARCHITECTURES = ("deepseek2",)
 
+DEMO_DEFAULTS = {
+    "max_batch_size": 8,
+    "max_seq_len": 4096 * 4,
+    "dtype": "bf16",
+    "vocab_size": 102400,
+    "dim": 2048,
+    "inter_dim": 10944,
+    "moe_inter_dim": 1408,
+    "n_layers": 27,
+    "n_dense_layers": 1,
+    "n_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "n_activated_experts": 6,
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+    "score_func": "softmax",
+    "route_scale": 1.0,
+    "q_lora_rank": 0,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "original_seq_len": 4096,
+    "rope_theta": 10000.0,
+    "rope_factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+}
+
+_V3 = {"vocab_size": 129280, "n_dense_layers": 3, "n_shared_experts": 1, "score_func": "sigmoid", "route_scale": 2.5}
+PRESETS = {
+    "16B": {"mscale": 0.707},
+    "236B": {
+        **{"dim": 5120, "inter_dim": 12288, "moe_inter_dim": 1536, "n_layers": 60, "n_heads": 128},
+        **{"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
+        "q_lora_rank": 1536,
+    },
+    "671B": {
+        **{"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_heads": 128, **_V3},
+        **{"n_routed_experts": 256, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4},
+        **{"q_lora_rank": 1536, "dtype": "fp8"},
+    },
+}
+
 
 @dataclass(frozen=True)
 class DeepseekConfig:
@@ -104,6 +150,56 @@ class DeepseekConfig:
             rope=frequencies,
             interleaved=get("rope_interleave", True),
             softmax_scale=sum(head) ** -0.5 * scale,
+        )
+
+    @classmethod
+    def from_demo(cls, args: Mapping[str, object]) -> Self:
+        """The configuration of DeepSeek's own inference demo: the fields of its `ModelArgs`, missing ones as there.
+
+        Raises:
+            InputError: a field that `ModelArgs` does not have.
+        """
+        if unknown := sorted(args.keys() - DEMO_DEFAULTS.keys()):
+            raise InputError(f"'{unknown[0]}' is not a field of ModelArgs")
+        a = DEMO_DEFAULTS | dict(args)
+        sigmoid, head = a["score_func"] == "sigmoid", a["qk_nope_head_dim"] + a["qk_rope_head_dim"]
+        base, theta = rope.frequencies(a["qk_rope_head_dim"], a["rope_theta"]), a["rope_theta"]
+        scale = head**-0.5
+        if a["max_seq_len"] > a["original_seq_len"]:
+            ramp = a["beta_fast"], a["beta_slow"]
+            base = rope.yarn(base, a["rope_factor"], theta, a["original_seq_len"], *ramp)
+            scale *= rope.yarn_scale(a["rope_factor"], a["mscale"]) ** 2
+        return cls(
+            model_type="deepseek_demo",
+            vocab_size=a["vocab_size"],
+            hidden_size=a["dim"],
+            intermediate_size=a["inter_dim"],
+            moe_intermediate_size=a["moe_inter_dim"],
+            num_hidden_layers=a["n_layers"],
+            first_k_dense_replace=a["n_dense_layers"],
+            num_attention_heads=a["n_heads"],
+            n_routed_experts=a["n_routed_experts"],
+            n_shared_experts=a["n_shared_experts"],
+            num_experts_per_tok=a["n_activated_experts"],
+            n_group=a["n_expert_groups"],
+            topk_group=a["n_limited_groups"],
+            scoring_func=a["score_func"],
+            group_score="top2" if sigmoid else "max",
+            norm_topk_prob=sigmoid,
+            routed_scaling_factor=a["route_scale"],
+            has_correction_bias=sigmoid,
+            q_lora_rank=a["q_lora_rank"] or None,
+            kv_lora_rank=a["kv_lora_rank"],
+            qk_nope_head_dim=a["qk_nope_head_dim"],
+            qk_rope_head_dim=a["qk_rope_head_dim"],
+            v_head_dim=a["v_head_dim"],
+            rms_norm_eps=1e-6,
+            max_position_embeddings=a["max_seq_len"],
+            tie_word_embeddings=False,
+            attention_bias=False,
+            rope=Rope(tuple(base.tolist())),
+            interleaved=True,
+            softmax_scale=scale,
         )
 
 

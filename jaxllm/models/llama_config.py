@@ -211,7 +211,7 @@ def _hf_rope(config: Entries, head_dim: int) -> Rope:
 
     dim = int(head_dim * having("partial_rotary_factor").number("partial_rotary_factor", 1.0, most=1.0))
     if dim < 2 or dim % 2:
-        raise InputError(f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions: must be an even number above 0")
+        raise InputError(f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions, which must be even")
     theta = having("rope_theta").number("rope_theta", 10000.0, above=1.0)
     base = rope.frequencies(dim, theta)
     context = config.whole("max_position_embeddings", 2048, most=POSITIONS)

@@ -1,0 +1,106 @@
+"""What a model needs on a mesh that need not exist: bytes on each device and collectives, from shapes alone.
+
+Every parameter is a `ShapeDtypeStruct` with its sharding, laid out by the code that loads real ones, and the decode
+step is compiled (never run) for emulated devices. Layers of one kind are alike, so one of each kind is enough: what
+they need is multiplied by how many there are.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.checkpoint.placing import Source, layout
+from jaxllm.checkpoint.rules import parameters
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.layers.cache import KVCache
+from jaxllm.layers.decoder import Decoder
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+Format = Callable[[str, tuple[int, ...]], Weight]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found out about a model on a mesh.
+
+    parameter_bytes: of its parameters on one device, by dotted path.
+    collectives: of one compiled decode step, by kind.
+    """
+
+    parameter_bytes: dict[str, int]
+    collectives: Counter[str]
+
+
+def dense(dtype: jax.typing.DTypeLike) -> Format:
+    """Every matrix plain, of one dtype."""
+    return lambda name, shape: Dense(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str, int]:
+    """Replace every Declaration by shapes; returns the bytes of each parameter on one device.
+
+    Args:
+        format: the weight of shapes that a parameter is, given its path and its logical shape in the checkpoint.
+            Vectors are float32 whatever it says.
+    """
+    sizes = {}
+    for name, param in parameters(model).items():
+        declared = param.get_value()
+        vector = len(declared.shape) == 1
+        source = dense(jnp.float32)(name, declared.shape) if vector else format(name, declared.shape)
+        weight = layout(Source(name, (source,)), declared, mesh).weight
+        param.set_value(weight.values if vector else weight)
+        sizes[name] = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight)
+        )
+    return sizes
+
+
+def plan(
+    model: Decoder, mesh: Mesh, format: Format, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Plan:
+    """Compile the decode step of a model whose parameters are still declarations.
+
+    Args:
+        batch, capacity: of the cache.
+        dtype: of activations and cache.
+    """
+    sizes = fill_with_shapes(model, mesh, format)
+    graph, state = nnx.split(model)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def shaped(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    cut = NamedSharding(mesh, model.cache_spec)
+    heads, keys, values = zip(*(layer.self_attn.cache_shape for layer in model.layers), strict=True)
+    cache = KVCache(
+        tuple(shaped((batch, h, capacity, d), dtype, cut) for h, d in zip(heads, keys, strict=True)),
+        tuple(shaped((batch, h, capacity, d), dtype, cut) for h, d in zip(heads, values, strict=True)),
+        shaped((batch,), jnp.int32, whole),
+        shaped((batch,), jnp.int32, whole),
+    )
+
+    def decode(state: nnx.State, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
+        model = nnx.merge(graph, state)
+        hidden, cache = model(tokens, cache, jnp.ones_like(cache.lengths), capacity, dtype)
+        return model.logits(hidden[:, 0]), cache
+
+    with jax.set_mesh(mesh):
+        tokens = shaped((batch, 1), jnp.int32, whole)
+        compiled = jax.jit(decode, donate_argnames="cache").lower(state, cache, tokens).compile()
+    return Plan(sizes, collectives(compiled.as_text()))
+
+
+def collectives(program: str) -> Counter[str]:
+    """How often each kind of collective stands in a compiled program's text."""
+    return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program))
