@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from jaxllm.cli import Parser, main
 from jaxllm.decoding import generate_tokens
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -73,8 +74,8 @@ def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[s
     return json.loads(done.stdout)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m jaxllm.bench", description=__doc__.splitlines()[0])
+def parser() -> Parser:
+    p = Parser("jaxllm.bench", "Measure tokens per second.")
     p.add_argument("--model", default="demo", metavar="PATH")
     p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (512)")
     p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens generated after it (64)")
@@ -82,13 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     p.add_argument("--weights", choices=WEIGHTS)
     p.add_argument("--peers", metavar="PYTHON", help="a Python that has llama-cpp-python and mistralrs")
-    args = p.parse_args(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        return 2
-    return 0
+    return p
 
 
 def run(args: argparse.Namespace) -> None:
@@ -120,4 +115,4 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(parser(), run))

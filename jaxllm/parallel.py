@@ -27,6 +27,7 @@ EP = "ep"  # expert parallelism: whole experts on different devices
 COLUMN = PartitionSpec(TP, None)  # outputs are cut; nothing is communicated
 ROW = PartitionSpec(None, TP)  # inputs are cut; partial products are summed over tp
 REPLICATED = PartitionSpec(None, None)
+HEAD_STACK = PartitionSpec(TP, None, None)  # a matrix for each head [heads, out, in]: whole heads are cut over tp
 
 EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack of experts [experts, out, in]: whole experts over ep,
 EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each of them cut over tp

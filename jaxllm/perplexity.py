@@ -6,7 +6,6 @@ growth is the usual measure of what a block type loses.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from jaxllm.cli import Parser, main
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
 from jaxllm.loading import DTYPES, load
@@ -36,19 +36,13 @@ def perplexity(model: LanguageModel, text: str) -> float:
     return float(jnp.exp(jnp.mean(jnp.concatenate(losses))))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m jaxllm.perplexity", description=__doc__.splitlines()[0])
+def parser() -> Parser:
+    p = Parser("jaxllm.perplexity", "How well a model predicts a text, and what quantizing costs.")
     p.add_argument("--model", default="demo", metavar="PATH")
     p.add_argument("--text", required=True, metavar="FILE")
     p.add_argument("--quantize", nargs="*", default=[], metavar="TYPE", help="block types to compare with")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
-    args = p.parse_args(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        return 2
-    return 0
+    return p
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,4 +61,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(parser(), run))

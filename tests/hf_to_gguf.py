@@ -21,15 +21,30 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "phi3": gguf.MODEL_ARCH.PHI3,
+    "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
 }
 
 
-def convert(folder: Path, path: Path, *, merged_experts: bool = True, per_layer: bool = False) -> None:
+def convert(
+    folder: Path,
+    path: Path,
+    *,
+    merged_experts: bool = True,
+    per_layer: bool = False,
+    split_kv_b: bool = True,
+    quantize: str | None = None,
+    more_metadata: dict[str, object] | None = None,
+    more_tensors: dict[str, np.ndarray] | None = None,
+) -> None:
     """Write `folder` to `path`.
 
     Args:
         merged_experts: one tensor for all experts, or one for each as files had before April 2024.
         per_layer: give head counts and widths as arrays, one value a layer.
+        split_kv_b: the form of DeepSeek's files since April 2025.
+        quantize: a block type for all matrices of whole blocks but the router.
+        more_metadata, more_tensors: instead of, or beside, what there is, by the names in the file.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
@@ -38,8 +53,19 @@ def convert(folder: Path, path: Path, *, merged_experts: bool = True, per_layer:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
     add[list] = writer.add_array
-    for key, value in metadata(config, tensors, per_layer).items():
+    values = metadata(config, tensors, per_layer)
+    if writer.arch == "deepseek2":
+        values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
+    for key, value in (values | (more_metadata or {})).items():
         add[type(value)](f"{writer.arch}.{key}", value)
+
+    def put(name: str, tensor: np.ndarray) -> None:
+        tensor = tensor.astype(np.float32)
+        if quantize and tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 and "ffn_gate_inp" not in name:
+            kind = gguf.GGMLQuantizationType[quantize]
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
 
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     experts: dict[str, dict[int, np.ndarray]] = {}
@@ -54,14 +80,16 @@ def convert(folder: Path, path: Path, *, merged_experts: bool = True, per_layer:
         elif name.startswith("rope_"):
             writer.add_tensor(name, tensor)
         else:
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")) or name, tensor.astype(np.float32))
+            put(names.get_name(name, (".weight", ".bias")) or name, tensor)
     for name, stack in experts.items():
         merged = names.get_name(name, (".weight",))
         if merged_experts:
-            writer.add_tensor(merged, np.stack([stack[i] for i in range(len(stack))]).astype(np.float32))
+            put(merged, np.stack([stack[i] for i in range(len(stack))]))
         else:
             for i, tensor in stack.items():
-                writer.add_tensor(merged.replace("_exps", f".{i}"), tensor.astype(np.float32))
+                put(merged.replace("_exps", f".{i}"), tensor)
+    for name, tensor in (more_tensors or {}).items():
+        put(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,6 +138,60 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
         stretch = config["max_position_embeddings"] / original
         values["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stretch) / math.log(original))
     return values
+
+
+def deepseek_metadata(values: dict, config: dict, split_kv_b: bool) -> dict[str, object]:
+    """`DeepseekV2Model.set_gguf_parameters`, of today or of before April 2025.
+
+    Older files had no groups either, without which they would be other models: here they have. Those of V2 did not say
+    how experts are scored.
+    """
+    nope, rotary, value = (config[f"{part}_head_dim"] for part in ("qk_nope", "qk_rope", "v"))
+    rope, v3 = config["rope_parameters"], config["model_type"] == "deepseek_v3"
+    values = values | {
+        "vocab_size": config["vocab_size"],
+        "attention.kv_lora_rank": config["kv_lora_rank"],
+        "attention.key_length": nope + rotary,
+        "attention.value_length": value,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "rope.dimension_count": rotary,
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+    }
+    if config["q_lora_rank"] is not None:
+        values["attention.q_lora_rank"] = config["q_lora_rank"]
+    if config["norm_topk_prob"] or not split_kv_b:
+        values["expert_weights_norm"] = config["norm_topk_prob"]
+    if v3 or split_kv_b:
+        values["expert_gating_func"] = int(gguf.ExpertGatingFuncType["SIGMOID" if v3 else "SOFTMAX"])
+    if "mscale_all_dim" in rope:
+        values["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+        if split_kv_b:
+            values |= {f"rope.scaling.yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow")}
+    if split_kv_b:
+        rank = config["kv_lora_rank"]
+        values |= {f"{key}_mla": values[key] for key in ("attention.key_length", "attention.value_length")}
+        values |= {"attention.key_length": rank + rotary, "attention.value_length": rank, "attention.head_count_kv": 1}
+    return values
+
+
+def deepseek_tensors(tensors: dict, config: dict, split_kv_b: bool) -> dict[str, np.ndarray]:
+    """`DeepseekV2Model.modify_tensors`."""
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    out = {}
+    for name, tensor in tensors.items():
+        if split_kv_b and name.endswith("kv_b_proj.weight"):
+            kv_b = tensor.reshape(heads, -1, tensor.shape[-1])
+            out[name.replace("kv_b", "k_b")] = kv_b[:, :nope].swapaxes(1, 2)
+            out[name.replace("kv_b", "v_b")] = kv_b[:, nope:]
+        else:
+            out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
+    return out
 
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:

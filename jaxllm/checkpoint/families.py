@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from jaxllm.checkpoint.demo import DemoDirectory, demo_config, is_demo, open_demo
 from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.quantized import assemble
@@ -43,16 +44,21 @@ class Checkpoint:
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_checkpoint(path: Path, gqa: int = 1) -> Checkpoint:
-    """Open a GGUF file, one of the older GGML files, or a Hugging Face directory.
+def open_checkpoint(path: Path, gqa: int = 1, config: Path | None = None) -> Checkpoint:
+    """Open a GGUF file, one of the older GGML files, a Hugging Face directory, or one of DeepSeek's demo.
 
     Args:
         gqa: query heads to a key/value head, which GGML files do not say.
+        config: the demo's ModelArgs, if it is not in the directory.
 
     Raises:
         InputError: it cannot be read, or is of a model that is not supported.
     """
-    if path.is_dir():
+    if is_demo(path):
+        read, opened = _from_demo, open_demo(path, config)
+    elif config is not None:
+        raise InputError(f"config '{config}': only files of DeepSeek's demo (model*-mp*.safetensors) are read with one")
+    elif path.is_dir():
         read, opened = _from_directory, open_directory(path)
     elif is_ggml(path):
         read, opened = _from_gguf, open_ggml(path, gqa)
@@ -65,11 +71,16 @@ def open_checkpoint(path: Path, gqa: int = 1) -> Checkpoint:
 
 
 def _from_gguf(file: GGUFFile | GGMLFile) -> Checkpoint:
-    _supported("architecture", file.architecture, llama_config.GGUF_ARCHITECTURES)
-    config = LlamaConfig.from_gguf(file.metadata, file.tensors)
+    known = *llama_config.GGUF_ARCHITECTURES, *deepseek_config.GGUF_ARCHITECTURES
+    _supported("architecture", file.architecture, known)
+    if file.architecture in deepseek_config.GGUF_ARCHITECTURES:
+        config = DeepseekConfig.from_gguf(file.metadata, file.tensors)
+        model, rules, ignored = deepseek, deepseek_names.GGUF_RULES, deepseek_names.gguf_ignored(config)
+    else:
+        config = LlamaConfig.from_gguf(file.metadata, file.tensors)
+        model, rules, ignored = llama, llama_names.gguf_rules(config), llama_names.GGUF_IGNORED
     tokenizer = Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None
-    rules = llama_names.gguf_rules(config)
-    return Checkpoint(file.path.name, config, llama, file.tensors, rules, llama_names.GGUF_IGNORED, tokenizer)
+    return Checkpoint(file.path.name, config, model, file.tensors, rules, ignored, tokenizer)
 
 
 def _from_directory(folder: HFDirectory) -> Checkpoint:
@@ -83,6 +94,23 @@ def _from_directory(folder: HFDirectory) -> Checkpoint:
         model, rules, ignored = llama, llama_names.HF_RULES, llama_names.HF_IGNORED
     if "lm_head.weight" in tensors:  # as in transformers, where a head that is there counts more than being tied
         config = replace(config, tie_word_embeddings=False)
+    return _with_texts(folder, config, model, tensors, rules, ignored)
+
+
+def _from_demo(folder: DemoDirectory) -> Checkpoint:
+    tensors = folder.weights()
+    return _with_texts(folder, demo_config(folder.config, tensors), deepseek, tensors, deepseek_names.DEMO_RULES, ())
+
+
+def _with_texts(
+    folder: HFDirectory,
+    config: LlamaConfig | DeepseekConfig,
+    model: Callable[..., nnx.Module],
+    tensors: Mapping[str, Weight],
+    rules: Sequence[Rule],
+    ignored: Sequence[str],
+) -> Checkpoint:
+    """The checkpoint with what the directory says of texts: its tokenizer, and how to draw answers."""
     generation = folder.json("generation_config.json")
     tokenizer = None
     if (folder.path / "tokenizer.json").is_file():

@@ -48,11 +48,61 @@ class FileArray:
 
 
 @dataclass(frozen=True)
+class JoinedArray:
+    """Arrays as one, end to end along `axis`: each a `FileArray`, or what `map` made of it."""
+
+    parts: tuple[FileArray | np.ndarray, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.parts[0].ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def map(self) -> "JoinedArray":
+        return JoinedArray(tuple(part.map() for part in self.parts), self.axis)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> "JoinedArray":
+        """Slices forward, still without reading anything."""
+        index = (*index, *[slice(None)] * (self.ndim - len(index)))
+        start, stop, _ = index[self.axis].indices(self.shape[self.axis])
+        parts = []
+        for part in self.parts:
+            here = slice(max(start, 0), max(stop, 0))
+            parts.append(part[(*index[: self.axis], here, *index[self.axis + 1 :])])
+            start, stop = start - part.shape[self.axis], stop - part.shape[self.axis]
+        return JoinedArray(tuple(parts), self.axis)
+
+    def take(self, positions: np.ndarray, axis: int) -> "np.ndarray | JoinedArray":
+        if axis != self.axis:
+            return JoinedArray(tuple(part.take(positions, axis=axis) for part in self.parts), self.axis)
+        shape = (*self.shape[:axis], len(positions), *self.shape[axis + 1 :])
+        out, start = np.empty(shape, self.dtype), 0
+        for part in self.parts:
+            (here,) = np.nonzero((start <= positions) & (positions < start + part.shape[axis]))
+            out[(slice(None),) * axis + (here,)] = part.take(positions[here] - start, axis=axis)
+            start += part.shape[axis]
+        return out
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part) for part in self.parts], self.axis).astype(dtype or self.dtype)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a parameter comes from: rows of one tensor, or, `stacked`, of one tensor for each expert.
 
-    Leaves of the parts are host arrays or `FileArray`s. `rows` are those of a tensor that the parameter consists of,
-    in its order; None is all of them.
+    Leaves of the parts are host arrays, `FileArray`s or `JoinedArray`s. `rows` are those of a tensor that the
+    parameter consists of, in its order; None is all of them.
     """
 
     name: str
@@ -103,7 +153,7 @@ def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
     index, shapes = {}, {}
     for name, axes in first.axes.items():
         leaf = getattr(first, name)
-        batch = [None] * (leaf.ndim - len(axes) + source.stacked)
+        batch = [declaration.stack] * (leaf.ndim - len(axes) + source.stacked)
         index[name] = batch + block_index(axes, rows, declaration.cols)
         shape = (len(source.parts), *leaf.shape) if source.stacked else leaf.shape
         shape = tuple(n if i is None else len(i) for n, i in zip(shape, index[name], strict=True))
@@ -130,12 +180,15 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
 
 
 def _read(
-    leaves: list[np.ndarray | FileArray], stacked: bool, index: list[np.ndarray | None], part: tuple[slice, ...]
+    leaves: list[np.ndarray | FileArray | JoinedArray],
+    stacked: bool,
+    index: list[np.ndarray | None],
+    part: tuple[slice, ...],
 ) -> np.ndarray:
     """The `part` of the rearranged leaf, as an array of its own (never a view of a mapped file)."""
     if stacked:
         return np.stack([_read([leaf], False, index[1:], part[1:]) for leaf in leaves[part[0]]])
-    leaf = leaves[0].map() if isinstance(leaves[0], FileArray) else leaves[0]
+    leaf = leaves[0].map() if isinstance(leaves[0], FileArray | JoinedArray) else leaves[0]
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]

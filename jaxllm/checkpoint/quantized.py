@@ -24,23 +24,31 @@ def assemble(tensors: Mapping[str, Weight], config: Mapping[str, object]) -> dic
     method, block = declared.get("quant_method"), declared.get("weight_block_size")
     if method != "fp8" or not block:
         raise InputError(f"quantization '{method}' is not supported; supported: fp8 with weight_block_size")
-    return _block_fp8(tensors, tuple(block))
+    return join_block_fp8(tensors, tuple(block))
 
 
-def _block_fp8(tensors: Mapping[str, Weight], block: tuple[int, int]) -> dict[str, Weight]:
+def join_block_fp8(
+    tensors: Mapping[str, Weight], block: tuple[int, int], weight: str = "", scale: str = "_scale_inv"
+) -> dict[str, Weight]:
+    """The tensors with those that end in `scale` joined to what they scale, whose names end in `weight` there.
+
+    Raises:
+        InputError: an FP8 tensor lacks its scales, or has some that do not fit.
+    """
     joined, complaints = {}, []
     for name, tensor in tensors.items():
-        if name.endswith("_scale_inv"):
+        if name.endswith(scale):
             continue
-        scales = tensors.get(f"{name}_scale_inv")
+        scales_name = name.removesuffix(weight) + scale
+        scales = tensors.get(scales_name)
         if scales is not None:
             out, in_ = tensor.shape[-2:]
             want = (-(-out // block[0]), -(-in_ // block[1]))
             if scales.shape[-2:] != want:
-                complaints.append(f"'{name}_scale_inv' has shape {list(scales.shape)}, expected {list(want)}")
+                complaints.append(f"'{scales_name}' has shape {list(scales.shape)}, expected {list(want)}")
             joined[name] = BlockFP8(tensor.values, scales.values, block, None)
         elif tensor.format.startswith("float8"):
-            complaints.append(f"'{name}' is FP8, but '{name}_scale_inv' is missing")
+            complaints.append(f"'{name}' is FP8, but '{scales_name}' is missing")
         else:
             joined[name] = tensor
     if complaints:

@@ -4,6 +4,10 @@ Two forms of one function. *Naive* makes each head's keys and values from the la
 *Absorbed* moves those projections to the queries and the outputs, so that attention runs on the latents themselves:
 less to read for one new token, more to compute for many. A latent cache serves both, and each phase takes the form
 that suits it; a model may also be told to keep every head's keys and values (`per_head_cache`), as the demo's "naive".
+
+Some checkpoints have what makes keys and what makes values in one matrix, kv_b. Others have them in two stacks of a
+matrix for each head (`split_kv_b`), of which k_b is `[rank, nope]`, so that its blocks run along what the absorbed form
+sums over.
 """
 
 import jax
@@ -18,8 +22,11 @@ from jaxllm.layers.cache import write
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
-from jaxllm.parallel import CACHE, COLUMN, HEADS, REPLICATED, ROW, local, local_specs
+from jaxllm.parallel import CACHE, COLUMN, HEAD_STACK, HEADS, REPLICATED, ROW, local, local_specs
+
+Up = tuple[jax.Array, jax.Array]  # what makes keys of latents, [heads, nope, rank], and values, [heads, value, rank]
 
 LATENT_EPS = 1e-6  # of the norms of queries' and keys' latents: DeepSeek's code has it so, whatever rms_norm_eps is
 
@@ -33,7 +40,7 @@ class LatentAttention(nnx.Module):
         nope, rope, value: sizes of a head's part without and with rotary positions, and of its values.
         scale: of the scores.
         heads: where the heads stand on the mesh.
-        per_head_cache: see above.
+        per_head_cache, split_kv_b: see above.
     """
 
     def __init__(
@@ -50,9 +57,10 @@ class LatentAttention(nnx.Module):
         *,
         bias: bool = False,
         per_head_cache: bool = False,
+        split_kv_b: bool = False,
     ) -> None:
         self.rank, self.nope, self.rope, self.value = kv_lora_rank, nope, rope, value
-        self.scale, self.per_head_cache = scale, per_head_cache
+        self.scale, self.per_head_cache, self.split_kv_b = scale, per_head_cache, split_kv_b
         self.cache_shape = (len(heads.query), nope + rope, value) if per_head_cache else (1, kv_lora_rank, rope)
         q_shape, q_rows = num_heads * (nope + rope), heads.rows(heads.query, nope + rope)
         low = q_lora_rank is not None
@@ -62,8 +70,12 @@ class LatentAttention(nnx.Module):
         self.q_b_proj = Linear((q_shape, q_lora_rank), COLUMN, rows=q_rows) if low else None
         self.kv_a_proj_with_mqa = Linear((kv_lora_rank + rope, hidden_size), REPLICATED, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, LATENT_EPS)
-        kv_rows = heads.rows(heads.query, nope + value)
-        self.kv_b_proj = Linear((num_heads * (nope + value), kv_lora_rank), COLUMN, rows=kv_rows)
+        if split_kv_b:
+            self.k_b_proj = declare((num_heads, kv_lora_rank, nope), HEAD_STACK, stack=heads.query)
+            self.v_b_proj = declare((num_heads, value, kv_lora_rank), HEAD_STACK, stack=heads.query)
+        else:
+            kv_rows = heads.rows(heads.query, nope + value)
+            self.kv_b_proj = Linear((num_heads * (nope + value), kv_lora_rank), COLUMN, rows=kv_rows)
         o_cols = heads.rows(heads.query, value)
         self.o_proj = Linear((hidden_size, num_heads * value), ROW, cols=o_cols, bias=bias)
 
@@ -85,18 +97,30 @@ class LatentAttention(nnx.Module):
 
         form = self._per_head if self.per_head_cache else self._latent
         spec = CACHE if self.per_head_cache else PartitionSpec()
-        kv_b = self.kv_b_proj.weight.get_value()
+        params = (self.k_b_proj, self.v_b_proj) if self.split_kv_b else (self.kv_b_proj.weight,)
+        kv_b, cut = [param.get_value() for param in params], HEAD_STACK if self.split_kv_b else COLUMN
 
         def attend(
-            q_nope: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, kv_b: Weight, *rest: jax.Array
+            q_nope: jax.Array,
+            q_rope: jax.Array,
+            latent: jax.Array,
+            k_rope: jax.Array,
+            kv_b: list[Weight],
+            *rest: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            up = kv_b.dequantize(x.dtype).reshape(-1, self.nope + self.value, self.rank)  # [heads, nope + value, rank]
-            return form(q_nope, q_rope, latent, k_rope, up, *rest, window)
+            return form(q_nope, q_rope, latent, k_rope, self._up(kv_b, x.dtype), *rest, window)
 
         whole = PartitionSpec()
-        specs = HEADS, HEADS, whole, whole, local_specs(kv_b, COLUMN), spec, spec, whole
+        specs = HEADS, HEADS, whole, whole, [local_specs(w, cut) for w in kv_b], spec, spec, whole
         y, *cache = local(attend, specs, (HEADS, spec, spec))(q_nope, q_rope, latent, k_rope, kv_b, *cache, positions)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
+
+    def _up(self, kv_b: list[Weight], dtype: jax.typing.DTypeLike) -> Up:
+        if self.split_kv_b:
+            k_b, v_b = (w.dequantize(dtype) for w in kv_b)
+            return k_b.swapaxes(1, 2), v_b
+        both = kv_b[0].dequantize(dtype).reshape(-1, self.nope + self.value, self.rank)
+        return both[:, : self.nope], both[:, self.nope :]
 
     def _per_head(
         self,
@@ -104,7 +128,7 @@ class LatentAttention(nnx.Module):
         q_rope: jax.Array,
         latent: jax.Array,
         k_rope: jax.Array,
-        up: jax.Array,
+        up: Up,
         keys: jax.Array,
         values: jax.Array,
         positions: jax.Array,
@@ -121,7 +145,7 @@ class LatentAttention(nnx.Module):
         q_rope: jax.Array,
         latent: jax.Array,
         k_rope: jax.Array,
-        up: jax.Array,
+        up: Up,
         latents: jax.Array,
         ropes: jax.Array,
         positions: jax.Array,
@@ -134,15 +158,15 @@ class LatentAttention(nnx.Module):
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             return dot_product_attention(q, keys, values, positions, None), latents, ropes
         # The latents are the one key and the one value head that all queries share.
-        q = jnp.concatenate([_einsum("bthn,hnr->bthr", q_nope, up[:, : self.nope]), q_rope], axis=-1)
+        q = jnp.concatenate([_einsum("bthn,hnr->bthr", q_nope, up[0]), q_rope], axis=-1)
         y = dot_product_attention(q, jnp.concatenate([seen, seen_rope], axis=-1), seen, positions, None)
-        return _einsum("bthr,hvr->bthv", y, up[:, self.nope :]), latents, ropes
+        return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
 
-    def _expand(self, latents: jax.Array, ropes: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
         """Every head's keys `[batch, heads, time, nope + rope]` and values, of latents `[batch, time, rank]`."""
-        k_nope = _einsum("bsr,hnr->bhsn", latents, up[:, : self.nope])
+        k_nope = _einsum("bsr,hnr->bhsn", latents, up[0])
         shared = jnp.broadcast_to(ropes[:, None], (*k_nope.shape[:3], ropes.shape[-1]))
-        return jnp.concatenate([k_nope, shared], axis=-1), _einsum("bsr,hvr->bhsv", latents, up[:, self.nope :])
+        return jnp.concatenate([k_nope, shared], axis=-1), _einsum("bsr,hvr->bhsv", latents, up[1])
 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ def attention(config: DeepseekConfig, mesh: Mesh, block: int, per_head_cache: bo
         place_heads(c.num_attention_heads, c.num_attention_heads, mesh.shape[TP], c.v_head_dim, block),
         bias=c.attention_bias,
         per_head_cache=per_head_cache,
+        split_kv_b=c.split_kv_b,
     )
 
 

@@ -1,18 +1,23 @@
 """Sizes and constants of DeepSeek-V2 and V3, from a config.json, the demo's ModelArgs, or a GGUF file's metadata."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
+from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
+from jaxllm.models.llama_config import MANY, POSITIONS
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 GGUF_ARCHITECTURES = ("deepseek2",)
+GGUF_SCORING = {1: "softmax", 2: "sigmoid"}
 
 DEMO_DEFAULTS = {
     "max_batch_size": 8,
@@ -67,6 +72,7 @@ class DeepseekConfig:
 
     rope: rotary frequencies; `interleaved` says that the checkpoint pairs neighbours.
     softmax_scale: what scores are multiplied by, YaRN's temperature included.
+    split_kv_b: whether the checkpoint has kv_b in two stacks, see `LatentAttention`.
     scoring_func: "softmax" or "sigmoid"; `group_score`: "max", or "top2" for the sum of a group's two best.
     """
 
@@ -100,6 +106,7 @@ class DeepseekConfig:
     rope: Rope
     interleaved: bool
     softmax_scale: float
+    split_kv_b: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
@@ -150,6 +157,64 @@ class DeepseekConfig:
             rope=frequencies,
             interleaved=get("rope_interleave", True),
             softmax_scale=sum(head) ** -0.5 * scale,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
+        """The configuration of a GGUF file of one of GGUF_ARCHITECTURES.
+
+        Raises:
+            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+        """
+        arch = metadata["general.architecture"]
+        prefix = f"{arch}."
+        own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        given = Entries(own, f"metadata {prefix}*")
+        if given.number("attention.temperature_scale", 0.0, above=-math.inf):
+            raise InputError(f"{given.where}: 'attention.temperature_scale' is not supported")
+
+        def head(key: str) -> int:
+            """Of files with kv_b in two stacks, `key` is the size of a latent key or value."""
+            return given.whole(f"{key}_mla" if f"{key}_mla" in given else key, most=MANY)
+
+        key = head("attention.key_length")
+        rotary = given.whole("rope.dimension_count", most=key - 1)
+        biased = any(name.endswith("exp_probs_b.bias") for name in tensors)
+        frequencies, scale = _gguf_yarn(given, rotary)
+        return cls(
+            model_type=arch,
+            vocab_size=tensors["token_embd.weight"].shape[0]
+            if "token_embd.weight" in tensors
+            else given.whole("vocab_size"),
+            hidden_size=given.whole("embedding_length"),
+            intermediate_size=given.whole("feed_forward_length"),
+            moe_intermediate_size=given.whole("expert_feed_forward_length"),
+            num_hidden_layers=min([given.whole("block_count", most=MANY), *_predicting_layers(tensors)]),
+            first_k_dense_replace=given.whole("leading_dense_block_count", 0, 0),
+            num_attention_heads=given.whole("attention.head_count", most=MANY),
+            n_routed_experts=given.whole("expert_count", most=MANY),
+            n_shared_experts=given.whole("expert_shared_count", 0, 0, MANY),
+            num_experts_per_tok=given.whole("expert_used_count", most=MANY),
+            n_group=given.whole("expert_group_count", 1, most=MANY),
+            topk_group=given.whole("expert_group_used_count", 1, most=MANY),
+            scoring_func=_gguf_scoring(given, biased),
+            group_score="top2" if biased else "max",
+            norm_topk_prob=given.flag("expert_weights_norm"),
+            routed_scaling_factor=given.number("expert_weights_scale", 0.0, above=-math.inf) or 1.0,
+            has_correction_bias=biased,
+            q_lora_rank=given.whole("attention.q_lora_rank", 0, 0) or None,
+            kv_lora_rank=given.whole("attention.kv_lora_rank"),
+            qk_nope_head_dim=key - rotary,
+            qk_rope_head_dim=rotary,
+            v_head_dim=head("attention.value_length"),
+            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=given.whole("context_length", most=POSITIONS),
+            tie_word_embeddings="output.weight" not in tensors,
+            attention_bias=False,
+            rope=frequencies,
+            interleaved=True,
+            softmax_scale=key**-0.5 * scale,
+            split_kv_b="blk.0.attn_kv_b.weight" not in tensors,
         )
 
     @classmethod
@@ -223,3 +288,37 @@ def _yarn(config: Mapping[str, object], dim: int) -> tuple[Rope, float]:
     ramp = given.get("beta_fast") or 32, given.get("beta_slow") or 1
     frequencies: np.ndarray = rope.yarn(base, factor, theta, original, *ramp, given.get("truncate", True))
     return Rope(tuple(frequencies.tolist()), scale), rope.yarn_scale(factor, over) ** 2 if over else 1.0
+
+
+def _gguf_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
+    """As `_yarn`. A file has a tenth of mscale_all_dim and no mscale, which llama.cpp takes to be the same."""
+    kinds = ("none", "linear", "yarn", "longrope")
+    kind = given.get("rope.scaling.type", "none", lambda value: value in kinds, f"one of {', '.join(kinds)}")
+    factor = given.number("rope.scaling.factor", 1.0)
+    mscale = given.number("rope.scaling.yarn_log_multiplier", 0.0, above=-math.inf) / 0.1
+    values = {
+        "rope_theta": given.number("rope.freq_base", 10000.0, above=1.0),
+        "rope_type": "default" if factor == 1 else kind.replace("none", "default"),
+        "factor": factor,
+        "original_max_position_embeddings": given.whole(
+            "rope.scaling.original_context_length", given.whole("context_length", most=POSITIONS), most=POSITIONS
+        ),
+        "beta_fast": given.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": given.number("rope.scaling.yarn_beta_slow", 1.0),
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+    return _yarn({"rope_parameters": values}, dim)
+
+
+def _gguf_scoring(given: Entries, biased: bool) -> str:
+    """Files that do not say it are of V2, or of models like V3 that came before the key: only those have the bias."""
+    number = given.whole("expert_gating_func", 0, 0) or (2 if biased else 1)
+    if number not in GGUF_SCORING:
+        raise InputError(f"{given.where}: 'expert_gating_func' {number} is not supported; 1 and 2 are")
+    return GGUF_SCORING[number]
+
+
+def _predicting_layers(tensors: Mapping[str, Weight]) -> set[int]:
+    """Layers for multi-token prediction, which stand after the others."""
+    return {int(m[1]) for name in tensors if (m := re.match(r"blk\.(\d+)\.nextn\.", name))}

@@ -1,4 +1,4 @@
-"""What the tensors of DeepSeek-V2 and V3 are called in Hugging Face checkpoints."""
+"""What the tensors of DeepSeek-V2 and V3 are called in GGUF files and in Hugging Face checkpoints."""
 
 import re
 
@@ -26,7 +26,39 @@ def _rotary(config: DeepseekConfig) -> np.ndarray:
     return half_split_rows(1, size, size) if config.interleaved else np.arange(size)
 
 
-_M, _L, _A = r"model\.layers\.(\d+)\.", r"layers.\1.", r"layers.\1.self_attn."
+_L, _A = r"layers.\1.", r"layers.\1.self_attn."
+_G = r"blk\.(\d+)\."
+
+# Rotary parts pair neighbours here as well: llama.cpp's converter leaves these rows as they are.
+GGUF_RULES = [
+    Rule(r"token_embd\.weight", "embed_tokens.weight"),
+    Rule(r"output_norm\.weight", "norm.weight"),
+    Rule(r"output\.weight", "lm_head.weight"),
+    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    Rule(_G + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
+    Rule(_G + r"attn_q\.weight", _A + "q_proj.weight", _query_rows),
+    Rule(_G + r"attn_q_a\.weight", _A + "q_a_proj.weight"),
+    Rule(_G + r"attn_(q|kv)_a_norm\.weight", _A + r"\2_a_layernorm.weight"),
+    Rule(_G + r"attn_q_b\.weight", _A + "q_b_proj.weight", _query_rows),
+    Rule(_G + r"attn_kv_a_mqa\.weight", _A + "kv_a_proj_with_mqa.weight", _latent_rows),
+    Rule(_G + r"attn_kv_b\.weight", _A + "kv_b_proj.weight"),
+    Rule(_G + r"attn_(k|v)_b\.weight", _A + r"\2_b_proj"),
+    Rule(_G + r"attn_output\.weight", _A + "o_proj.weight"),
+    Rule(_G + r"ffn_(gate|up|down)\.weight", _L + r"mlp.\2_proj.weight"),
+    Rule(_G + r"ffn_gate_inp\.weight", _L + "mlp.gate.weight"),
+    Rule(_G + r"exp_probs_b\.bias", _L + "mlp.e_score_correction_bias"),
+    Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _L + r"mlp.experts.\2_proj"),
+    Rule(_G + r"ffn_(gate|up|down)_shexp\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
+]
+
+
+def gguf_ignored(config: DeepseekConfig) -> list[str]:
+    """The layer after the last, for multi-token prediction, and what some forks of llama.cpp add to kv_b: its parts."""
+    copies = [] if config.split_kv_b else [r"blk\.\d+\.attn_[kv]_b\.weight"]
+    return [rf"blk\.{config.num_hidden_layers}\..*", *copies]
+
+
+_M = r"model\.layers\.(\d+)\."
 
 HF_RULES = [
     Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
@@ -48,3 +80,78 @@ HF_RULES = [
 def hf_ignored(config: DeepseekConfig) -> list[str]:
     """The layer after the last, which predicts a second token (MTP), and buffers that older checkpoints hold."""
     return [rf"model\.layers\.{config.num_hidden_layers}\..*", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
+
+
+# DeepSeek's inference demo: for each of Hugging Face's names, its own, and the axis along which it cuts the tensor.
+DEMO_NAMES = {
+    "embed_tokens": ("embed", 0),
+    "input_layernorm": ("attn_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+    "q_proj": ("wq", 0),
+    "q_a_proj": ("wq_a", None),
+    "q_a_layernorm": ("q_norm", None),
+    "q_b_proj": ("wq_b", 0),
+    "kv_a_proj_with_mqa": ("wkv_a", None),
+    "kv_a_layernorm": ("kv_norm", None),
+    "kv_b_proj": ("wkv_b", 0),
+    "o_proj": ("wo", 1),
+    "gate": ("gate", None),
+    "gate_proj": ("w1", 0),
+    "down_proj": ("w2", 1),
+    "up_proj": ("w3", 0),
+    "norm": ("norm", None),
+    "lm_head": ("head", 0),
+}
+DEMO_AXES = dict(DEMO_NAMES.values())
+DEMO_EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.(\d+)\..*")
+_HF_NAMES = {demo: hf for hf, (demo, _) in DEMO_NAMES.items()}
+_DEMO_KINDS = {"weight": "weight", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
+_HF_KINDS = {demo: hf for hf, demo in _DEMO_KINDS.items()}
+_DEMO_PARENTS = {"self_attn": "attn", "mlp": "ffn"}
+_HF_PARENTS = {demo: hf for hf, demo in _DEMO_PARENTS.items()}
+
+
+def demo_name(name: str) -> str | None:
+    """The demo's name of a tensor of a Hugging Face checkpoint; None if it has no place there."""
+    *parents, key, kind = _split(name.removeprefix("model."))
+    if key not in DEMO_NAMES or kind not in _DEMO_KINDS:
+        return None
+    return ".".join((*(_DEMO_PARENTS.get(p, p) for p in parents), DEMO_NAMES[key][0], _DEMO_KINDS[kind]))
+
+
+def name_of_demo(name: str) -> str | None:
+    """The other way around."""
+    *parents, key, kind = _split(name)
+    if key not in _HF_NAMES or kind not in _HF_KINDS:
+        return None
+    prefix = "" if key == "head" else "model."
+    return prefix + ".".join((*(_HF_PARENTS.get(p, p) for p in parents), _HF_NAMES[key], _HF_KINDS[kind]))
+
+
+def _split(name: str) -> list[str]:
+    """The parts of a name, of which there are two at least."""
+    return name.split(".") if "." in name else ["", name]
+
+
+_D = r"layers\.(\d+)\."
+_MATRICES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+
+DEMO_RULES = [
+    Rule(r"embed\.weight", "embed_tokens.weight"),
+    Rule(r"norm\.weight", "norm.weight"),
+    Rule(r"head\.weight", "lm_head.weight"),
+    Rule(_D + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    Rule(_D + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
+    Rule(_D + r"attn\.wq\.weight", _A + "q_proj.weight", _query_rows),
+    Rule(_D + r"attn\.wq_a\.weight", _A + "q_a_proj.weight"),
+    Rule(_D + r"attn\.(q|kv)_norm\.weight", _A + r"\2_a_layernorm.weight"),
+    Rule(_D + r"attn\.wq_b\.weight", _A + "q_b_proj.weight", _query_rows),
+    Rule(_D + r"attn\.wkv_a\.weight", _A + "kv_a_proj_with_mqa.weight", _latent_rows),
+    Rule(_D + r"attn\.wkv_b\.weight", _A + "kv_b_proj.weight"),
+    Rule(_D + r"attn\.wo\.weight", _A + "o_proj.weight"),
+    Rule(_D + r"ffn\.gate\.weight", _L + "mlp.gate.weight"),
+    Rule(_D + r"ffn\.gate\.bias", _L + "mlp.e_score_correction_bias"),
+    *(Rule(_D + rf"ffn\.{w}\.weight", _L + f"mlp.{name}.weight") for w, name in _MATRICES),
+    *(Rule(_D + rf"ffn\.experts\.(?P<expert>\d+)\.{w}\.weight", _L + f"mlp.experts.{n}") for w, n in _MATRICES),
+    *(Rule(_D + rf"ffn\.shared_experts\.{w}\.weight", _L + f"mlp.shared_expert.{n}.weight") for w, n in _MATRICES),
+]

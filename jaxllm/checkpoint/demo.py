@@ -1,0 +1,146 @@
+"""The files of DeepSeek's inference demo: `model{i}-mp{n}.safetensors`, of which each holds what one of n GPUs needs.
+
+What the demo cuts is put together again while it is read, so the n of the files is no matter to the mesh. Experts are
+whole, each in one file; what is not cut is in every file, and read from the first.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxllm.checkpoint.placing import FileArray, JoinedArray
+from jaxllm.checkpoint.quantized import join_block_fp8
+from jaxllm.checkpoint.safetensors import Entries, HFDirectory, read_header, read_json
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.models.deepseek_config import DEMO_DEFAULTS, DeepseekConfig
+from jaxllm.models.deepseek_names import DEMO_AXES, DEMO_EXPERT
+
+BLOCK = (128, 128)
+_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+_NUMBERS = ("route_scale", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale")
+_MAY_BE_NONE = ("n_dense_layers", "n_shared_experts", "q_lora_rank")
+_CHOICES = {"score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8")}
+
+
+@dataclass(frozen=True)
+class DemoDirectory(HFDirectory):
+    """An open directory. `config` has the fields of the demo's `ModelArgs`; `tensors` are as the files name them."""
+
+    def weights(self) -> dict[str, Weight]:
+        """The tensors, FP8 ones joined with their scales."""
+        return join_block_fp8(self.tensors, BLOCK, ".weight", ".scale")
+
+
+def is_demo(path: Path) -> bool:
+    return path.is_dir() and any(_FILE.fullmatch(file.name) for file in path.iterdir())
+
+
+def open_demo(path: Path, config: Path | None = None) -> DemoDirectory:
+    """Open a directory of the demo's files.
+
+    Args:
+        config: a file with fields of `ModelArgs`; by default the one such `config*.json` in the directory.
+
+    Raises:
+        InputError: files are missing, damaged, or do not fit together, or there is no such config.
+    """
+    return DemoDirectory(path, read_args(config or find_config(path)), demo_tensors(path))
+
+
+def demo_tensors(path: Path) -> dict[str, Weight]:
+    """The tensors of a directory of the demo's files, see `open_demo`."""
+    files = [read_header(file) for file in _files(path)]
+    names = dict.fromkeys(name for file in files for name in file)
+    arrays = {name: _joined(name, [file.get(name) for file in files]) for name in names}
+    _refuse_split_blocks(path, arrays)
+    return {name: Dense(array) for name, array in arrays.items()}
+
+
+def demo_config(args: Mapping[str, object], tensors: Iterable[str]) -> DeepseekConfig:
+    """The configuration; the demo has the bias by its width alone, here it is what the files hold that counts."""
+    biased = any(name.endswith(".gate.bias") for name in tensors)
+    group_score = "top2" if biased else "max"
+    return replace(DeepseekConfig.from_demo(args), has_correction_bias=biased, group_score=group_score)
+
+
+def read_args(file: Path) -> dict[str, object]:
+    """What a JSON file says of the fields of `ModelArgs`.
+
+    Raises:
+        InputError: a field that the demo does not have, or with an impossible value.
+    """
+    args = Entries(read_json(file), str(file))
+    for key in args.values:
+        if key not in DEMO_DEFAULTS:
+            raise InputError(f"{file}: '{key}' is not a field of the demo's ModelArgs")
+        if choices := _CHOICES.get(key):
+            args.get(key, None, lambda value, known=choices: value in known, f"one of {', '.join(choices)}")
+        elif key in _NUMBERS:
+            args.number(key)
+        else:
+            args.whole(key, least=0 if key in _MAY_BE_NONE else 1)
+    return dict(args.values)
+
+
+def find_config(path: Path) -> Path:
+    found = [file for file in sorted(path.glob("config*.json")) if read_json(file).keys() <= DEMO_DEFAULTS.keys()]
+    if len(found) != 1:
+        what = "more than one" if found else "no"
+        raise InputError(f"{path}: {what} config*.json with fields of the demo's ModelArgs; name it (--config FILE)")
+    return found[0]
+
+
+def _files(path: Path) -> list[Path]:
+    found = {file: _FILE.fullmatch(file.name) for file in sorted(path.glob("model*-mp*.safetensors"))}
+    counts = sorted({int(m[2]) for m in found.values() if m})
+    if len(counts) != 1:
+        listed = " and ".join(f"mp{n}" for n in counts) or "no file"
+        raise InputError(f"{path}: {listed} of the demo's model*-mp*.safetensors; one set of them is expected")
+    files = [path / f"model{i}-mp{counts[0]}.safetensors" for i in range(counts[0])]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: is missing, of {counts[0]} files that make up the model")
+    return files
+
+
+def _joined(name: str, parts: list[FileArray | None]) -> FileArray | JoinedArray:
+    """The whole tensor, from what each file has of it."""
+    there = [part for part in parts if part is not None]
+    if DEMO_EXPERT.fullmatch(name):
+        if len(there) > 1:
+            raise InputError(f"{there[1].path}: tensor '{name}' is in {there[0].path.name} already")
+        return there[0]
+    if len(there) < len(parts):
+        lacking = there[0].path.with_name(f"model{parts.index(None)}-mp{len(parts)}.safetensors")
+        raise InputError(f"{lacking}: tensor '{name}' is missing, which {there[0].path.name} has")
+    for part in there:
+        if (part.shape, part.dtype) != (there[0].shape, there[0].dtype):
+            raise InputError(f"{part.path}: tensor '{name}' has another shape or dtype than in {there[0].path.name}")
+    axis = demo_axis(name)
+    if axis is None or len(there) == 1:
+        return there[0]
+    if axis >= there[0].ndim:
+        raise InputError(f"{there[0].path}: tensor '{name}' has shape {list(there[0].shape)}, which cannot be a part")
+    return JoinedArray(tuple(there), axis)
+
+
+def demo_axis(name: str) -> int | None:
+    """The axis along which the demo cuts a tensor of this name; experts it does not cut."""
+    return None if DEMO_EXPERT.fullmatch(name) else DEMO_AXES.get(name.split(".")[-2:][0])
+
+
+def _refuse_split_blocks(path: Path, arrays: Mapping[str, FileArray | JoinedArray]) -> None:
+    """Scales of blocks that lie across two files would not say which of the values there they are of."""
+    for name, array in arrays.items():
+        stem = name.removesuffix(".weight")
+        if stem != name and f"{stem}.scale" in arrays and isinstance(array, JoinedArray):
+            check_blocks(f"{path}: tensor '{name}'", array.axis, array.shape[array.axis], len(array.parts))
+
+
+def check_blocks(what: str, axis: int, size: int, count: int) -> None:
+    """Raise InputError if `count` parts along an axis of FP8 values would not be whole blocks."""
+    if count > 1 and size % (count * BLOCK[axis]):
+        raise InputError(f"{what}: dimension {axis} of {size} is not {count} parts of whole FP8 blocks of {BLOCK[axis]}")

@@ -1,0 +1,263 @@
+"""`python -m jaxllm.convert`: a Hugging Face directory in another dtype, or from and to the files of DeepSeek's demo.
+
+A tensor is read, converted and written piece by piece, so memory does not grow with the model. (Mapping the file would
+be shorter, but what was read of a map stays with the process, and a file that is cut short meanwhile kills it.)
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from jaxllm.checkpoint.demo import is_demo
+from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
+from jaxllm.checkpoint.placing import FileArray
+from jaxllm.checkpoint.quantized import assemble
+from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
+from jaxllm.checkpoint.writing import GB, Tensor, write_directory, write_files
+from jaxllm.checkpoint.writing import pieces as _pieces
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.formats.fp8 import BlockFP8
+
+TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+LAYOUTS = ("demo", "huggingface")
+DEMO_CONFIG = "config_demo.json"
+_FLOATS = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+_SCALES = re.compile(r"scales?(_|$)|absmax|zeros?$|SCB")
+# Files that hold weights or run code when they are opened, lists of those (".index."), and what is hidden.
+_LEFT_OUT = re.compile(r"\.(safetensors|bin|pth?|ckpt|pkl|pickle|np[yz]|h5|msgpack|gguf|onnx\w*|ot)$|\.index\.|^\.")
+_PICKLES = (b"\x80", b"PK\x03\x04")  # how a pickle begins, and an archive such as torch's of pickles
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    to: str,
+    max_shard_size: int | str = "5GB",
+    model_parallel: int | None = None,
+    n_experts: int | None = None,
+    config: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> None:
+    """Write a Hugging Face directory again in another dtype, or as the files of DeepSeek's demo; or those as such.
+
+    Another dtype is that of every floating-point tensor; integers stay as they are, and blockwise FP8 becomes plain.
+    Files that hold no weights come along; hidden files and subdirectories do not.
+
+    Args:
+        src: the directory to read.
+        dst: the directory to write, which must not exist or be empty. It appears when everything is written.
+        to: "bfloat16" (rounded to nearest, ties to even) or "float32"; "demo", or "huggingface" from the demo's files,
+            which change no value.
+        max_shard_size: bytes of a file, or text such as "500MB"; a larger tensor has a file of its own.
+        model_parallel: how many files to write for the demo, each for one GPU.
+        n_experts: how many there should be in what is written for the demo.
+        config: for "huggingface", a config.json to take as it is, or the demo's ModelArgs; by default those in `src`.
+        progress: whether to show progress, and at the end a line, on stderr.
+
+    Raises:
+        InputError: a file or argument that cannot be used; one line saying what and where.
+    """
+    if to not in (*TARGETS, *LAYOUTS):
+        raise InputError(f"to '{to}': choose one of {', '.join((*TARGETS, *LAYOUTS))}")
+    if (to == "demo") != (model_parallel is not None) or (n_experts is not None and to != "demo"):
+        raise InputError("to 'demo' needs model_parallel, the number of files, and nothing else takes it or n_experts")
+    if config is not None and to != "huggingface":
+        raise InputError(f"config '{config}': only to 'huggingface' takes one")
+    src, dst, limit = Path(src), Path(dst), parse_size(max_shard_size)
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
+    begun = time.perf_counter()
+    if to == "huggingface":
+        tensors, said = to_huggingface(src, None if config is None else Path(config))
+        configs = {"config.json": said}
+    else:
+        folder = _open(src)
+        try:
+            if to == "demo":
+                parts, said = to_demo(folder, model_parallel, n_experts)
+                tensors, configs = list(chain(*parts.values())), {} if said is None else {DEMO_CONFIG: said}
+            else:
+                tensors, said = _to_dtype(folder, to)
+                configs = {"config.json": said}
+        except InputError as error:
+            raise InputError(f"{src}: {error}") from error
+    files = {file.name: file for file in sorted(src.iterdir()) if _comes_along(file)}
+    if to in LAYOUTS:
+        files = {name: file for name, file in files.items() if not re.fullmatch(r"config.*\.json", name)}
+    files |= {name: (json.dumps(said, indent=2) + "\n").encode() for name, said in configs.items()}
+
+    total = sum(t.nbytes for t in tensors)
+    hide = None if progress else True  # None: where stderr is not a terminal
+    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=hide, leave=False) as bar:
+        if to == "demo":
+            write_files(dst, parts, files, bar.update)
+        else:
+            write_directory(dst, tensors, files, limit, bar.update)
+    if progress:
+        seconds = time.perf_counter() - begun
+        rate = f"{seconds:.1f} s, {total / GB / seconds:.2f} GB/s"
+        print(f"{dst}: {len(tensors)} tensors, {total} bytes, {rate}", file=sys.stderr)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, from a number or from text such as "5GB", "1.5 GiB" or "1000"."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*(?:(?:([KMGT])(i?))?B)?", str(size).strip(), re.IGNORECASE)
+    power = "KMGT".find((found[2] or "-").upper()) + 1 if found else 0
+    number = int(float(found[1]) * (1024 if found[3] else 1000) ** power) if found else 0
+    if number < 1:
+        raise InputError(f"max_shard_size '{size}': give a number of bytes, or for example 500MB or 5GB")
+    return number
+
+
+def _open(src: Path) -> HFDirectory:
+    """The source, if it is of a kind that can be converted."""
+    if src.suffix == ".gguf" or (not (src / "config.json").exists() and any(src.glob("*.gguf"))):
+        raise InputError(f"{src}: GGUF cannot be converted yet; give a Hugging Face directory")
+    if not src.is_dir():
+        raise InputError(f"{src}: not a directory")
+    if is_demo(src):
+        raise InputError(f"{src}: files of DeepSeek's demo; convert them to 'huggingface' first")
+    return open_directory(src)
+
+
+def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, object]]:
+    """The tensors in another dtype, and the config that says so."""
+    config, weights = dict(folder.config), folder.tensors
+    declared = config.get("quantization_config")
+    if isinstance(declared, dict) and declared.get("quant_method") == "fp8" and declared.get("weight_block_size"):
+        weights = assemble(weights, config)
+        del config["quantization_config"]
+    plain = {name: weight for name, weight in weights.items() if not _is_fp8_matrix(weight)}
+    if reason := _quantized(replace(folder, config=config, tensors=plain)):
+        raise InputError(f"quantized ({reason}), which cannot be converted yet")
+    return [_converted(name, weight, TARGETS[to]) for name, weight in weights.items()], _with_dtype(config, to)
+
+
+def _is_fp8_matrix(weight: Weight) -> bool:
+    return isinstance(weight, BlockFP8) and len(weight.shape) == 2 and weight.values.dtype.itemsize == 1
+
+
+def _quantized(folder: HFDirectory) -> str | None:
+    """What shows that values mean something only together with others; None if each stands for itself."""
+    for config in (folder.config, *(value for value in folder.config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "quantization", "compression_config"):
+            if config.get(key):
+                return f"config.json has '{key}'"
+    split = [name.rpartition(".") for name in folder.tensors]
+    scaled = {stem for stem, dot, last in split if dot and _SCALES.search(last)}
+    for name, weight in folder.tensors.items():
+        dtype = weight.values.dtype
+        packed = dtype.kind in "iu" and dtype.itemsize <= 4 and weight.values.ndim > 1
+        if packed and not scaled.isdisjoint((name, name.rpartition(".")[0])):
+            return f"tensor '{name}' of {dtype} has scales"
+        if dtype.kind not in "iub" and dtype not in _FLOATS:
+            return f"tensor '{name}' is {dtype}"
+    return None
+
+
+def _comes_along(file: Path) -> bool:
+    if not file.is_file() or _LEFT_OUT.search(file.name):
+        return False
+    with file.open("rb") as opened:
+        return not opened.read(4).startswith(_PICKLES)
+
+
+def _with_dtype(config: Mapping[str, object], to: str) -> dict[str, object]:
+    """The config, and the configs inside it of a model's parts, with another dtype where they name one."""
+    changed = {key: _with_dtype(value, to) for key, value in config.items() if isinstance(value, dict)}
+    return dict(config) | changed | {key: to for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+
+
+def _converted(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
+    if isinstance(weight, BlockFP8):
+        return Tensor(name, dtype, weight.shape, _dequantized(name, weight, dtype))
+    array: FileArray = weight.values
+    dtype = dtype if array.dtype in _FLOATS else array.dtype
+    return Tensor(name, dtype, array.shape, (_cast(piece, dtype) for piece in _pieces(name, array)))
+
+
+def _dequantized(name: str, weight: BlockFP8, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """In bands of whole blocks."""
+    (rows, cols), (_, width) = weight.block, weight.shape
+    scales = np.concatenate([np.empty(0, weight.scales.dtype), *_pieces(f"the scales of {name}", weight.scales)])
+    scales, begin = scales.reshape(weight.scales.shape).astype(np.float32), 0
+    for band in _pieces(name, weight.values, rows * width):
+        values = band.reshape(-1, width).astype(np.float32)
+        of = scales[begin // rows :].repeat(rows, 0)[: len(values)].repeat(cols, 1)[:, :width]
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield _cast(values * of, dtype)
+        begin += len(values)
+
+
+def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rounded once, to nearest, ties to even; the same dtype keeps every bit."""
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, a signalling NaN quiet
+        if x.dtype == np.float64 and dtype == ml_dtypes.bfloat16:
+            # By way of the nearest float32, as ml_dtypes goes, values beside a tie would become one. So: toward zero,
+            # with the last bit set where that is inexact, and no tie can come of it.
+            nearest = x.astype(np.float32)
+            bits = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(x))
+            x = (bits | (nearest != x)).view(np.float32)
+        return x.astype(dtype)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = _Parser(prog="python -m jaxllm.convert", description=__doc__.splitlines()[0])
+    p.add_argument("paths", nargs="*", metavar="SRC DST", help="a directory, and the one to write, new or empty")
+    p.add_argument("--hf-ckpt-path", metavar="SRC", help="instead of SRC, as DeepSeek's convert.py has it")
+    p.add_argument("--save-path", metavar="DST", help="instead of DST, likewise")
+    p.add_argument(
+        "--to",
+        choices=(*TARGETS, *LAYOUTS),
+        help="a dtype for all floating-point tensors; DeepSeek's demo (with --model-parallel), or from its files",
+    )
+    p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
+    p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
+    p.add_argument("--config", metavar="FILE", help="to huggingface: a config.json, or the demo's ModelArgs")
+    p.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB (5GB)")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    argv = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
+    try:
+        args = p.parse_intermixed_args(argv)
+        paths = [*filter(None, (args.hf_ckpt_path, args.save_path)), *args.paths]
+        if len(paths) != 2:
+            p.error("give SRC and DST, the directory to read and the one to write")
+        to = args.to or ("demo" if args.model_parallel is not None else None)
+        if to is None:
+            p.error("give --to, what to convert to")
+        options = {name: getattr(args, name) for name in ("max_shard_size", "model_parallel", "n_experts", "config")}
+        convert(*paths, to=to, **options)
+    except (InputError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
