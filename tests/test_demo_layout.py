@@ -24,7 +24,6 @@ NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SAYABLE = ("v2", "v2_lite", "v3", "v3_no_q_lora")  # with ModelArgs
 UNSAYABLE = {"v3_half_rope": "interleaved", "v3_plain_rope": "rms_norm_eps", "v3_unlike_demo": "norm_topk_prob, rope"}
 CUT = {"embed": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "head": 0}  # convert.py
-FP8_SIZES = {"dim": 256, "rows": 512}
 
 
 def demo_files(path, tensors, n, experts=8):
@@ -86,16 +85,350 @@ def test_logits_are_those_of_transformers_whatever_n_was(tmp_path, name, n, mesh
     np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
 
 
-def fp8_model(seed=0):
-    """V3 by Hugging Face's names with FP8 matrices, all that the demo cuts of 2 blocks of 128 or more."""
-    rng, config = np.random.default_rng(seed), json.loads((CHECKPOINTS / "v3_fp8" / "config.json").read_text())
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "q_lora_rank": 128}
-    sizes |= {"kv_lora_rank": 136, "qk_nope_head_dim": 56, "v_head_dim": 64, "num_hidden_layers": 2}
-    config |= sizes | {"qk_head_dim": 64}
-    e, h, c, q = 256, 4, 136, 128
-    attn = {"q_a_proj": (q, e), "q_b_proj": (h * 64, q), "kv_a_proj_with_mqa": (c + 8, e), "kv_b_proj": (h * 120, c)}
-    # 4 heads of 56 + 64 rows are no whole blocks; with 8 key rows more they are
-    config["v_head_dim"], attn["kv_b_proj"], attn["o_proj"] = 72, (h * 128, c), (e, h * 72)
-    config["v_head_dim"], config["qk_nope_head_dim"] = 64, 64
-    attn |= {"kv_b_proj": (h * 128, c), "o_proj": (e, h * 64), "q_b_proj": (h * 72, q)}
-    raise NotImplementedError
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """A Hugging Face directory of V3 in FP8, whose cut matrices have two blocks of 128 or more along the cut."""
+    path, rng = tmp_path_factory.mktemp("fp8") / "hf", np.random.default_rng(0)
+    config = json.loads((CHECKPOINTS / "v3_fp8" / "config.json").read_text())
+    config |= {"hidden_size": 136, "intermediate_size": 256, "moe_intermediate_size": 128, "n_shared_experts": 2}
+    config |= {"q_lora_rank": 24, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+    config |= {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    tensors = {}
+
+    def add(name, *shape):
+        x = rng.normal(size=shape)
+        if name.endswith("_proj") or "kv_a" in name and len(shape) > 1:
+            tensors[f"{name}.weight"] = (x * 100).clip(-448, 448).astype(E4M3)
+            grid = [-(-n // 128) for n in shape]
+            tensors[f"{name}.weight_scale_inv"] = rng.uniform(5e-4, 2e-3, grid).astype(np.float32)
+        else:
+            tensors[f"{name}.weight"] = (x if len(shape) > 1 else 1 + x / 8).astype(ml_dtypes.bfloat16)
+
+    def mlp(name, inner):
+        for which, shape in (("gate", (inner, 136)), ("up", (inner, 136)), ("down", (136, inner))):
+            add(f"{name}.{which}_proj", *shape)
+
+    add("model.embed_tokens", 64, 136)
+    add("lm_head", 64, 136)
+    add("model.norm", 136)
+    for layer in range(3):  # the last is for multi-token prediction
+        at = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            add(f"{at}.{name}", 136)
+        matrices = {"q_a_proj": (24, 136), "q_b_proj": (512, 24), "kv_a_proj_with_mqa": (80, 136), "o_proj": (136, 256)}
+        for name, shape in (
+            matrices | {"kv_b_proj": (512, 16), "q_a_layernorm": (24,), "kv_a_layernorm": (16,)}
+        ).items():
+            add(f"{at}.self_attn.{name}", *shape)
+        if not layer:
+            mlp(f"{at}.mlp", 256)
+            continue
+        add(f"{at}.mlp.gate", 8, 136)
+        tensors[f"{at}.mlp.gate.e_score_correction_bias"] = rng.normal(size=8).astype(np.float32)
+        mlp(f"{at}.mlp.shared_experts", 256)
+        for expert in range(8):
+            mlp(f"{at}.mlp.experts.{expert}", 128)
+    add("model.layers.2.eh_proj", 136, 272)
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+TOKENS = np.arange(20).reshape(2, 10) * 7 % 64
+
+
+@pytest.mark.parametrize(("n", "mesh"), [(1, "tp=1"), (2, "tp=1"), (2, "tp=2,ep=2")])
+def test_fp8_files_give_the_demos_logits(tmp_path, fp8, n, mesh):
+    params, args = load(fp8)
+    convert(fp8, tmp_path / "demo", to="demo", model_parallel=n, progress=False)
+    model = jaxllm.load(tmp_path / "demo", mesh=mesh, dtype="float32", weights="packed", progress=False)
+    expected = Transformer(params, args)(TOKENS)
+    np.testing.assert_allclose(model.logits(TOKENS), expected, atol=1e-3 * np.abs(expected).max())
+    assert {p.weight.format for p in model.placed if p.name.endswith("o_proj.weight")} == {"FP8 128x128"}
+
+
+def without_mtp(tensors, layers):
+    return {name: x for name, x in tensors.items() if not name.startswith(f"model.layers.{layers}.")}
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("name", [*SAYABLE, *UNSAYABLE])
+def test_there_and_back_is_byte_identical(tmp_path, name, n):
+    """And the files there are those of the demo's own script, bit for bit."""
+    source, own = CHECKPOINTS / name, None
+    if name in SAYABLE:
+        convert(source, tmp_path / "there", to="demo", model_parallel=n, progress=False)
+        said = json.loads((tmp_path / "there" / DEMO_CONFIG).read_text())
+        assert fields(name).items() >= {k: v for k, v in said.items() if k != "dtype" and "rope_f" not in k}.items()
+    else:
+        own = source / "config.json"
+        with pytest.warns(UserWarning, match=f"ModelArgs cannot say this model's {UNSAYABLE[name]}; none are written"):
+            convert(source, tmp_path / "there", to="demo", model_parallel=n, progress=False)
+    expected = demo_files(tmp_path / "expected", load(source)[0], n)
+    assert raw(tmp_path / "there") == raw(expected)
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", config=own, progress=False)
+    assert whole(tmp_path / "back") == whole(source)
+    files = {"generation_config.json", "config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "back").iterdir()} == files
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fp8_there_and_back_is_byte_identical(tmp_path, fp8, n):
+    convert(fp8, tmp_path / "there", to="demo", model_parallel=n, progress=False)
+    assert raw(tmp_path / "there") == raw(demo_files(tmp_path / "expected", load(fp8)[0], n))
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", progress=False)
+    assert whole(tmp_path / "back") == without_mtp(whole(fp8), 2)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+@pytest.mark.parametrize("name", ["v2", "v2_lite", "v3", "fp8"])
+def test_what_comes_back_is_the_same_model(tmp_path, fp8, name):
+    source = fp8 if name == "fp8" else CHECKPOINTS / name
+    convert(source, tmp_path / "there", to="demo", model_parallel=2, progress=False)
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", max_shard_size=60_000, progress=False)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    one, other = (jaxllm.load(path, dtype="float32", progress=False) for path in (source, tmp_path / "back"))
+    assert one.config == other.config
+    np.testing.assert_array_equal(one.logits(TOKENS), other.logits(TOKENS))
+
+
+def test_tokenizer_files_come_along(tmp_path):
+    source = tmp_path / "a"
+    source.mkdir()
+    for file in (CHECKPOINTS / "v3").glob("*.*"):
+        (source / file.name).symlink_to(file)
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "tokenizer.model").write_bytes(b"\x0a")
+    convert(source, tmp_path / "b", to="demo", model_parallel=1, progress=False)
+    names = ["config_demo.json", "generation_config.json", "model0-mp1.safetensors", "tokenizer.model"]
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == [*names, "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("positions", [None, np.arange(3, 11), np.array([9, 0, 4, 4, 11, -1, 3]), np.array([5])])
+def test_of_a_joined_array_the_right_parts_are_read(tmp_path, axis, positions):
+    x, parts = np.random.default_rng(0).normal(size=(12, 12)), []
+    for i, part in enumerate(np.split(x, 3, axis)):
+        np.ascontiguousarray(part).tofile(tmp_path / str(i))
+        parts.append(FileArray(tmp_path / str(i), 0, part.shape, x.dtype))
+    joined = JoinedArray(tuple(parts), axis)
+    assert (joined.shape, joined.ndim, joined.dtype) == (x.shape, 2, x.dtype)
+    np.testing.assert_array_equal(np.asarray(joined), x)
+    for index in ([positions, None], [None, positions]):
+        for part in ((slice(0, 12), slice(0, 12)), (slice(0, 1), slice(2, 7)), (slice(1, 7), slice(0, 1))):
+            sizes = [12 if i is None else len(i) for i in index]
+            section = tuple(slice(s.start % n, min(s.stop, n)) for s, n in zip(part, sizes, strict=True))
+            want = x
+            for a, i in enumerate(index):
+                if i is not None:
+                    zeros = np.expand_dims(i < 0, 1 - a)
+                    want = np.where(zeros, 0, want.take(i, a))
+            np.testing.assert_array_equal(_read([joined], False, index, section), want[section])
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    """Of a part that is not asked for, not even the file is there."""
+    np.ones((4, 6), np.float32).tofile(tmp_path / "1")
+    parts = [
+        FileArray(tmp_path / "1", 0, (4, 6), np.dtype(np.float32)).map(),
+        np.broadcast_to(np.float32(0), (2**40, 6)),
+    ]
+    joined = JoinedArray(tuple(parts), 0)
+    np.testing.assert_array_equal(np.asarray(joined[1:4, 2:4]), np.ones((3, 2)))
+    np.testing.assert_array_equal(joined.take(np.array([2**40, 3]), 0)[:, 0], [0, 1])
+
+
+@pytest.mark.parametrize("to", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["v3_fp8", "v3_fp8_small_blocks", "fp8"])
+def test_fp8_made_plain_is_numpys(tmp_path, monkeypatch, fp8, name, to):
+    monkeypatch.setattr("jaxllm.checkpoint.writing.PIECE", 1000)  # several bands a tensor
+    source = fp8 if name == "fp8" else CHECKPOINTS / name
+    config = json.loads((source / "config.json").read_text())
+    convert(source, tmp_path / "b", to=to, max_shard_size=100_000, progress=False)
+    expected = {}
+    for key, x in (tensors := read_safetensors(source / "model.safetensors")).items():
+        if x.dtype == E4M3:
+            block = config["quantization_config"]["weight_block_size"]
+            x = weight_dequant(x, tensors[f"{key}_scale_inv"], block)
+        if not key.endswith("_scale_inv"):
+            expected[key] = x.astype(to)
+    got = {k: v for file in (tmp_path / "b").glob("*.safetensors") for k, v in read_safetensors(file).items()}
+    assert got.keys() == expected.keys()
+    for key, x in expected.items():
+        assert got[key].dtype == x.dtype
+        assert got[key].tobytes() == x.tobytes(), key
+    del config["quantization_config"]
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config | {"dtype": to}
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+
+
+def hf(tmp_path, name="v3", change=None, **config):
+    """A golden checkpoint with other tensors or another config."""
+    path = tmp_path / "hf"
+    path.mkdir()
+    tensors = read_safetensors(CHECKPOINTS / name / "model.safetensors")
+    if change:
+        change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    given = json.loads((CHECKPOINTS / name / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(given))
+    return path
+
+
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def damaged(tmp_path, damage, **options):
+    path = made(tmp_path, **options)
+    damage(path)
+    return path
+
+
+def spoil(file, change):
+    def damage(path):
+        tensors = read_safetensors(path / file)
+        change(tensors)
+        save_file(tensors, path / file)
+
+    return damage
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+LOAD = {  # a damaged directory, the arguments of generate, and what is said
+    "a file is missing": (
+        lambda p: damaged(p, lambda d: (d / "model1-mp2.safetensors").unlink()),
+        [],
+        "model1-mp2.*miss",
+    ),
+    "two sets of files": (
+        lambda p: (
+            damaged(p, lambda d: (d / "model0-mp2.safetensors").copy(d / "model0-mp4.safetensors"))
+            if hasattr(Path, "copy")
+            else damaged(p, lambda d: (d / "model0-mp4.safetensors").write_bytes(b""))
+        ),
+        [],
+        "mp2 and mp4 of the demo's",
+    ),
+    "no config": (lambda p: damaged(p, lambda d: (d / "config_671B.json").unlink()), [], "no config.*json with fields"),
+    "an unknown field": (made, ["--config", CHECKPOINTS / "v3" / "config.json"], "'architectures' is not a field"),
+    "an impossible field": (lambda p: made(p, n_heads="many"), [], "'n_heads' is 'many', not a whole number"),
+    "a config for another kind": (
+        lambda p: CHECKPOINTS / "v3",
+        ["--config", "x.json"],
+        "only files of DeepSeek's demo",
+    ),
+    "a tensor is missing": (
+        lambda p: damaged(p, spoil("model1-mp2.safetensors", without("layers.0.attn.wo.weight"))),
+        [],
+        "model1-mp2.safetensors: tensor 'layers.0.attn.wo.weight' is missing, which model0-mp2.safetensors has",
+    ),
+    "an expert is missing": (
+        lambda p: damaged(p, spoil("model1-mp2.safetensors", without("layers.1.ffn.experts.5.w2.weight"))),
+        [],
+        "needs experts 0 to 7",
+    ),
+    "an expert is there twice": (
+        lambda p: damaged(
+            p, spoil("model1-mp2.safetensors", lambda t: t.update({"layers.1.ffn.experts.0.w2.weight": np.ones(2)}))
+        ),
+        [],
+        "'layers.1.ffn.experts.0.w2.weight' is in model0-mp2.safetensors already",
+    ),
+    "parts of other shapes": (
+        lambda p: damaged(
+            p, spoil("model0-mp2.safetensors", lambda t: t.update({"head.weight": t["head.weight"][1:]}))
+        ),
+        [],
+        "model1-mp2.safetensors: tensor 'head.weight' has another shape",
+    ),
+    "a scale is missing": (
+        lambda p: damaged(p, spoil("model0-mp1.safetensors", without("layers.0.ffn.w2.scale")), name="v3_fp8", n=1),
+        [],
+        "'layers.0.ffn.w2.weight' is FP8, but 'layers.0.ffn.w2.scale' is missing",
+    ),
+}
+CONVERT = {
+    "3 files": (hf, ["--to", "demo", "--model-parallel", 3], "3 does not divide the model's num_attention_heads, 4"),
+    "8 files": (hf, ["--model-parallel", 8], "8 does not divide the model's num_attention_heads, 4"),
+    "experts": (
+        lambda p: hf(p, n_routed_experts=6),
+        ["--model-parallel", 4],
+        "4 does not divide the model's n_routed_experts, 6",
+    ),
+    "0 files": (hf, ["--to", "demo", "--model-parallel", 0], "model_parallel 0: give a number"),
+    "other experts": (hf, ["--model-parallel", 2, "--n-experts", 16], "n_experts 16: the model has 8"),
+    "a vocabulary": (
+        lambda p: hf(p, change=lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:63]})),
+        ["--model-parallel", 2],
+        r"'lm_head.weight' of shape \[63, 32\]: 2 parts do not divide dimension 0",
+    ),
+    "blocks": (
+        lambda p: CHECKPOINTS / "v3_fp8",
+        ["--model-parallel", 2],
+        "'model.*weight': dimension . of .* is not 2 parts of whole FP8 blocks of 128",
+    ),
+    "small blocks": (
+        lambda p: CHECKPOINTS / "v3_fp8_small_blocks",
+        ["--model-parallel", 1],
+        r"\(16, 8\); the demo's are",
+    ),
+    "no head": (lambda p: hf(p, change=without("lm_head.weight")), ["--model-parallel", 1], "no 'lm_head.weight'"),
+    "no number": (hf, ["--to", "demo"], "'demo' needs model_parallel"),
+    "nothing to do": (hf, [], "give --to"),
+    "a number too many": (hf, ["--to", "bfloat16", "--model-parallel", 2], "nothing else takes it"),
+    "a config too many": (hf, ["--to", "bfloat16", "--config", "x"], "only to 'huggingface' takes one"),
+    "not the demo's": (hf, ["--to", "huggingface"], "no file of the demo's model"),
+    "the demo's": (made, ["--to", "bfloat16"], "convert them to 'huggingface' first"),
+    "another model": (
+        lambda p: hf(p, model_type="llama"),
+        ["--model-parallel", 1],
+        "model_type 'llama': the demo knows",
+    ),
+    "no scales": (
+        lambda p: hf(p, "v3_fp8", without(f"{DOWN}_scale_inv")),
+        ["--to", "bfloat16"],
+        f"'{DOWN}' is FP8, but '{DOWN}_scale_inv' is missing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What comes of each case; a process takes seconds: those of generate and convert two at a time."""
+
+    def attempt(case):
+        (make, options, _), path = case, tmp_path_factory.mktemp("refused")
+        source = make(path)
+        if case in LOAD.values():
+            return run("--model", source, "--prompt", "x", *options, module="jaxllm.generate"), path
+        return run(*options, "--hf-ckpt-path", source, "--save-path", path / "out"), path
+
+    cases = LOAD | CONVERT
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(attempt, cases.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", [*LOAD, *CONVERT])
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(refused, name):
+    done, path = refused[name]
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.search((LOAD | CONVERT)[name][2], done.stderr)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (path / "out").exists()
+
+
+def test_blocks_that_lie_across_files_are_refused(tmp_path):
+    """As the demo's own script makes them, where the number of scales divides and that of values in a block does not."""
+    tensors = {"layers.0.ffn.w1.weight": np.ones((192, 4), E4M3), "layers.0.ffn.w1.scale": np.ones((2, 1), np.float32)}
+    path = demo_files(tmp_path / "a", tensors, 2)
+    with pytest.raises(jaxllm.InputError, match="w1.weight': dimension 0 of 192 is not 2 parts of whole FP8 blocks"):
+        demo_tensors(path)
+
+
+def test_names_are_those_of_the_oracle(tmp_path, fp8):
+    convert(fp8, tmp_path / "b", to="demo", model_parallel=1, progress=False)
+    assert whole(tmp_path / "b").keys() == demo_names(read_safetensors(fp8 / "model.safetensors"), 2).keys()

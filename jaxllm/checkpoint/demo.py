@@ -143,4 +143,6 @@ def _refuse_split_blocks(path: Path, arrays: Mapping[str, FileArray | JoinedArra
 def check_blocks(what: str, axis: int, size: int, count: int) -> None:
     """Raise InputError if `count` parts along an axis of FP8 values would not be whole blocks."""
     if count > 1 and size % (count * BLOCK[axis]):
-        raise InputError(f"{what}: dimension {axis} of {size} is not {count} parts of whole FP8 blocks of {BLOCK[axis]}")
+        raise InputError(
+            f"{what}: dimension {axis} of {size} is not {count} parts of whole FP8 blocks of {BLOCK[axis]}"
+        )

@@ -6,6 +6,7 @@ device's part of each tensor, rearranged as the model declared it.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def match(
         sources[target] = source
     for target, slots in found.items():
         complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]
-    complaints += _unused_rows(sources.values(), tensors)
+    complaints += _unused_rows(sources.values())
     if complaints:
         more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise InputError("; ".join(complaints[:8]) + more)
@@ -138,18 +139,14 @@ def _source(
     return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
 
 
-def _unused_rows(sources: Iterable[Source], tensors: Mapping[str, Weight]) -> list[str]:
+def _unused_rows(sources: Iterable[Source]) -> list[str]:
     """A complaint for each tensor of which the parameters made of its rows do not take every row once."""
-    taken: dict[str, list[np.ndarray]] = {}
+    have, want = {}, Counter()
     for source in sources:
         if source.rows is not None:
-            taken.setdefault(source.name, []).append(source.rows)
-    complaints = []
-    for name, rows in taken.items():
-        have, want = tensors[name].shape[-2:][0], sum(map(len, rows))
-        if have != want:
-            complaints.append(f"tensor '{name}' has {have} rows, expected {want}")
-    return complaints
+            have[source.name] = source.parts[0].shape[-2:][0]
+            want[source.name] += len(source.rows)
+    return [f"tensor '{name}' has {n} rows, expected {want[name]}" for name, n in have.items() if n != want[name]]
 
 
 def _listed(numbers: list) -> str:
