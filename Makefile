@@ -8,7 +8,7 @@ run: .venv/installed
 	@$(BIN)/python -m jaxllm.generate --model demo --prompt "$(PROMPT)"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
