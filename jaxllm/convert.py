@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -27,6 +26,7 @@ from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
 from jaxllm.checkpoint.writing import GB, Tensor, write_directory, write_files
 from jaxllm.checkpoint.writing import pieces as _pieces
+from jaxllm.cli import Parser, main
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.fp8 import BlockFP8
@@ -217,13 +217,13 @@ def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return x.astype(dtype)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the options)")
+class _Parser(Parser):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        return self.parse_intermixed_args(args, namespace)  # SRC and DST may be apart
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = _Parser(prog="python -m jaxllm.convert", description=__doc__.splitlines()[0])
+def parser() -> argparse.ArgumentParser:
+    p = _Parser("jaxllm.convert", __doc__.splitlines()[0])
     p.add_argument("paths", nargs="*", metavar="SRC DST", help="a directory, and the one to write, new or empty")
     p.add_argument("--hf-ckpt-path", metavar="SRC", help="instead of SRC, as DeepSeek's convert.py has it")
     p.add_argument("--save-path", metavar="DST", help="instead of DST, likewise")
@@ -236,28 +236,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
     p.add_argument("--config", metavar="FILE", help="to huggingface: a config.json, or the demo's ModelArgs")
     p.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB (5GB)")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    argv = sys.argv[1:] if argv is None else argv
-    warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    paths = [*filter(None, (args.hf_ckpt_path, args.save_path)), *args.paths]
+    if len(paths) != 2:
+        raise InputError("give SRC and DST, the directory to read and the one to write")
+    to = args.to or ("demo" if args.model_parallel is not None else None)
+    if to is None:
+        raise InputError("give --to, what to convert to")
+    options = {name: getattr(args, name) for name in ("max_shard_size", "model_parallel", "n_experts", "config")}
     try:
-        args = p.parse_intermixed_args(argv)
-        paths = [*filter(None, (args.hf_ckpt_path, args.save_path)), *args.paths]
-        if len(paths) != 2:
-            p.error("give SRC and DST, the directory to read and the one to write")
-        to = args.to or ("demo" if args.model_parallel is not None else None)
-        if to is None:
-            p.error("give --to, what to convert to")
-        options = {name: getattr(args, name) for name in ("max_shard_size", "model_parallel", "n_experts", "config")}
         convert(*paths, to=to, **options)
-    except (InputError, OSError) as error:
-        if "--debug" in argv:
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    except OSError as error:
+        raise InputError(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(parser(), run))

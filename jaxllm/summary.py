@@ -78,7 +78,7 @@ def _cut(spec: PartitionSpec) -> str:
 def _note(p: Placed) -> str:
     notes = []
     for index, size, what in zip(
-        (p.declaration.rows, p.declaration.cols), p.declaration.shape, ("rows", "columns"), strict=False
+        (p.declaration.rows, p.declaration.cols), p.declaration.shape[-2:], ("rows", "columns"), strict=False
     ):
         if index is None:
             continue

@@ -100,15 +100,17 @@ def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor]
     Raises:
         InputError: files are missing or damaged, or a config.json cannot say what the model is.
     """
-    tensors = demo_tensors(path)
-    weights = join_block_fp8(tensors, BLOCK, ".weight", ".scale")
-    names = {name: name_of_demo(name) for name in tensors}
-    if unknown := [name for name, new in names.items() if new is None]:
-        raise InputError(f"{path}: unknown tensor '{unknown[0]}'")
-    config = config or find_config(path)
+    tensors, config = demo_tensors(path), config or find_config(path)
     given = read_json(config)
-    if "model_type" not in given:
-        given = _hf_config(read_args(config), weights, names.values())
+    args = None if "model_type" in given else read_args(config)
+    try:
+        weights = join_block_fp8(tensors, BLOCK, ".weight", ".scale")
+        names = {name: name_of_demo(name) for name in tensors}
+        if unknown := [name for name, new in names.items() if new is None]:
+            raise InputError(f"unknown tensor '{unknown[0]}'")
+        given = given if args is None else _hf_config(args, weights, names.values())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     arrays = {name: weight.values for name, weight in tensors.items()}
     return [Tensor(names[n], a.dtype, a.shape, pieces(n, a)) for n, a in arrays.items()], given
 
@@ -133,6 +135,8 @@ def _parts(
         whole: the matrix that the tensor is the values or the scales of, if it is FP8.
     """
     if found := DEMO_EXPERT.fullmatch(new):
+        if int(found[1]) >= experts * count:
+            raise InputError(f"tensor '{name}': the model has {experts * count} experts only")
         yield int(found[1]) // experts, Tensor(new, array.dtype, array.shape, pieces(name, array))
         return
     axis = demo_axis(new)

@@ -84,12 +84,12 @@ class JoinedArray:
 
     def take(self, positions: np.ndarray, axis: int) -> "np.ndarray | JoinedArray":
         if axis != self.axis:
-            return JoinedArray(tuple(part.take(positions, axis=axis) for part in self.parts), self.axis)
+            return JoinedArray(tuple(part[(slice(None),) * axis + (positions,)] for part in self.parts), self.axis)
         shape = (*self.shape[:axis], len(positions), *self.shape[axis + 1 :])
         out, start = np.empty(shape, self.dtype), 0
         for part in self.parts:
             (here,) = np.nonzero((start <= positions) & (positions < start + part.shape[axis]))
-            out[(slice(None),) * axis + (here,)] = part.take(positions[here] - start, axis=axis)
+            out[(slice(None),) * axis + (here,)] = part[(slice(None),) * axis + (positions[here] - start,)]
             start += part.shape[axis]
         return out
 

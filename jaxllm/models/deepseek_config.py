@@ -51,18 +51,14 @@ DEMO_DEFAULTS = {
 }
 
 _V3 = {"vocab_size": 129280, "n_dense_layers": 3, "n_shared_experts": 1, "score_func": "sigmoid", "route_scale": 2.5}
+_236B = {"dim": 5120, "inter_dim": 12288, "moe_inter_dim": 1536, "n_layers": 60, "n_heads": 128, "q_lora_rank": 1536}
+_671B = {"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_heads": 128, "q_lora_rank": 1536}
 PRESETS = {
     "16B": {"mscale": 0.707},
-    "236B": {
-        **{"dim": 5120, "inter_dim": 12288, "moe_inter_dim": 1536, "n_layers": 60, "n_heads": 128},
-        **{"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
-        "q_lora_rank": 1536,
-    },
-    "671B": {
-        **{"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_heads": 128, **_V3},
-        **{"n_routed_experts": 256, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4},
-        **{"q_lora_rank": 1536, "dtype": "fp8"},
-    },
+    "236B": _236B | {"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
+    "671B": _671B
+    | _V3
+    | {"n_routed_experts": 256, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4, "dtype": "fp8"},
 }
 
 
