@@ -11,7 +11,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TEXT = (GOLDEN / "perplexity.txt").read_text()
 THEIRS = json.loads((GOLDEN / "perplexity.json").read_text())  # made by reference/perplexity_llama_cpp.py
 
-# The most that perplexity may grow when the demo's 4-bit weights are encoded once more. The README has what we measured.
+# The most that perplexity may grow when the demo's 4-bit weights are encoded once more; the README has what it does.
 MOST = {"q8_0": 1.01, "q6_k": 1.01, "q4_k": 1.08, "iq4_nl": 1.25}
 
 
