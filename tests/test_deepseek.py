@@ -231,6 +231,11 @@ DAMAGE = {
         lambda tensors, config: config["quantization_config"].update(quant_method="gptq"),
         "quantization 'gptq' is not supported",
     ),
+    "no object": (lambda tensors, config: config.update(quantization_config="fp8"), "is 'fp8', expected an object"),
+    "no block": (
+        lambda tensors, config: config["quantization_config"].update(weight_block_size=[0, 128]),
+        r"weight_block_size is \[0, 128\], expected two numbers above 0",
+    ),
 }
 
 

@@ -76,7 +76,7 @@ def rope(**parameters):
 
 
 def in_index(**files):
-    """The index says that a tensor of the first layer's MLP, or another key, is in another file."""
+    """What the index says of tensors."""
     return json_file(INDEX, lambda value: value["weight_map"].update(files))
 
 
@@ -139,21 +139,12 @@ def text(name, content):
 
 
 def cut(file, size):
-    """Keep the first `size` bytes, or all but the last of them."""
-
-    def damage(folder):
-        data = (folder / file).read_bytes()
-        (folder / file).write_bytes(data[:size])
-
-    return damage
+    """Keep the first `size` bytes; below zero, leave out so many."""
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
 
 
 def remove(name):
     return lambda folder: (folder / name).unlink()
-
-
-def rename(old, new):
-    return lambda folder: (folder / old).rename(folder / new)
 
 
 def zeros(*shape):
@@ -171,19 +162,8 @@ def twice(old, new):
 
 # A tokenizer that fits into the 64 tokens of the tiny models: bytes of small letters, and a merged word.
 
-TOKENS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-    *"abcdefghijklmnopqrstuvwxyz",
-    "Ġ",
-    "he",
-    "ll",
-]
-TOKENS += ["hell", "hello", "<tool>"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+TOKENS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz", *["Ġ", "he", "ll", "hell", "hello", "<tool>"]]
 ID = {token: i for i, token in enumerate(TOKENS)}
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -194,7 +174,7 @@ def tokenizer(folder):
     backend = tokenizers.Tokenizer(models.BPE({t: i for t, i in ID.items() if t != "<tool>"}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in TOKENS[:6]])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ID["<s>"])])
     backend.save(str(folder / "tokenizer.json"))
@@ -320,6 +300,8 @@ BAD = {
     "heads that do not share": ("llama", config(num_key_value_heads=3), "4 query heads cannot share 3 key/value heads"),
     "eps in words": ("llama", config(rms_norm_eps="small"), "'rms_norm_eps' is 'small', not a number"),
     "eps below zero": ("llama", config(rms_norm_eps=-1.0), "'rms_norm_eps' is -1.0, not a number"),
+    "eps true": ("llama", config(rms_norm_eps=True), "'rms_norm_eps' is True, not a number"),
+    "eps without end": ("llama", config(rms_norm_eps=math.inf), "'rms_norm_eps' is inf, not a number"),
     "eps not a number": ("llama", config(rms_norm_eps=math.nan), "'rms_norm_eps' is nan, not a number"),
     "truth in words": ("llama", config(tie_word_embeddings="false"), "'tie_word_embeddings' is 'false', not true or"),
     "gelu": ("llama", config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
@@ -448,6 +430,16 @@ BAD = {
         "tokenizer_config.json: not",
     ),
     "template is none": ("llama", settings(chat_template="{% if %}"), "chat template: "),
+    "template is a number": ("llama", settings(chat_template=5), "'chat_template' is neither text nor a list of named"),
+    "templates are numbers": ("llama", settings(chat_template=[{"name": "default", "template": 5}]), "is neither text"),
+    "templates without names": (
+        "llama",
+        settings(chat_template=["x"]),
+        "'chat_template' is neither text nor a list of",
+    ),
+    "template is no text": ("llama", both(settings(), text("chat_template.jinja", b"\xff")), "chat_template.jinja: "),
+    "eos_token is a number": ("llama", settings(eos_token=5), "tokenizer_config.json: 'eos_token' is not text"),
+    "bos_token is a list": ("llama", settings(bos_token=["<s>"]), "tokenizer_config.json: 'bos_token' is not text"),
     "template in a file is none": ("llama", both(settings(), text("chat_template.jinja", "{{")), "chat template: "),
 }
 
@@ -588,6 +580,13 @@ def test_a_template_that_writes_no_bos_gets_none(tmp_path):
     assert tokenizer.encode_chat(HELLO) == ids("hello")
 
 
+def test_templates_know_the_end_token_of_the_tokenizer(tmp_path):
+    """Not another of those that end answers."""
+    damage = both(settings(chat_template="{{ eos_token }}"), generation(eos_token_id=[1, 7]))
+    tokenizer = open_checkpoint(copied("llama", tmp_path, damage)).tokenizer
+    assert tokenizer.encode_chat(HELLO) == ids("</s>")
+
+
 def test_raw_text_gets_what_the_post_processor_adds(tmp_path):
     tokenizer = open_checkpoint(copied("llama", tmp_path, settings())).tokenizer
     assert tokenizer.encode("hello ab<tool>c") == ids("<s>", "hello", "Ġ", "a", "b", "<tool>", "c")
@@ -633,7 +632,7 @@ def test_any_end_token_ends_an_answer(tmp_path):
 SAMPLING = {
     "nothing": ({}, {}),
     "not drawn": ({"temperature": 0.7, "top_k": 5}, {}),
-    "not drawn, in words": ({"do_sample": False, "temperature": 0.7}, {}),
+    "said not to be drawn": ({"do_sample": False, "temperature": 0.7}, {}),
     "drawn": ({"do_sample": True}, {"temperature": 1.0}),
     "nulls": ({"do_sample": True, "temperature": None, "top_p": None}, {"temperature": 1.0}),
     "everything": (
@@ -703,6 +702,12 @@ READS = {
         "norm": [1],
     },
     ("llama", "tp=2"): {"_proj|embed_tokens|lm_head": 2 * [1 / 2], "norm": [1]},
+    ("odd", "tp=4"): {
+        "(q|o)_proj": 4 * [1 / 3],  # six heads on four devices: two places each
+        "(k|v)_proj": 4 * [1 / 2],
+        "(gate|up|down)_proj|embed_tokens|lm_head": 4 * [1 / 4],
+        "norm": [1],
+    },
     ("phi3", "tp=2"): {
         "qkv_proj": 4 * [1 / 8] + 2 * [1 / 4],  # half of k, of v and of q
         "gate_up_proj": 4 * [1 / 4],
@@ -727,12 +732,12 @@ READS = {
 @pytest.mark.parametrize(("name", "mesh"), READS)
 def test_only_what_a_device_holds_is_read(monkeypatch, name, mesh):
     copies, really = defaultdict(list), FileArray.map
-    monkeypatch.setattr(FileArray, "map", lambda file: Watched(really(file), copies[file.offset].append))
+    monkeypatch.setattr(FileArray, "map", lambda file: Watched(really(file), copies[file.path, file.offset].append))
     jaxllm.load(CHECKPOINTS / name, mesh=mesh, weights="packed", progress=False)
     for tensor, weight in open_directory(CHECKPOINTS / name).tensors.items():
         array = weight.values
         expected = next(parts for pattern, parts in READS[name, mesh].items() if re.search(pattern, tensor))
-        assert sorted(n / array.nbytes for n in copies[array.offset]) == expected, tensor
+        assert sorted(n / array.nbytes for n in copies[array.path, array.offset]) == expected, tensor
 
 
 def big_llama(folder, hidden=4096, intermediate=11008, layers=6, vocabulary=32000, kv=1024):

@@ -21,9 +21,13 @@ def assemble(tensors: Mapping[str, Weight], config: Mapping[str, object]) -> dic
     declared = config.get("quantization_config") or config.get("quantization")
     if not declared:
         return dict(tensors)
+    if not isinstance(declared, Mapping):
+        raise InputError(f"quantization_config is {declared!r}, expected an object")
     method, block = declared.get("quant_method"), declared.get("weight_block_size")
     if method != "fp8" or not block:
         raise InputError(f"quantization '{method}' is not supported; supported: fp8 with weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise InputError(f"weight_block_size is {block!r}, expected two numbers above 0")
     return join_block_fp8(tensors, tuple(block))
 
 

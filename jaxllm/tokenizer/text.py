@@ -28,10 +28,12 @@ class Tokenizer:
         eos_ids: frozenset[int],
         add_bos: bool,
         chat_template: str | None,
+        eos_id: int | None = None,
     ) -> None:
         self.backend = backend
         self.bos_id, self._add_bos = bos_id, add_bos and bos_id is not None
-        special = {"bos_token": self._text(bos_id), "eos_token": self._text(min(eos_ids, default=None))}
+        eos_id = min(eos_ids, default=None) if eos_id is None else eos_id  # which of them templates mean
+        special = {"bos_token": self._text(bos_id), "eos_token": self._text(eos_id)}
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special)
         self.eos_ids = eos_ids | self._end_of_turn()
 
@@ -56,6 +58,7 @@ class Tokenizer:
             eos_ids=frozenset(i for key in ("eos", "eot", "eom") if (i := get(f"{key}_token_id")) is not None),
             add_bos=bool(add_bos),
             chat_template=metadata.get("tokenizer.chat_template"),
+            eos_id=get("eos_token_id"),
         )
 
     @classmethod
@@ -76,11 +79,14 @@ class Tokenizer:
         def token(name: str) -> int | None:
             text = config.get(name)
             text = text.get("content") if isinstance(text, Mapping) else text
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"tokenizer_config.json: '{name}' is not text")
             return None if text is None else backend.token_to_id(text)
 
         ids = {token("eos_token"), *(eos if isinstance(eos, list) else [eos])} - {None}
         # What comes before a text is the business of tokenizer.json's own post-processor.
-        return cls(backend, token("bos_token"), frozenset(ids), add_bos=False, chat_template=_template(folder, config))
+        template, eos_id = _template(folder, config), token("eos_token")
+        return cls(backend, token("bos_token"), frozenset(ids), add_bos=False, chat_template=template, eos_id=eos_id)
 
     @property
     def vocab_size(self) -> int:
@@ -135,11 +141,16 @@ def _template(folder: Path, config: Mapping[str, object]) -> str | None:
     """The chat template: a file of its own, or an entry of tokenizer_config.json, which may be a list of named ones."""
     for name in ("chat_template.jinja", "chat_template.jinja2"):
         if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
+            try:
+                return (folder / name).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
     template = config.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise InputError("tokenizer_config.json: 'chat_template' is neither text nor a list of named texts")
     return template
 
 
