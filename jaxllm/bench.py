@@ -67,7 +67,7 @@ def bytes_per_token(model: LanguageModel) -> int:
 def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, object]:
     """What `tests/reference/peer_bench.py` measures of another engine, run by that engine's own interpreter."""
     command = [python, PEER_SCRIPT, name, file, "--prefill", args.prefill, "--decode", args.decode]
-    command += ["--threads", os.process_cpu_count(), "--repeats", args.repeats]
+    command += ["--threads", os.cpu_count(), "--repeats", args.repeats]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
