@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -392,9 +391,11 @@ def test_pieces_that_are_not_what_was_announced_are_noticed(tmp_path, name):
 def test_a_signal_leaves_nothing_behind(tmp_path):
     src, dst = sparse_source(tmp_path / "a", 2**29, 2**28), tmp_path / "out" / "b"
     dst.parent.mkdir()
-    command = [sys.executable, "-m", "jaxllm.convert", src, dst, "--to", "bfloat16"]
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
+    # A job in the background ignores the signal, and so does what it starts.
+    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{heed}; runpy.run_module('jaxllm.convert', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", run, src, dst, "--to", "bfloat16"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(dst.parent.glob(".b.*.partial/b/model.safetensors")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
