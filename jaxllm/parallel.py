@@ -2,7 +2,7 @@
 
 This is the only module with `shard_map`, collectives and axis names. A layer states how its matrix is cut (COLUMN, ROW
 or REPLICATED, over the logical `[out, in]`) and calls `linear` or `lookup`; kernels below see one device's shards. One
-device is the mesh of shape (1, 1) and runs the same code: the collectives over it compile to nothing.
+device is the mesh of shape (1, 1) and runs the same code: a collective among one is only a copy.
 
 Functions here act under the ambient mesh (`jax.set_mesh`), so that neither layers nor models carry one around.
 """
