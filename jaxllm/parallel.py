@@ -9,7 +9,7 @@ Functions here act under the ambient mesh (`jax.set_mesh`), so that neither laye
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.dispatch import matmul
-from jaxllm.kernels.experts import Activation, grouped_mlp, tile_size
+from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
 EP = "ep"  # expert parallelism: whole experts on different devices
@@ -122,17 +122,18 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Gated:
-    """The weights of a gated feed-forward block, or stacks of them."""
+def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
+    """How each leaf of a gated block, whose matrices are cut by `column` and `row`, is cut."""
+    bias = None
+    if block.bias is not None:
+        summed = PartitionSpec(*row[:-1], None)  # added after the sum over what `row` cuts: whole on every device
+        bias = Gated(*(local_specs(b, s) for b, s in zip(_matrices(block.bias), (column, column, summed), strict=True)))
+    gate, up, down = _matrices(block)
+    return Gated(local_specs(gate, column), local_specs(up, column), local_specs(down, row), bias)
 
-    gate: Weight
-    up: Weight
-    down: Weight
 
-    def specs(self, column: PartitionSpec, row: PartitionSpec) -> "Gated":
-        return Gated(local_specs(self.gate, column), local_specs(self.up, column), local_specs(self.down, row))
+def _matrices(block: Gated) -> tuple[Weight, Weight, Weight]:
+    return block.gate, block.up, block.down
 
 
 def experts(
@@ -162,7 +163,7 @@ def experts(
         x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, shared: tuple[Gated, jax.Array] | None
     ) -> jax.Array:
         first = jax.lax.axis_index(EP) * stack.gate.shape[0]
-        y = grouped_mlp(x, scores, chosen - first, stack.gate, stack.up, stack.down, tile, activation)
+        y = grouped_mlp(x, scores, chosen - first, _once(stack), tile, activation)
         if shared is not None:
             block, score = shared
             h = activation(matmul(x, block.gate), matmul(x, block.up)).astype(x.dtype)
@@ -170,10 +171,19 @@ def experts(
         return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
 
     whole = PartitionSpec()
-    shared_specs = None if shared is None else (shared[0].specs(SHARED_COLUMN, SHARED_ROW), whole)
-    specs = whole, whole, whole, stack.specs(EXPERT_COLUMN, EXPERT_ROW), shared_specs
+    shared_specs = None if shared is None else (gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), whole)
+    specs = whole, whole, whole, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
     # A loop of as many rounds as a device has work is beyond what check_vma can follow.
     return local(shard, specs, whole, check_vma=False)(x, scores, chosen, stack, shared)
+
+
+def _once(stack: Gated) -> Gated:
+    """The stack with its last bias on one of the devices only whose results are summed over tp."""
+    if stack.bias is None:
+        return stack
+    first = jax.lax.axis_index(TP) == 0
+    down = jax.tree.map(lambda leaf: jnp.where(first, leaf, jnp.zeros((), leaf.dtype)), stack.bias.down)
+    return replace(stack, bias=replace(stack.bias, down=down))
 
 
 def gather(x: jax.Array) -> jax.Array:

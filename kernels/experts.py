@@ -1,16 +1,17 @@
-"""A feed-forward block whose weights every token chooses for itself, on one device's experts.
+"""Feed-forward blocks whose weights every token chooses for itself, on one device's experts.
 
-Tokens are sorted by expert and multiplied in tiles of rows that share one. The loop runs over the tiles that there
-are, so the work grows with tokens x choices, and an expert that nobody chose is never read. (`lax.ragged_dot` says the
-same in one line, but XLA:CPU expands it to every expert times every token.)
+The rows that go through one expert are laid out together, in tiles, so that a kernel sees tiles of rows with one
+matrix each (`Tiles`). An expert that nobody chose is never read.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxllm.kernels.dispatch import matmul
+from jax.experimental import checkify
+from jaxllm.kernels.dispatch import grouped_matmul
 
 from jaxllm.formats.base import Weight
 
@@ -19,62 +20,124 @@ SMALLEST_TILE, LARGEST_TILE = 16, 64  # a few rows cost what one does: reading t
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gated:
+    """The matrices of a gated feed-forward block, or stacks of them.
+
+    `bias` holds their biases, if they have some, as matrices of one column: `[..., out, 1]`.
+    """
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    bias: Self | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tiles:
+    """Where the choices of tokens stand when each tile of rows belongs to one expert.
+
+    Attributes:
+        expert: int32 `[tiles]`, of each tile; the tiles in use come first, -1 marks the others.
+        choice: int32 `[tiles * tile]`, which choice (token * k + its number) is in each row; rows that hold none
+            have any.
+        row: int32 `[tokens, k]`, the row that each choice stands in.
+        held: bool `[tokens, k]`, whether the expert is one of this device's; the rows of others mean nothing.
+    """
+
+    expert: jax.Array
+    choice: jax.Array
+    row: jax.Array
+    held: jax.Array
+
+    @classmethod
+    def of(cls, chosen: jax.Array, experts: int, tile: int) -> Self:
+        """Lay out `chosen[tokens, k]`, of which those in `0 .. experts - 1` are held here."""
+        held, count = (chosen >= 0) & (chosen < experts), chosen.size
+        expert = jnp.where(held, chosen, experts).reshape(-1)  # those of others sort behind the last
+        order = jnp.argsort(expert, stable=True)
+        sizes = jnp.bincount(expert, length=experts + 1)
+        tiles = (sizes + tile - 1) // tile
+        tiles = tiles.at[-1].set(0)
+        # An expert's first row, less the place of its first choice in the sorted order.
+        offset = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
+        row = jnp.zeros(count, jnp.int32).at[order].set(offset[expert[order]] + jnp.arange(count))
+
+        most = count // tile + min(experts, count)
+        row = jnp.where(held.reshape(-1), row, most * tile).astype(jnp.int32)
+        choice = jnp.zeros(most * tile, jnp.int32).at[row].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+        ends, number = jnp.cumsum(tiles), jnp.arange(most)
+        of_tile = jnp.searchsorted(ends, number, side="right")
+        of_tile = jnp.where(number < ends[-1], of_tile, -1).astype(jnp.int32)
+        return cls(of_tile, choice, row.reshape(chosen.shape), held)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Rows for each choice, from `x[tokens, ...]`, or from one for each choice, `x[tokens, k, ...]`."""
+        tokens, k = self.row.shape
+        return x[self.choice // k] if x.ndim == 2 else x.reshape(tokens * k, -1)[self.choice]
+
+    def collect(self, rows: jax.Array) -> jax.Array:
+        """`[tokens, k, ...]` from the rows, zeros for what is not held here."""
+        taken = rows[jnp.minimum(self.row, len(rows) - 1)]
+        return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
+
+    def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None) -> jax.Array:
+        """Every row times its expert's matrix, its expert's bias added once: float32 `[rows, out]`."""
+        y = grouped_matmul(rows, stack, self.expert)
+        if bias is None:
+            return y
+        of_tile = bias.dequantize()[jnp.maximum(self.expert, 0), :, 0]
+        return (y.reshape(len(of_tile), -1, y.shape[-1]) + of_tile[:, None]).reshape(y.shape)
+
+
 def grouped_mlp(
-    x: jax.Array,
-    scores: jax.Array,
-    experts: jax.Array,
-    gate: Weight,
-    up: Weight,
-    down: Weight,
-    tile: int,
-    activation: Activation,
+    x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, tile: int, activation: Activation
 ) -> jax.Array:
-    """`sum_k scores[n, k] * down_e(activation(gate_e(x[n]), up_e(x[n])))` with `e = experts[n, k]`.
+    """`sum_k scores[n, k] * down_e(activation(gate_e(x[n]), up_e(x[n])))` with `e = chosen[n, k]`.
 
     Args:
         x: `[tokens, in]`.
         scores: `[tokens, k]`.
-        experts: int32 `[tokens, k]`, numbered from this device's first; those of other devices add nothing.
-        gate, up: stacks `[experts, intermediate, in]`.
-        down: stack `[experts, in, intermediate]`.
+        chosen: int32 `[tokens, k]`, numbered from this device's first; those of other devices add nothing.
+        stack: gate and up `[experts, intermediate, in]`, down `[experts, in, intermediate]`.
         tile: rows that are multiplied at once.
         activation: of the gate's and the up projection's outputs.
 
     Returns:
         float32 `[tokens, in]`.
     """
-    tokens, choices = experts.shape
-    held = gate.shape[0]
-    mine = (experts >= 0) & (experts < held)
-    expert = jnp.where(mine, experts, held).reshape(-1)  # those of others sort behind the last
+    tiles = Tiles.of(chosen, stack.gate.shape[0], tile)
+    bias = stack.bias or Gated(None, None, None)
+    rows = tiles.spread(x)
+    h = activation(tiles.matmul(rows, stack.gate, bias.gate), tiles.matmul(rows, stack.up, bias.up))
+    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, bias.down))
+    return jnp.sum(y * scores[..., None].astype(jnp.float32), axis=1)
 
-    order = jnp.argsort(expert, stable=True)  # sorted position -> slot (token * choices + choice)
-    counts = jnp.bincount(expert, length=held + 1)[:held]
-    starts = jnp.cumsum(counts) - counts
-    tiles = (counts + tile - 1) // tile
-    tile_ends = jnp.cumsum(tiles)
 
-    def one_tile(t: jax.Array, y: jax.Array) -> jax.Array:
-        e = jnp.searchsorted(tile_ends, t, side="right")
-        start = starts[e] + (t - (tile_ends[e] - tiles[e])) * tile
-        slots = order[jnp.minimum(start + jnp.arange(tile), order.size - 1)]
-        rows = x[slots // choices]
-        h = activation(matmul(rows, _one(gate, e)), matmul(rows, _one(up, e)))
-        out = matmul(h.astype(x.dtype), _one(down, e))
-        # Rows past the expert's last are somebody else's, who writes them later, or nobody's.
-        return lax.dynamic_update_slice_in_dim(y, out, start, axis=0)
+def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight | None = None) -> jax.Array:
+    """Each token times the matrices that it has chosen, without summing: `x[n] @ stack[indices[n, k]].T + bias`.
 
-    y = jnp.zeros((order.size + tile, x.shape[-1]), jnp.float32)
-    y = lax.fori_loop(0, tile_ends[-1], one_tile, y)
-    by_slot = y[jnp.argsort(order)].reshape(tokens, choices, -1)
-    return jnp.sum(jnp.where(mine[..., None], by_slot * scores[..., None].astype(jnp.float32), 0.0), axis=1)
+    Only the chosen matrices are read, and one at a time is decoded.
+
+    Args:
+        x: `[tokens, in]`, or a row for every choice, `[tokens, k, in]`.
+        stack: `[experts, out, in]`.
+        indices: int32 `[tokens, k]`. One outside `0 .. experts - 1` gives zeros; under `checkify` it is an error.
+        bias: `[experts, out, 1]`.
+
+    Returns:
+        float32 `[tokens, k, out]`.
+    """
+    experts = stack.shape[0]
+    good = jnp.all((indices >= 0) & (indices < experts))
+    checkify.debug_check(good, f"an expert index is not one of the {experts} experts")
+    tiles = Tiles.of(indices, experts, tile_size(indices.size, experts))
+    return tiles.collect(tiles.matmul(tiles.spread(x), stack, bias))
 
 
 def tile_size(assignments: int, experts: int) -> int:
     """Rows of a tile such that an expert's share of the assignments is about one of them."""
     share = min(max(-(-assignments // experts), SMALLEST_TILE), LARGEST_TILE, assignments)
     return 1 << (share - 1).bit_length()
-
-
-def _one(stack: Weight, index: jax.Array) -> Weight:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)

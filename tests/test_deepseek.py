@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from deepseek_numpy import Transformer, act_quant, load, read_safetensors
-from jaxllm.kernels import block_fp8
+from jaxllm.kernels.block_fp8 import reference as block_fp8
 from safetensors.numpy import save_file
 
 import jaxllm

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import parallel
 from jaxllm.formats.base import padded_index
+from jaxllm.kernels.experts import Gated
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.mlp import MLP, swiglu
 from jaxllm.layers.parameter import declare
@@ -70,8 +71,8 @@ class Experts(nnx.Module):
         self.down_proj = declare(narrow, parallel.EXPERT_ROW, cols=places)
 
     @property
-    def weights(self) -> parallel.Gated:
-        return parallel.Gated(*(p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)))
+    def weights(self) -> Gated:
+        return Gated(*(p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)))
 
 
 class MoE(nnx.Module):
@@ -121,6 +122,6 @@ class MoE(nnx.Module):
             weights = (p.weight.get_value() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
             gate = self.shared_expert_gate
             score = jnp.ones((), jnp.float32) if gate is None else jax.nn.sigmoid(gate(tokens, jnp.float32))
-            shared = parallel.Gated(*weights), score
+            shared = Gated(*weights), score
         y = parallel.experts(tokens, scores, experts, self.experts.weights, self.num_experts, swiglu, shared)
         return y.reshape(x.shape)

@@ -1,0 +1,1 @@
+"""Matmuls of blockwise FP8 weights, as DeepSeek-V3 was trained."""

@@ -1,0 +1,48 @@
+"""What every matmul here means: the weight decoded to the other operand's dtype, products summed in float32.
+
+This serves all formats. `dispatch` prefers a kernel of a format's own where there is one for the platform.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.formats.base import Weight
+
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
+    w, rows = weight.dequantize(x.dtype), x.reshape(-1, x.shape[-1])
+    # XLA:CPU multiplies a single 2-byte row in scalar code, 30 times slower than two rows.
+    alone = rows.shape[0] == 1 and x.dtype.itemsize == 2
+    if alone:
+        rows = jnp.pad(rows, ((0, 1), (0, 0)))
+    # float32 means float32: TPUs would otherwise round its operands to bfloat16.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = lax.dot_general(rows, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return y[: 1 if alone else None].reshape(*x.shape[:-1], w.shape[0])
+
+
+def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
+    """Tiles of rows, each times a matrix of its own: `x[tile t] @ stack[expert[t]].T`.
+
+    Only the experts of `expert` are read and decoded, one at a time, so the work grows with the tiles in use.
+    (`lax.ragged_dot` says nearly the same in one line, but XLA:CPU expands it to every expert times every row.)
+
+    Args:
+        x: `[tiles * tile, in]`.
+        stack: `[experts, out, in]`.
+        expert: int32 `[tiles]`, which matrix each tile meets; the tiles in use come first, -1 marks the others.
+
+    Returns:
+        float32 `[tiles * tile, out]`; rows of tiles that are not in use mean nothing.
+    """
+    tile = x.shape[0] // expert.shape[0]
+
+    def one_tile(t: jax.Array, y: jax.Array) -> jax.Array:
+        weight = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert[t], keepdims=False), stack)
+        rows = lax.dynamic_slice_in_dim(x, t * tile, tile)
+        return lax.dynamic_update_slice_in_dim(y, matmul(rows, weight), t * tile, axis=0)
+
+    y = jnp.zeros((x.shape[0], stack.shape[-2]), jnp.float32)
+    return lax.fori_loop(0, jnp.sum(expert >= 0), one_tile, y)

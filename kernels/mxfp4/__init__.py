@@ -1,0 +1,1 @@
+"""Matmuls of MXFP4 weights, in which GPT-OSS is published."""

@@ -1,0 +1,57 @@
+"""Matrices of real models, for tests that compile and for benchmarks: `[out, in]` of one device's shard."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """A matmul `[m, k] @ [n, k].T`; with `experts`, of tiles of rows that choose among so many matrices."""
+
+    m: int
+    n: int
+    k: int
+    experts: int = 0
+
+
+# Rows: a step of 1 or 16 sequences, and a prompt.
+DECODE, BATCH, PREFILL = 1, 16, 4096
+
+DEEPSEEK_V3 = {  # 671B, tp=8 (experts: ep=8, whole)
+    "q_a_proj": (1536, 7168),
+    "q_b_proj": (24576 // 8, 1536),
+    "kv_a_proj": (576, 7168),
+    "o_proj": (7168, 16384 // 8),
+    "gate_proj": (18432 // 8, 7168),
+    "down_proj": (7168, 18432 // 8),
+}
+DEEPSEEK_V3_EXPERTS = {"expert_gate_proj": (2048, 7168), "expert_down_proj": (7168, 2048)}
+DEEPSEEK_V3_HELD = 256 // 8
+
+GPT_OSS_120B_EXPERTS = {"expert_gate_proj": (2880, 2880), "expert_down_proj": (2880, 2880)}
+GPT_OSS_120B_HELD = 128 // 8
+
+LLAMA_70B = {  # tp=8
+    "q_proj": (8192 // 8, 8192),
+    "o_proj": (8192, 8192 // 8),
+    "gate_proj": (28672 // 8, 8192),
+    "down_proj": (8192, 28672 // 8),
+}
+
+
+def named() -> dict[str, dict[str, Shape]]:
+    """For each op, the shapes that it is compiled and measured with."""
+    dense = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3.items()}
+    dense |= {f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}
+    gpt_oss = {f"gpt-oss-120b {name}": shape for name, shape in GPT_OSS_120B_EXPERTS.items()}
+    deepseek = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3_EXPERTS.items()}
+    return {
+        "block_fp8.matmul": _with_rows(dense),
+        "block_fp8.grouped_matmul": _with_rows(deepseek, DEEPSEEK_V3_HELD),
+        "mxfp4.matmul": _with_rows({f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}),
+        "mxfp4.grouped_matmul": _with_rows(gpt_oss, GPT_OSS_120B_HELD),
+    }
+
+
+def _with_rows(matrices: dict[str, tuple[int, int]], experts: int = 0) -> dict[str, Shape]:
+    return {
+        f"{name} x {m}": Shape(m, n, k, experts) for name, (n, k) in matrices.items() for m in (DECODE, BATCH, PREFILL)
+    }

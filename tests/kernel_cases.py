@@ -1,0 +1,176 @@
+"""What every backend of the kernels has to do. A backend's test class inherits these and says how it is run."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.mxfp4 import MXFP4
+
+# [m, n, k]; k is whole blocks of 32, which MXFP4 needs.
+SHAPES = {
+    "one row": (1, 256, 256),
+    "a few rows": (5, 128, 384),
+    "ragged n": (16, 200, 256),
+    "ragged k": (8, 128, 352),
+    "all ragged": (3, 72, 96),
+    "smaller than a tile": (2, 32, 32),
+    "many rows": (130, 256, 256),
+}
+# Experts of the tiles: out of order, repeated, some of nobody, tiles that are not in use.
+TILES = {
+    "one": (1, [2]),
+    "decode": (2, [0, 2, 3, -1, -1]),
+    "prefill": (16, [0, 0, 1, 3, 3, 3, -1]),
+    "none": (4, [-1, -1]),
+}
+EXPERTS = 4
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def block_fp8(*shape, block=(128, 128), activation_group=None):
+    """A weight with scales of many sizes, its last block all zeros."""
+    w = numbers(*shape, seed=1) * np.exp(numbers(*shape[:-1], 1, seed=2))
+    w[..., -block[0] :, -block[1] :] = 0 if shape[-1] > block[1] else w[..., -block[0] :, -block[1] :]
+    weight = BlockFP8.from_dense(w, block)
+    return BlockFP8(weight.values, weight.scales, block, activation_group)
+
+
+def mxfp4(*shape):
+    w = numbers(*shape, seed=1) * np.exp(2 * numbers(*shape[:-1], 1, seed=2))
+    w[..., -1, :32] = 0
+    return MXFP4.from_dense(w)
+
+
+def plain(x, w):
+    """The product in float64."""
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(-1, -2)
+
+
+class KernelCases:
+    """`module` is the backend; `run(f, *args)` calls one of its functions; `dtypes` of x that it can be tested with."""
+
+    module = None
+    dtypes = (np.float32, ml_dtypes.bfloat16)
+
+    def run(self, f, *args):
+        return np.asarray(jax.jit(f)(*args))
+
+    def close(self, got, x, w, error=2e-3):
+        """Equal to the product of what the operands stand for, relative to the sum of magnitudes of its terms."""
+        assert got.dtype == np.float32
+        scale = plain(np.abs(np.asarray(x, np.float64)), np.abs(np.asarray(w, np.float64)))
+        assert (np.abs(got - plain(x, w)) <= error * scale + 1e-30).all()
+
+    def check_matmul(self, x, weight, w=None):
+        """`w` is the matrix that x is compared with; by default what the weight decodes to."""
+        w = np.asarray(weight.dequantize()) if w is None else w
+        self.close(self.run(self.module.matmul, x, weight), x, w)
+
+    def check_grouped(self, tile, expert, stack, x):
+        got = self.run(self.module.grouped_matmul, x, stack, jnp.asarray(expert, jnp.int32))
+        assert got.shape == (len(x), stack.shape[-2])
+        w = np.asarray(stack.dequantize())
+        for t, e in enumerate(expert):
+            if e >= 0:
+                rows = slice(t * tile, (t + 1) * tile)
+                self.close(got[rows], x[rows], w[e])
+
+
+class MXFP4Cases(KernelCases):
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_matmul(self, shape):
+        m, n, k = SHAPES[shape]
+        for dtype in self.dtypes:
+            self.check_matmul(numbers(m, k).astype(dtype), mxfp4(n, k))
+
+    @pytest.mark.parametrize("tiles", TILES)
+    def test_grouped_matmul(self, tiles):
+        tile, expert = TILES[tiles]
+        for n, k in ((128, 256), (72, 96)):
+            x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
+            self.check_grouped(tile, expert, mxfp4(EXPERTS, n, k), x)
+
+    def test_every_code_at_every_scale(self):
+        """With one-hot rows the product is the weight itself: exact for scales that bfloat16's products can reach."""
+        codes = np.tile(np.arange(16, dtype=np.uint8), 2)
+        blocks = np.tile(codes[0::2] | codes[1::2] << 4, (64, 1)).astype(np.uint8)
+        scales = np.arange(96, 160, dtype=np.uint8)[:, None]
+        weight = MXFP4(blocks, scales)
+        got = self.run(self.module.matmul, np.eye(32, dtype=self.dtypes[-1]), weight)
+        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()).T)
+
+
+class BlockFP8Cases(KernelCases):
+    BLOCKS = ((128, 128), (64, 128), (128, 64), (16, 32))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_matmul(self, shape):
+        m, n, k = SHAPES[shape]
+        for dtype in self.dtypes:
+            self.check_matmul(numbers(m, k).astype(dtype), block_fp8(n, k))
+
+    @pytest.mark.parametrize("block", BLOCKS)
+    def test_blocks(self, block):
+        self.check_matmul(numbers(4, 256).astype(self.dtypes[-1]), block_fp8(192, 256, block=block))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_activations_in_fp8(self, shape):
+        from jaxllm.kernels.block_fp8 import reference
+
+        m, n, k = SHAPES[shape]
+        x = numbers(m, k) * np.exp(numbers(m, 1, seed=3))
+        x[:1, : min(k, 128)] = 0
+        x = x.astype(self.dtypes[-1])
+        weight = block_fp8(n, k, activation_group=128)
+        seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        self.close(self.run(self.module.matmul, x, weight), seen, np.asarray(weight.dequantize()))
+
+    @pytest.mark.parametrize("tiles", TILES)
+    @pytest.mark.parametrize("group", [None, 128])
+    def test_grouped_matmul(self, tiles, group):
+        from jaxllm.kernels.block_fp8 import reference
+
+        tile, expert = TILES[tiles]
+        for n, k in ((128, 256), (200, 384)):
+            x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
+            stack = block_fp8(EXPERTS, n, k, activation_group=group)
+            got = self.run(self.module.grouped_matmul, x, stack, jnp.asarray(expert, jnp.int32))
+            seen = x
+            if group:
+                seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), group), group))
+            w = np.asarray(stack.dequantize())
+            for t, e in enumerate(expert):
+                if e >= 0:
+                    rows = slice(t * tile, (t + 1) * tile)
+                    self.close(got[rows], seen[rows], w[e])
+
+    @pytest.mark.parametrize("power_of_two", [False, True])
+    @pytest.mark.parametrize("shape", [(1, 128), (5, 384), (130, 200), (2, 3, 256)])
+    def test_act_quant(self, shape, power_of_two):
+        from jaxllm.kernels.block_fp8 import reference
+
+        x = numbers(*shape) * np.exp(3 * numbers(*shape[:-1], 1, seed=3))
+        x[..., :1, :128] = 0
+        values, scales = jax.tree.map(
+            np.asarray, jax.jit(lambda x: self.module.act_quant(x, 128, power_of_two))(jnp.asarray(x))
+        )
+        expected, wanted = reference.act_quant(jnp.asarray(x), 128, power_of_two)
+        np.testing.assert_allclose(scales, wanted, rtol=2e-7)
+        # One unit in the last place of a scale may move a value across a rounding border.
+        same = values.view(np.uint8) == np.asarray(expected).view(np.uint8)
+        assert same.mean() > 0.999
+        np.testing.assert_allclose(values.astype(np.float32), np.asarray(expected, np.float32), rtol=0.13, atol=2**-9)
+
+    @pytest.mark.parametrize(
+        ("shape", "block"), [((256, 256), (128, 128)), ((200, 300), (128, 128)), ((40, 70), (16, 32))]
+    )
+    def test_weight_dequant(self, shape, block):
+        weight = block_fp8(*shape, block=block)
+        got = self.run(lambda w: self.module.weight_dequant(w, jnp.float32), weight)
+        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
