@@ -139,7 +139,7 @@ def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, obj
     config, weights = dict(folder.config), folder.tensors
     declared = config.get("quantization_config")
     if isinstance(declared, dict) and declared.get("quant_method") == "fp8" and declared.get("weight_block_size"):
-        weights = assemble(weights, config)
+        weights = assemble(folder)
         del config["quantization_config"]
     plain = {name: weight for name, weight in weights.items() if not _is_fp8_matrix(weight)}
     if reason := _quantized(replace(folder, config=config, tensors=plain)):

@@ -31,6 +31,7 @@ HEAD_STACK = PartitionSpec(TP, None, None)  # a matrix for each head [heads, out
 
 EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack of experts [experts, out, in]: whole experts over ep,
 EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each of them cut over tp
+EXPERT_WHOLE = PartitionSpec(EP, None, None)  # or not
 SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, which all devices share
 SHARED_ROW = PartitionSpec(None, (EP, TP))
 
@@ -126,14 +127,8 @@ def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gate
     """How each leaf of a gated block, whose matrices are cut by `column` and `row`, is cut."""
     bias = None
     if block.bias is not None:
-        summed = PartitionSpec(*row[:-1], None)  # added after the sum over what `row` cuts: whole on every device
-        bias = Gated(*(local_specs(b, s) for b, s in zip(_matrices(block.bias), (column, column, summed), strict=True)))
-    gate, up, down = _matrices(block)
-    return Gated(local_specs(gate, column), local_specs(up, column), local_specs(down, row), bias)
-
-
-def _matrices(block: Gated) -> tuple[Weight, Weight, Weight]:
-    return block.gate, block.up, block.down
+        bias = gated_specs(block.bias, column, PartitionSpec(*row[:-1], None))  # the last is whole: see `_once`
+    return Gated(local_specs(block.gate, column), local_specs(block.up, column), local_specs(block.down, row), bias)
 
 
 def experts(

@@ -6,6 +6,7 @@ follows that script, so that what is read here is checked against what others wr
 
 import json
 import math
+import re
 from pathlib import Path
 
 import gguf
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "phi3": gguf.MODEL_ARCH.PHI3,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
 }
 
 
@@ -56,12 +58,18 @@ def convert(
     values = metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
+    if writer.arch == "gpt-oss":
+        tensors = gpt_oss_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](f"{writer.arch}.{key}", value)
 
     def put(name: str, tensor: np.ndarray) -> None:
+        if tensor.dtype == np.uint8:  # blocks of GPT-OSS
+            writer.add_tensor(name, tensor, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+            return
         tensor = tensor.astype(np.float32)
-        if quantize and tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 and "ffn_gate_inp" not in name:
+        matrix = tensor.ndim > 1 and not name.endswith(".bias")
+        if quantize and matrix and tensor.shape[-1] % 32 == 0 and "ffn_gate_inp" not in name:
             kind = gguf.GGMLQuantizationType[quantize]
             writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
         else:
@@ -73,7 +81,7 @@ def convert(
         part = name.split(".")[-2]
         if writer.arch == "llama" and part in heads:
             tensor = neighbours(tensor, heads[part])
-        if ".experts." in name and name.endswith(".weight"):
+        if re.search(r"\.experts\.\d+\..*weight$", name):
             before, _, rest = name.partition(".experts.")
             index, projection = rest.split(".")[:2]
             experts.setdefault(f"{before}.experts.{projection}.weight", {})[int(index)] = tensor
@@ -134,6 +142,8 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     if rope["rope_type"] in ("yarn", "longrope"):
         original = rope["original_max_position_embeddings"]
         values["rope.scaling.original_context_length"] = original
+    if config["model_type"] == "gpt_oss":  # there is no key for truncate: llama.cpp rounds the ends of the ramp
+        values |= {f"rope.scaling.yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow")}
     if rope["rope_type"] == "longrope":
         stretch = config["max_position_embeddings"] / original
         values["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stretch) / math.log(original))
@@ -192,6 +202,33 @@ def deepseek_tensors(tensors: dict, config: dict, split_kv_b: bool) -> dict[str,
         else:
             out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
     return out
+
+
+def gpt_oss_tensors(tensors: dict) -> dict[str, np.ndarray]:
+    """`GptOssModel`: gate and up, by turns before, apart; experts as [E, out, in], or as blocks of MXFP4."""
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_scales"):
+            continue
+        if name.endswith("_blocks"):
+            tensor = mxfp4_blocks(tensor, tensors[name.replace("_blocks", "_scales")])
+        elif name.endswith(("gate_up_proj", "down_proj")):
+            tensor = tensor.swapaxes(1, 2)
+        name = re.sub("_proj(_blocks)?$", "_proj.weight", name).replace("_proj_bias", "_proj.bias")
+        name = re.sub("sinks$", "sinks.weight", name)
+        if "gate_up" in name:
+            for i, part in enumerate(("gate", "up")):
+                out[name.replace("gate_up", part)] = np.ascontiguousarray(tensor[:, i::2])
+        else:
+            out[name] = np.ascontiguousarray(tensor)
+    return out
+
+
+def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """GGML's bytes `[E, out, in / 32 * 17]`: the scale, then element i with i + 16, where neighbours shared a byte."""
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 2, 16)
+    packed = codes[..., 0, :] | codes[..., 1, :] << 4
+    return np.concatenate([scales[..., None], packed], -1).reshape(*blocks.shape[:2], -1)
 
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:

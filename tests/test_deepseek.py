@@ -225,16 +225,16 @@ DAMAGE = {
     ),
     "another grid": (
         lambda tensors, config: tensors.update({f"{DOWN}_scale_inv": np.ones((2, 2), np.float32)}),
-        r"down_proj.weight_scale_inv' has shape \[2, 2\], expected \[3, 7\]",
+        r"down_proj.weight': the grid of scales has shape \[2, 2\], expected \[3, 7\]",
     ),
     "another method": (
-        lambda tensors, config: config["quantization_config"].update(quant_method="gptq"),
-        "quantization 'gptq' is not supported",
+        lambda tensors, config: config["quantization_config"].update(quant_method="vptq"),
+        "quantization 'vptq' is not supported",
     ),
     "no object": (lambda tensors, config: config.update(quantization_config="fp8"), "is 'fp8', expected an object"),
     "no block": (
         lambda tensors, config: config["quantization_config"].update(weight_block_size=[0, 128]),
-        r"weight_block_size is \[0, 128\], expected two numbers above 0",
+        r"'weight_block_size' is \[0, 128\], not two numbers above 0",
     ),
 }
 

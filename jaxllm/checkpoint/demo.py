@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxllm.checkpoint.placing import FileArray, JoinedArray
-from jaxllm.checkpoint.quantized import join_block_fp8
+from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import Entries, HFDirectory, read_header, read_json
+from jaxllm.checkpoint.schemes import block_fp8
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
@@ -19,6 +20,7 @@ from jaxllm.models.deepseek_config import DEMO_DEFAULTS, DeepseekConfig
 from jaxllm.models.deepseek_names import DEMO_AXES, DEMO_EXPERT
 
 BLOCK = (128, 128)
+SCHEME = block_fp8(BLOCK, values=".weight", scales=".scale")
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _NUMBERS = ("route_scale", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale")
 _MAY_BE_NONE = ("n_dense_layers", "n_shared_experts", "q_lora_rank")
@@ -31,7 +33,7 @@ class DemoDirectory(HFDirectory):
 
     def weights(self) -> dict[str, Weight]:
         """The tensors, FP8 ones joined with their scales."""
-        return join_block_fp8(self.tensors, BLOCK, ".weight", ".scale")
+        return join(self.tensors, only(SCHEME))
 
 
 def is_demo(path: Path) -> bool:

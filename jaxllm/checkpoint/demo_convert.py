@@ -13,9 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.checkpoint.demo import BLOCK, check_blocks, demo_axis, demo_config, demo_tensors, find_config, read_args
+from jaxllm.checkpoint.demo import (
+    BLOCK,
+    SCHEME,
+    check_blocks,
+    demo_axis,
+    demo_config,
+    demo_tensors,
+    find_config,
+    read_args,
+)
 from jaxllm.checkpoint.placing import FileArray
-from jaxllm.checkpoint.quantized import assemble, join_block_fp8
+from jaxllm.checkpoint.quantized import assemble, join, only
 from jaxllm.checkpoint.safetensors import HFDirectory, read_json
 from jaxllm.checkpoint.writing import Tensor, pieces
 from jaxllm.errors import InputError
@@ -68,7 +77,7 @@ def to_demo(
     """
     if folder.config["model_type"] not in MODEL_TYPES:
         raise InputError(f"model_type {folder.config['model_type']!r}: the demo knows {', '.join(MODEL_TYPES)} only")
-    weights = assemble(folder.tensors, folder.config)
+    weights = assemble(folder)
     config = DeepseekConfig.from_hf(folder.config, weights)
     _check_counts(config, count, n_experts)
     if blocks := {w.block for w in weights.values() if isinstance(w, BlockFP8)} - {BLOCK}:
@@ -104,7 +113,7 @@ def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor]
     given = read_json(config)
     args = None if "model_type" in given else read_args(config)
     try:
-        weights = join_block_fp8(tensors, BLOCK, ".weight", ".scale")
+        weights = join(tensors, only(SCHEME))
         names = {name: name_of_demo(name) for name in tensors}
         if unknown := [name for name, new in names.items() if new is None]:
             raise InputError(f"unknown tensor '{unknown[0]}'")

@@ -15,14 +15,19 @@ from jaxllm.checkpoint.rules import Rule
 from jaxllm.checkpoint.safetensors import Entries, HFDirectory, open_directory
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.models import deepseek_config, deepseek_names, llama_config, llama_names
+from jaxllm.models import deepseek_config, deepseek_names, gpt_oss_config, gpt_oss_names, llama_config, llama_names
 from jaxllm.models.deepseek import deepseek
 from jaxllm.models.deepseek_config import DeepseekConfig
+from jaxllm.models.gpt_oss import gpt_oss
+from jaxllm.models.gpt_oss_config import GptOssConfig
 from jaxllm.models.llama import llama
 from jaxllm.models.llama_config import LlamaConfig
 from jaxllm.sampling import Sampler
 from jaxllm.tokenizer import Tokenizer
 
+Config = LlamaConfig | DeepseekConfig | GptOssConfig
+
+FAMILIES = llama_config, deepseek_config, gpt_oss_config
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -35,7 +40,7 @@ class Checkpoint:
     """
 
     name: str
-    config: LlamaConfig | DeepseekConfig
+    config: Config
     model: Callable[..., nnx.Module]
     tensors: Mapping[str, Weight]
     rules: Sequence[Rule]
@@ -71,11 +76,14 @@ def open_checkpoint(path: Path, gqa: int = 1, config: Path | None = None) -> Che
 
 
 def _from_gguf(file: GGUFFile | GGMLFile) -> Checkpoint:
-    known = *llama_config.GGUF_ARCHITECTURES, *deepseek_config.GGUF_ARCHITECTURES
-    _supported("architecture", file.architecture, known)
-    if file.architecture in deepseek_config.GGUF_ARCHITECTURES:
+    kind = file.architecture
+    _supported("architecture", kind, [name for family in FAMILIES for name in family.GGUF_ARCHITECTURES])
+    if kind in deepseek_config.GGUF_ARCHITECTURES:
         config = DeepseekConfig.from_gguf(file.metadata, file.tensors)
         model, rules, ignored = deepseek, deepseek_names.GGUF_RULES, deepseek_names.gguf_ignored(config)
+    elif kind in gpt_oss_config.GGUF_ARCHITECTURES:
+        config = GptOssConfig.from_gguf(file.metadata, file.tensors)
+        model, rules, ignored = gpt_oss, gpt_oss_names.GGUF_RULES, ()
     else:
         config = LlamaConfig.from_gguf(file.metadata, file.tensors)
         model, rules, ignored = llama, llama_names.gguf_rules(config), llama_names.GGUF_IGNORED
@@ -84,11 +92,14 @@ def _from_gguf(file: GGUFFile | GGMLFile) -> Checkpoint:
 
 
 def _from_directory(folder: HFDirectory) -> Checkpoint:
-    kind, tensors = folder.config["model_type"], assemble(folder.tensors, folder.config)
-    _supported("model_type", kind, (*llama_config.MODEL_TYPES, *deepseek_config.MODEL_TYPES))
+    kind, tensors = folder.config["model_type"], assemble(folder)
+    _supported("model_type", kind, [name for family in FAMILIES for name in family.MODEL_TYPES])
     if kind in deepseek_config.MODEL_TYPES:
         config = DeepseekConfig.from_hf(folder.config, tensors)
         model, rules, ignored = deepseek, deepseek_names.HF_RULES, deepseek_names.hf_ignored(config)
+    elif kind in gpt_oss_config.MODEL_TYPES:
+        config = GptOssConfig.from_hf(folder.config)
+        model, rules, ignored = gpt_oss, gpt_oss_names.HF_RULES, ()
     else:
         config = LlamaConfig.from_hf(folder.config)
         model, rules, ignored = llama, llama_names.HF_RULES, llama_names.HF_IGNORED
@@ -104,7 +115,7 @@ def _from_demo(folder: DemoDirectory) -> Checkpoint:
 
 def _with_texts(
     folder: HFDirectory,
-    config: LlamaConfig | DeepseekConfig,
+    config: Config,
     model: Callable[..., nnx.Module],
     tensors: Mapping[str, Weight],
     rules: Sequence[Rule],
@@ -144,6 +155,6 @@ def _sampling(generation: Entries) -> dict[str, float]:
     return given
 
 
-def _supported(what: str, value: object, known: tuple[str, ...]) -> None:
+def _supported(what: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise InputError(f"{what} {value!r} is not supported; supported: {', '.join(known)}")

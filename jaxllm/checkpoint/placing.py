@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,39 @@ class FileArray:
         """The last two axes swapped; nothing is read."""
         shape = (*self.shape[:-2], *self.shape[:-3:-1])
         return dataclasses.replace(self, shape=shape, transposed=not self.transposed)
+
+    def reshape(self, *shape: int) -> "FileArray":
+        """As numpy's; nothing is read."""
+        reshaped = dataclasses.replace(self, shape=shape)
+        assert reshaped.nbytes == self.nbytes and not self.transposed
+        return reshaped
+
+    def view(self, dtype: jax.typing.DTypeLike) -> "FileArray":
+        """As numpy's: the same bytes as another dtype, which changes the last axis; nothing is read."""
+        dtype = np.dtype(dtype)
+        shape = (*self.shape[:-1], self.shape[-1] * self.dtype.itemsize // dtype.itemsize)
+        return dataclasses.replace(self, shape=shape, dtype=dtype)
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.map(), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class DerivedArray:
+    """An array that is computed from others in the file, each time a part of it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def map(self) -> np.ndarray:
+        array = self.compute()
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        return array
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.map(), dtype=dtype)
@@ -97,11 +131,14 @@ class JoinedArray:
         return np.concatenate([np.asarray(part) for part in self.parts], self.axis).astype(dtype or self.dtype)
 
 
+HostArray = np.ndarray | FileArray | DerivedArray | JoinedArray
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a parameter comes from: rows of one tensor, or, `stacked`, of one tensor for each expert.
 
-    Leaves of the parts are host arrays, `FileArray`s or `JoinedArray`s. `rows` are those of a tensor that the
+    Leaves of the parts are `HostArray`s. `rows` are those of a tensor that the
     parameter consists of, in its order; None is all of them.
     """
 
@@ -180,7 +217,7 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
 
 
 def _read(
-    leaves: list[np.ndarray | FileArray | JoinedArray],
+    leaves: list[HostArray],
     stacked: bool,
     index: list[np.ndarray | None],
     part: tuple[slice, ...],
@@ -188,7 +225,7 @@ def _read(
     """The `part` of the rearranged leaf, as an array of its own (never a view of a mapped file)."""
     if stacked:
         return np.stack([_read([leaf], False, index[1:], part[1:]) for leaf in leaves[part[0]]])
-    leaf = leaves[0].map() if isinstance(leaves[0], FileArray | JoinedArray) else leaves[0]
+    leaf = leaves[0] if isinstance(leaves[0], np.ndarray) else leaves[0].map()
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]

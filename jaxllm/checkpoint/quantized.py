@@ -1,63 +1,85 @@
-"""Tensors that belong together as one quantized weight, as a checkpoint's config declares them."""
+"""Tensors that belong together as one quantized weight, joined as the checkpoint's config declares them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
+from jaxllm.checkpoint.declared import Declared, declared
+from jaxllm.checkpoint.safetensors import HFDirectory
+from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
 from jaxllm.formats.fp8 import BlockFP8
 
 
-def assemble(tensors: Mapping[str, Weight], config: Mapping[str, object]) -> dict[str, Weight]:
+def assemble(folder: HFDirectory) -> dict[str, Weight]:
     """The tensors of a directory with those of one quantized matrix joined under the matrix's name.
 
-    Args:
-        tensors: by name, as they are in the files.
-        config: config.json.
+    Which matrices are quantized, the tensors say; how, the config. A matrix that could be quantized by the config, but
+    is there as plain numbers, stays what it is.
 
     Raises:
-        InputError: the quantization is not supported, or a matrix lacks its scales or has scales that do not fit.
+        InputError: the quantization is not supported, a matrix lacks a part or has parts that do not fit, or one is
+            quantized that the config leaves out.
     """
-    declared = config.get("quantization_config") or config.get("quantization")
-    if not declared:
-        return dict(tensors)
-    if not isinstance(declared, Mapping):
-        raise InputError(f"quantization_config is {declared!r}, expected an object")
-    method, block = declared.get("quant_method"), declared.get("weight_block_size")
-    if method != "fp8" or not block:
-        raise InputError(f"quantization '{method}' is not supported; supported: fp8 with weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise InputError(f"weight_block_size is {block!r}, expected two numbers above 0")
-    return join_block_fp8(tensors, tuple(block))
+    found = declared(folder.config, folder.json("hf_quant_config.json").values)
+    return dict(folder.tensors) if found is None else join(folder.tensors, found)
 
 
-def join_block_fp8(
-    tensors: Mapping[str, Weight], block: tuple[int, int], weight: str = "", scale: str = "_scale_inv"
-) -> dict[str, Weight]:
-    """The tensors with those that end in `scale` joined to what they scale, whose names end in `weight` there.
+def only(*known: Scheme) -> Declared:
+    """For `join`: every matrix may be in any of these schemes."""
+    return Declared(lambda module: known, frozenset(scheme.key for scheme in known))
+
+
+def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
+    """The tensors with those that make up one quantized matrix joined.
 
     Raises:
-        InputError: an FP8 tensor lacks its scales, or has some that do not fit.
+        InputError: lists every matrix that lacks a part, has parts that do not fit, or contradicts what is declared.
     """
-    joined, complaints = {}, []
+    joined, used, complaints = {}, set(), []
+    for name in tensors:
+        for key in found.keys:
+            module = name.removesuffix(key)
+            known = [scheme for scheme in found.schemes(module) if scheme.key == key]
+            if not name.endswith(key) or not known:
+                continue
+            if (entry := found.excluded(module)) is not None:
+                complaints.append(f"'{module}' is left out of the quantization by {entry!r}, but has '{name}'")
+                continue
+            scheme = next((s for s in known if not _missing(s, module, tensors)), known[0])
+            if missing := _missing(scheme, module, tensors):
+                complaints.append(f"'{name}' is there, but '{missing[0]}' is missing ({scheme.name})")
+                continue
+            parts = scheme.parts | {part: s for part, s in scheme.optional.items() if module + s in tensors}
+            used.update(module + suffix for suffix in (*parts.values(), *scheme.unused))
+            try:
+                arrays = {part: tensors[module + suffix].values for part, suffix in parts.items()}
+                joined[module + scheme.result] = scheme.build(**arrays)
+            except InputError as error:
+                complaints.append(f"'{module + scheme.result}': {error}")
     for name, tensor in tensors.items():
-        if name.endswith(scale):
-            continue
-        scales_name = name.removesuffix(weight) + scale
-        scales = tensors.get(scales_name)
-        if scales is not None:
-            out, in_ = tensor.shape[-2:]
-            want = (-(-out // block[0]), -(-in_ // block[1]))
-            if scales.shape[-2:] != want:
-                complaints.append(f"'{scales_name}' has shape {list(scales.shape)}, expected {list(want)}")
-            joined[name] = BlockFP8(tensor.values, scales.values, block, None)
-        elif tensor.format.startswith("float8"):
-            complaints.append(f"'{name}' is FP8, but '{scales_name}' is missing")
-        else:
+        if name not in used:
             joined[name] = tensor
+            complaints += _alone(name, tensor, found)
     if complaints:
         raise InputError("; ".join(complaints[:8]))
     return joined
+
+
+def _missing(scheme: Scheme, module: str, tensors: Mapping[str, Weight]) -> list[str]:
+    return [module + suffix for suffix in scheme.parts.values() if module + suffix not in tensors]
+
+
+def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
+    """A complaint about a tensor that means nothing without others."""
+    if not isinstance(tensor, Dense) or not tensor.format.startswith("float8"):
+        return []
+    for scheme in found.schemes(name):
+        values = scheme.parts.get("values")
+        if values is not None and name.endswith(values):
+            return [f"'{name}' is FP8, but '{name.removesuffix(values) + scheme.key}' is missing"]
+    return [f"'{name}' is FP8, but its scales are missing"]
 
 
 def with_fp8_activations(tensors: Mapping[str, Weight]) -> dict[str, Weight]:

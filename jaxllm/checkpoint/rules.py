@@ -22,6 +22,7 @@ from jaxllm.checkpoint.placing import Source, place
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.layers.parameter import Declaration
 
 READERS = 4  # threads: parameters that are read at the same time
@@ -35,13 +36,28 @@ class Rule:
     then becomes several parameters, each made of some of its rows.
 
     rows: given the model's config and the match, which row of the tensor each row of the parameter is (None: in order).
-    either_way: some store it as `[out, in]`, others as `[in, out]`; taken as whichever fits, the first if both do.
+    present: given a tensor and the shape of the parameter, the tensor as `[..., out, in]`, if it is stored otherwise.
     """
 
     pattern: str
     target: str
     rows: Callable[[Any, re.Match], np.ndarray] | None = None
-    either_way: bool = False
+    present: Callable[[Weight, tuple[int, ...]], Weight] | None = None
+
+
+def either_way(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """For `Rule.present`: some store it as `[out, in]`, others as `[in, out]`; the first if both fit."""
+    return weight.swapped() if weight.shape[-1] != shape[-1] == weight.shape[-2] else weight
+
+
+def plain_transposed(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """For `Rule.present`: stored as `[in, out]`, unless it is packed."""
+    return weight.swapped() if isinstance(weight, Dense | BlockFP8) else weight
+
+
+def column(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """For `Rule.present`: a vector, or a stack of them, as a matrix of one column."""
+    return Dense(weight.values.reshape(*weight.shape, 1)) if isinstance(weight, Dense) else weight
 
 
 @dataclass(frozen=True)
@@ -134,8 +150,8 @@ def _source(
 ) -> Source:
     name, rule, m = found[0]
     parts = [tensors[part] for part, _, _ in found]
-    if rule.either_way and parts[0].shape[-1] != shape[-1] == parts[0].shape[-2]:
-        parts = [dataclasses.replace(part, values=part.values.swapaxes(-1, -2)) for part in parts]
+    if rule.present is not None:
+        parts = [rule.present(part, shape) for part in parts]
     return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
 
 

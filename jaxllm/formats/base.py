@@ -32,9 +32,9 @@ class Cut(NamedTuple):
 Axes = tuple[Cut | None, ...]
 
 
-def static_field() -> dataclasses.Field:
+def static_field(default: object = dataclasses.MISSING) -> dataclasses.Field:
     """A dataclass field that is part of the type of a weight (known at trace time), not a leaf."""
-    return dataclasses.field(metadata={"static": True})
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 class Weight(ABC):
@@ -138,11 +138,18 @@ class Weight(ABC):
 
     def take(self, ids: jax.Array) -> Self:
         """Rows `ids` of an unbatched matrix, as a weight of shape `[*ids.shape, in]`: an embedding lookup."""
-        leaves = {}
-        for name, axes in self.axes.items():
-            assert axes[0] == Cut("out"), f"{self.format} cannot look up single rows"
-            leaves[name] = getattr(self, name)[ids]
-        return dataclasses.replace(self, **leaves)
+        cut = {name for name, axes in self.axes.items() if any(c and c.dim == "out" for c in axes)}
+        assert all(self.axes[name][0] == Cut("out") for name in cut), f"{self.format} cannot look up single rows"
+        return dataclasses.replace(self, **{name: getattr(self, name)[ids] for name in cut})
+
+
+def repeated(leaf: jax.Array, times: int, axis: int, size: int) -> jax.Array | jax.ShapeDtypeStruct:
+    """Each entry along an axis so many times, the first `size` of them; of shapes as of arrays."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = list(leaf.shape)
+        shape[axis] = size
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    return np.repeat(leaf, times, axis=axis).take(range(size), axis=axis)
 
 
 def padded_index(size: int, multiple: int) -> np.ndarray:

@@ -24,6 +24,10 @@ class Dense(Weight):
     def axes(self) -> dict[str, Axes]:
         return {"values": (Cut("out"), Cut("in"))[: self.values.ndim]}
 
+    def swapped(self) -> Self:
+        """Its transpose."""
+        return Dense(self.values.swapaxes(-1, -2))
+
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         return jnp.asarray(self.values, dtype)
 

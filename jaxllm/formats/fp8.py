@@ -1,4 +1,5 @@
-"""Blockwise FP8, as DeepSeek-V3 and its kin store it: one scale for each rectangle of a float8 matrix."""
+"""Small floats or integers with a scale for each rectangle of the matrix: FP8 as DeepSeek-V3 and its kin store it, with
+one scale for a row or for all of it, MXFP8, and INT8."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,65 +7,70 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
 
 E4M3_MAX = 448.0
+NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockFP8(Weight):
-    """`W[o, i] = values[o, i] * scales[o // block[0], i // block[1]]`.
+    """`W[o, i] = values[o, i] * scales[o // block[0], i // block[1]] * factor`, in this order.
 
     Attributes:
-        values: float8_e4m3fn `[*batch, out, in]`.
-        scales: float32, bfloat16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`. Checkpoints
-            call them `weight_scale_inv`, yet they are multiplied by.
+        values: float8_e4m3fn, float8_e5m2 or int8 `[*batch, out, in]`.
+        scales: float32, bfloat16, float16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
+            Some checkpoints call them `weight_scale_inv`, yet they are multiplied by.
+        block: rows and columns that share a scale; None is all of them.
         activation_group: how many neighbours of the other operand of a matmul are rounded to FP8 with one scale (W8A8);
             None: they are not, and this matrix is only decoded.
     """
 
     values: jax.Array
     scales: jax.Array
-    block: tuple[int, int] = static_field()
+    block: tuple[int | None, int | None] = static_field()
     activation_group: int | None = static_field()
+    factor: float = static_field(1.0)
 
     @property
     def format(self) -> str:
-        return f"FP8 {self.block[0]}x{self.block[1]}"
+        name = NAMES.get(self.values.dtype.name, self.values.dtype.name)
+        rows, cols = ("all" if size is None else size for size in self.block)
+        return f"{name} {rows}x{cols}"
 
     @property
     def axes(self) -> dict[str, Axes]:
-        return {
-            "values": (Cut("out"), Cut("in")),
-            "scales": (Cut("out", self.block[0]), Cut("in", self.block[1])),
-        }
+        out, in_ = (size and Cut(dim, size) for dim, size in zip(("out", "in"), self.block, strict=True))
+        return {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
 
     def granularity(self, dim: str) -> int:
         return 1
 
     def refined(self, out: int, in_: int) -> Self:
         """The same matrix with smaller blocks: each scale repeated for the parts of its block."""
-        scales, abstract = self.scales, isinstance(self.scales, jax.ShapeDtypeStruct)
-        for axis, old, new in ((-2, self.block[0], out), (-1, self.block[1], in_)):
-            size = math.ceil(self.values.shape[axis] / new)
-            if abstract:
-                shape = list(scales.shape)
-                shape[axis] = size
-                scales = jax.ShapeDtypeStruct(tuple(shape), scales.dtype)
-            else:
-                scales = np.repeat(scales, old // new, axis=axis).take(range(size), axis=axis)
-        return replace(self, scales=scales, block=(out, in_))
+        scales, block = self.scales, list(self.block)
+        for axis, new in ((-2, out), (-1, in_)):
+            if (old := block[axis]) is not None and old != new:
+                scales = repeated(scales, old // new, axis, math.ceil(self.values.shape[axis] / new))
+                block[axis] = new
+        return replace(self, scales=scales, block=tuple(block))
+
+    def swapped(self) -> Self:
+        """Its transpose."""
+        values, scales = (leaf.swapaxes(-1, -2) for leaf in (self.values, self.scales))
+        return replace(self, values=values, scales=scales, block=self.block[::-1])
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         scales = jnp.asarray(self.scales).astype(jnp.float32)
         for axis, block in ((-2, self.block[0]), (-1, self.block[1])):
-            scales = jax.lax.slice_in_dim(
-                jnp.repeat(scales, block, axis=axis), 0, self.values.shape[axis], axis=axis % scales.ndim
-            )
-        return (jnp.asarray(self.values).astype(jnp.float32) * scales).astype(dtype)
+            if block is not None:
+                scales = jax.lax.slice_in_dim(
+                    jnp.repeat(scales, block, axis=axis), 0, self.values.shape[axis], axis=axis % scales.ndim
+                )
+        w = jnp.asarray(self.values).astype(jnp.float32) * scales
+        return (w if self.factor == 1 else w * jnp.float32(self.factor)).astype(dtype)
 
     @classmethod
     def from_dense(cls, w: jax.Array, block: tuple[int, int] = (128, 128)) -> Self:

@@ -10,8 +10,9 @@ from jaxllm.layers.cache import write
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
-from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, local
+from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
 
 
 class Attention(nnx.Module):
@@ -24,6 +25,7 @@ class Attention(nnx.Module):
         qkv_bias, o_bias: whether the projections have biases.
         norm_eps: of an RMSNorm over each query and key head; None: there is none.
         sliding_window: how many positions back, its own included, a token sees; None: all of them.
+        sinks: whether each head has a score of its own for attending to nothing.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Attention(nnx.Module):
         o_bias: bool = False,
         norm_eps: float | None = None,
         sliding_window: int | None = None,
+        sinks: bool = False,
     ) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
         self.scale, self.sliding_window = head_dim**-0.5, sliding_window
@@ -51,6 +54,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols, bias=o_bias)
         self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.sinks = declare((num_heads,), PartitionSpec(TP), rows=heads.query) if sinks else None
 
     def __call__(
         self,
@@ -78,17 +82,25 @@ class Attention(nnx.Module):
         q, k, v = rotate(q, *rope), rotate(k, *rope), _heads(self.v_proj(x), self.value_dim)
 
         def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            keys: jax.Array,
+            values: jax.Array,
+            positions: jax.Array,
+            sinks: jax.Array | None,
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
             keys, values = lax.optimization_barrier(
                 (write(keys, k, positions[:, 0]), write(values, v, positions[:, 0]))
             )
             seen = keys[:, :, :window], values[:, :, :window]
-            return dot_product_attention(q * self.scale, *seen, positions, self.sliding_window), keys, values
+            y = dot_product_attention(q * self.scale, *seen, positions, self.sliding_window, sinks)
+            return y, keys, values
 
-        specs = (HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec())
-        y, *cache = local(attend, specs, (HEADS, CACHE, CACHE))(q, k, v, *cache, positions)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        specs = (HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec(), PartitionSpec(TP))
+        y, *cache = local(attend, specs, (HEADS, CACHE, CACHE))(q, k, v, *cache, positions, sinks)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
 
 
@@ -97,7 +109,12 @@ def _heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def dot_product_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, sliding_window: int | None
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    sliding_window: int | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
 
@@ -106,6 +123,8 @@ def dot_product_attention(
         keys, values: `[batch, kv_heads, positions, dim]`.
         positions: `[batch, time]`, that of each query.
         sliding_window: see `Attention`.
+        sinks: `[heads]`, the score of a position that every query sees and whose value is zero (GPT-OSS, which follows
+            Xiao et al., 2023).
 
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
@@ -123,8 +142,15 @@ def dot_product_attention(
     back = positions[:, None, None, :, None] - jnp.arange(length)  # [batch, 1, 1, time, length]
     visible = back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
     scores = scores.reshape(batch, kv_heads, -1, time, length)
-    scores = jnp.where(visible, scores, -jnp.inf).reshape(batch, kv_heads, -1, length)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks.reshape(kv_heads, -1, 1, 1)
+        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        weights = jnp.exp(scores - peak)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
+    weights = weights.reshape(batch, kv_heads, -1, length).astype(q.dtype)
     y = jnp.einsum(
         "bhqk,bhkd->bhqd", weights, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
     )

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import parallel
 from jaxllm.formats.base import padded_index
-from jaxllm.kernels.experts import Gated
+from jaxllm.kernels.experts import Activation, Gated
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.mlp import MLP, swiglu
 from jaxllm.layers.parameter import declare
@@ -60,19 +60,28 @@ def grouped_top_k(
 class Experts(nnx.Module):
     """A stack of gated feed-forward blocks: whole experts are cut over ep, their intermediate dimension over tp.
 
-    `multiple` is what that dimension is padded to, as in `MLP`.
+    `multiple` is what that dimension is padded to, as in `MLP`. Biases are matrices of one column.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, multiple: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, multiple: int, bias: bool = False
+    ) -> None:
         places = padded_index(intermediate_size, multiple)
         wide, narrow = (num_experts, intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
         self.gate_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places)
         self.up_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places)
         self.down_proj = declare(narrow, parallel.EXPERT_ROW, cols=places)
+        wide, narrow = (num_experts, intermediate_size, 1), (num_experts, hidden_size, 1)
+        self.gate_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, keep=True) if bias else None
+        self.up_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, keep=True) if bias else None
+        self.down_bias = declare(narrow, parallel.EXPERT_WHOLE, keep=True) if bias else None
 
     @property
     def weights(self) -> Gated:
-        return Gated(*(p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)))
+        matrices = (p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj))
+        if self.gate_bias is None:
+            return Gated(*matrices)
+        return Gated(*matrices, Gated(*(p.get_value() for p in (self.gate_bias, self.up_bias, self.down_bias))))
 
 
 class MoE(nnx.Module):
@@ -87,6 +96,8 @@ class MoE(nnx.Module):
             cut over all devices, and its part joins the experts' in their one reduce.
         shared_gate: whether that block is weighed by the sigmoid of a gate.
         correction_bias: whether the router has a bias that only selects.
+        bias: whether the router and the experts have biases.
+        activation: between an expert's matrices.
     """
 
     def __init__(
@@ -101,10 +112,12 @@ class MoE(nnx.Module):
         shared_size: int | None = None,
         shared_gate: bool = False,
         correction_bias: bool = False,
+        bias: bool = False,
+        activation: Activation = swiglu,
     ) -> None:
-        self.route, self.num_experts = route, num_experts
-        self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, keep=True)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp)
+        self.route, self.num_experts, self.activation = route, num_experts, activation
+        self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, bias=bias, keep=True)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp, bias)
         specs = {"column": parallel.SHARED_COLUMN, "row": parallel.SHARED_ROW}
         has = shared_size is not None
         self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, **specs) if has else None
@@ -123,5 +136,5 @@ class MoE(nnx.Module):
             gate = self.shared_expert_gate
             score = jnp.ones((), jnp.float32) if gate is None else jax.nn.sigmoid(gate(tokens, jnp.float32))
             shared = Gated(*weights), score
-        y = parallel.experts(tokens, scores, experts, self.experts.weights, self.num_experts, swiglu, shared)
+        y = parallel.experts(tokens, scores, experts, self.experts.weights, self.num_experts, self.activation, shared)
         return y.reshape(x.shape)

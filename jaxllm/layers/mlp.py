@@ -1,10 +1,12 @@
 """The gated feed-forward block."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm.formats.base import padded_index
+from jaxllm.kernels.experts import Activation
 from jaxllm.layers.linear import Linear
 from jaxllm.parallel import COLUMN, ROW
 
@@ -36,3 +38,14 @@ class MLP(nnx.Module):
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
+
+
+def clamped_swiglu(alpha: float, limit: float) -> Activation:
+    """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`, the gate bounded above by `limit` and `up` on
+    both sides."""
+
+    def activation(gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+    return activation

@@ -13,7 +13,8 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
-from jaxllm.models.llama_config import MANY, POSITIONS
+from jaxllm.models.llama_config import MANY
+from jaxllm.models.rope_config import POSITIONS
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 GGUF_ARCHITECTURES = ("deepseek2",)

@@ -1,24 +1,20 @@
 """Sizes and constants of the Llama family, from a GGUF file's metadata or a Hugging Face config.json."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-
 from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
+from jaxllm.models.rope_config import POSITIONS, gguf_rope, hf_rope
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3")
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
 
 # The most that is believed of a config.json, so that a hostile one cannot keep a machine busy.
 MANY = 2**14  # layers, heads, experts, dimensions of a head
-POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class LlamaConfig:
             o_bias=has("attn_output.bias"),
             mlp_bias=has("ffn_down.bias"),
             qk_norm=has("attn_q_norm.weight"),
-            rope=_gguf_rope(get, tensors, head_dim),
+            rope=gguf_rope(get, tensors, head_dim),
             layers=layers,
             moe=None
             if not experts
@@ -144,7 +140,7 @@ class LlamaConfig:
             o_bias=bias,
             mlp_bias=entries.flag("mlp_bias"),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
-            rope=_hf_rope(entries, head_dim),
+            rope=hf_rope(entries, head_dim),
             layers=tuple(
                 LayerConfig(heads, *layer, window, sparse(i)) for i, window in enumerate(_hf_windows(entries, kind))
             ),
@@ -163,91 +159,6 @@ def _shared_size(tensors: Mapping[str, Weight]) -> int | None:
     return next((w.shape[0] for name, w in tensors.items() if name.endswith("ffn_gate_shexp.weight")), None)
 
 
-@np.errstate(all="ignore")
-def _gguf_rope(get: object, tensors: Mapping[str, Weight], head_dim: int) -> Rope:
-    theta, dim = get("rope.freq_base", 10000.0), get("rope.dimension_count", head_dim)
-    base = rope.frequencies(dim, theta)
-
-    def factors(name: str) -> np.ndarray | None:
-        return np.asarray(tensors[name].dequantize(), np.float64) if name in tensors else None
-
-    if (short := factors("rope_factors_short.weight")) is not None:
-        long, original = factors("rope_factors_long.weight"), get("rope.scaling.original_context_length")
-        scale = get("rope.scaling.attn_factor", rope.longrope_scale(get("context_length") / original, original))
-        stretched = Rope(_fixed(rope.divided(base, long)), scale)
-        return Rope(_fixed(rope.divided(base, short)), scale, stretched, original)
-    if (given := factors("rope_freqs.weight")) is not None:
-        base = rope.divided(base, given)
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
-    if kind == "linear":
-        return Rope(_fixed(rope.divided(base, factor)))
-    if kind == "yarn":
-        original = get("rope.scaling.original_context_length", get("context_length"))
-        ramp = get("rope.scaling.yarn_beta_fast", 32.0), get("rope.scaling.yarn_beta_slow", 1.0)
-        scale = get("rope.scaling.attn_factor", 1.0) * rope.yarn_scale(factor)
-        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp)), scale)
-    if kind not in ("none", "longrope"):
-        raise InputError(f"rope scaling '{kind}' is not supported")
-    return Rope(_fixed(base))
-
-
-@np.errstate(all="ignore")
-def _hf_rope(config: Entries, head_dim: int) -> Rope:
-    """Both spellings: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    values = config.get(name, {}, lambda value: isinstance(value, dict), "a JSON object")
-    given = Entries(values, f"{config.where}: {name}")
-    if any(isinstance(value, dict) for value in values.values()):
-        raise InputError(f"{given.where} by kind of layer is not supported")
-    kind = values.get("rope_type") or values.get("type") or "default"
-
-    def having(key: str) -> Entries:
-        return given if key in given else config
-
-    def need(key: str, above: float = 0.0) -> float:
-        if key not in given:
-            raise InputError(f"{given.where}: rope scaling '{kind}' without '{key}'")
-        return given.number(key, above=above)
-
-    dim = int(head_dim * having("partial_rotary_factor").number("partial_rotary_factor", 1.0, most=1.0))
-    if dim < 2 or dim % 2:
-        raise InputError(f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions, which must be even")
-    theta = having("rope_theta").number("rope_theta", 10000.0, above=1.0)
-    base = rope.frequencies(dim, theta)
-    context = config.whole("max_position_embeddings", 2048, most=POSITIONS)
-    before = having("original_max_position_embeddings")
-    original = before.whole("original_max_position_embeddings", max(context, 2), 2, POSITIONS)
-
-    if kind == "default":
-        return Rope(_fixed(base))
-    if kind == "linear":
-        return Rope(_fixed(rope.divided(base, need("factor"))))
-    if kind == "llama3":
-        factor, low = need("factor"), need("low_freq_factor")
-        return Rope(_fixed(rope.llama3(base, factor, low, need("high_freq_factor", above=low), original)))
-    if kind == "yarn":
-        factor, ramp = need("factor"), (given.number("beta_fast", 32), given.number("beta_slow", 1))
-        mscale, over = (given.number(key, 0.0, above=-math.inf) for key in ("mscale", "mscale_all_dim"))
-        scale = rope.yarn_scale(factor)
-        if mscale and over:
-            scale = rope.yarn_scale(factor, mscale) / rope.yarn_scale(factor, over)
-        scale = given.number("attention_factor", scale)
-        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp, given.flag("truncate", True))), scale)
-    if kind in ("longrope", "su"):
-        stretch = context / original if "original_max_position_embeddings" in before else given.number("factor", 1)
-        scale = given.number("attention_factor", rope.longrope_scale(stretch, original))
-        stretched = Rope(_fixed(rope.divided(base, given.numbers("long_factor", len(base)))), scale)
-        short = _fixed(rope.divided(base, given.numbers("short_factor", len(base))))
-        return Rope(short, scale, stretched, original)
-    raise InputError(f"{given.where}: rope scaling {kind!r} is not supported")
-
-
-def _fixed(inv_freq: np.ndarray) -> tuple[float, ...]:
-    if not all(map(math.isfinite, inv_freq)):
-        raise InputError("rotary frequencies are not finite: factors of zero?")
-    return tuple(inv_freq.tolist())
-
-
 def _hf_windows(config: Entries, kind: str) -> list[int | None]:
     """The sliding window of each layer. Every architecture has its own way to say which layers have one."""
     count, window = config.whole("num_hidden_layers", most=MANY), config.whole("sliding_window", 0, 0, POSITIONS)
@@ -255,16 +166,21 @@ def _hf_windows(config: Entries, kind: str) -> list[int | None]:
     if not window or kind == "llama" or not config.flag("use_sliding_window", default=not qwen):
         return [None] * count
     if "layer_types" in config and kind != "qwen3_moe":
-        types = config.get("layer_types", None, lambda v: isinstance(v, list) and len(v) == count, f"a list of {count}")
-        if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
-            raise InputError(f"{config.where}: 'layer_types' with {unknown[0]!r} are not supported")
-        return [window if entry == "sliding_attention" else None for entry in types]
+        return typed_windows(config, count, window)
     if not qwen or kind == "qwen3_moe":
         return [window] * count
     bound = config.whole("max_window_layers", 28, 0)
     if kind == "qwen2_moe":
         return [window if i % 2 == 0 and i < bound else None for i in range(count)]
     return [window if i >= bound else None for i in range(count)]
+
+
+def typed_windows(config: Entries, count: int, window: int) -> list[int | None]:
+    """The sliding window of each of `count` layers, from `layer_types`."""
+    types = config.get("layer_types", None, lambda v: isinstance(v, list) and len(v) == count, f"a list of {count}")
+    if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
+        raise InputError(f"{config.where}: 'layer_types' with {unknown[0]!r} are not supported")
+    return [window if entry == "sliding_attention" else None for entry in types]
 
 
 def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int], bool], MoEConfig | None]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxllm.checkpoint.rules import Rule
+from jaxllm.checkpoint.rules import Rule, either_way
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.llama_config import LlamaConfig
 
@@ -101,9 +101,9 @@ HF_RULES = [
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w1\.weight", _L + "mlp.experts.gate_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w3\.weight", _L + "mlp.experts.up_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w2\.weight", _L + "mlp.experts.down_proj"),
-    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.gate_proj", _half(0, expert=True), either_way=True),
-    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.up_proj", _half(1, expert=True), either_way=True),
-    Rule(_SPARSE + r"experts\.down_proj", _L + "mlp.experts.down_proj", either_way=True),
+    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.gate_proj", _half(0, expert=True), present=either_way),
+    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.up_proj", _half(1, expert=True), present=either_way),
+    Rule(_SPARSE + r"experts\.down_proj", _L + "mlp.experts.down_proj", present=either_way),
     Rule(_M + r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
     Rule(_M + r"mlp\.shared_expert_gate\.weight", _L + "mlp.shared_expert_gate.weight"),
 ]

@@ -36,15 +36,20 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InputError(f"chat template: {error}") from error
 
-    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: object) -> str:
         """The conversation as the text that the model was trained on.
+
+        Args:
+            variables: what else the template knows, such as `tools` or `reasoning_effort`.
 
         Raises:
             InputError: the template refuses the messages, fails, or reaches outside its sandbox.
         """
         try:
             return self._template.render(
-                messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **self._variables
+                **self._variables | variables,
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template can raise anything that Python can
             raise InputError(f"chat template: {str(error).splitlines()[0] if str(error) else error!r}") from error

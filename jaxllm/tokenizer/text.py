@@ -99,15 +99,15 @@ class Tokenizer:
         """
         return self._with_bos(self.backend.encode(text).ids)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Ids of a conversation, up to where the model has to answer.
+    def encode_chat(self, messages: Messages, **variables: object) -> list[int]:
+        """Ids of a conversation, up to where the model has to answer; `variables` are for its template.
 
         Raises:
             InputError: the checkpoint has no chat template, or the template refuses the messages.
         """
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
-        text = self.chat_template.render(messages)  # it writes what has to come first, as far as it knows
+        text = self.chat_template.render(messages, **variables)  # it writes what has to come first, as far as it knows
         return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

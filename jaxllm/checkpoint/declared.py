@@ -1,0 +1,307 @@
+"""What a checkpoint's config says about its quantization: which scheme each module is in.
+
+Every tool has its own words for that (`quantization_config`, MLX's `quantization`, ModelOpt's `hf_quant_config.json`),
+its own way to leave modules out, and its own way to give some of them other parameters.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxllm.checkpoint import schemes
+from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.checkpoint.schemes import Scheme
+from jaxllm.errors import InputError
+
+METHODS = "gptq, awq, bitsandbytes, hqq, fp8, mxfp4, compressed-tensors, modelopt, and MLX's modes"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is declared.
+
+    Attributes:
+        schemes: given a module's name, the schemes that its matrix may be in.
+        keys: what the names end in by which a matrix in one of them is recognised.
+        excluded: given a module's name, the entry of a list that leaves it out, or None.
+    """
+
+    schemes: Callable[[str], Sequence[Scheme]]
+    keys: frozenset[str]
+    excluded: Callable[[str], str | None] = lambda module: None
+
+
+def declared(config: Mapping[str, object], sibling: Mapping[str, object]) -> Declared | None:
+    """What config.json, or ModelOpt's file beside it, declares; None if nothing.
+
+    Raises:
+        InputError: it makes no sense, or is not supported.
+    """
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if given := config.get(name):
+            break
+    else:
+        name, given = "hf_quant_config.json", sibling.get("quantization")
+        if not given:
+            return None
+        given = {"quant_method": "modelopt", **given} if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name} is {given!r}, expected an object")
+    entries = Entries(given, name)
+    method = entries.get("quant_method", "mlx", lambda value: isinstance(value, str), "text").lower()
+    if method not in _READERS:
+        raise InputError(f"quantization '{method}' is not supported; supported: {METHODS}")
+    return _READERS[method](entries, config)
+
+
+def _constant(*known: Scheme, excluded: Callable[[str], str | None] = lambda module: None) -> Declared:
+    return Declared(lambda module: known, frozenset(scheme.key for scheme in known), excluded)
+
+
+def _listed(entries: Entries, *names: str) -> list[str]:
+    found = next((name for name in names if name in entries), None)
+    if found is None:
+        return []
+    return entries.get(
+        found, [], lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names"
+    )
+
+
+def _left_out(patterns: list[str]) -> Callable[[str], str | None]:
+    """As transformers: an entry is the beginning of a name, perhaps a regular expression, or its end."""
+
+    def excluded(module: str) -> str | None:
+        return next((p for p in patterns if _matches(p, module) or module.endswith(p)), None)
+
+    return excluded
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _bits(entries: Entries, *allowed: int, default: int | None = None) -> int:
+    what = f"one of {', '.join(map(str, allowed))}"
+    return entries.get("bits", default, lambda value: type(value) is int and value in allowed, what)
+
+
+def _group(entries: Entries) -> int:
+    good = "-1 or a number above 0"
+    return entries.get("group_size", -1, lambda v: type(v) is int and (v == -1 or 0 < v < 2**24), good)
+
+
+def _gptq(entries: Entries, config: Mapping[str, object]) -> Declared:
+    form = entries.values.get("checkpoint_format") or entries.values.get("format") or "gptq"
+    if form not in ("gptq", "gptq_v2"):
+        raise InputError(f"{entries.where}: GPTQ's '{form}' files are not supported, only gptq and gptq_v2; convert it")
+
+    def scheme(given: Entries) -> Scheme:
+        return schemes.gptq(_bits(given, 2, 3, 4, 8), _group(given), form == "gptq_v2")
+
+    usual = scheme(entries)
+    dynamic = entries.get("dynamic", {}, lambda value: isinstance(value, Mapping), "an object")
+    others = {
+        pattern.removeprefix("+:"): scheme(Entries({**entries.values, **value}, f"{entries.where}: {pattern}"))
+        for pattern, value in dynamic.items()
+        if not pattern.startswith("-:") and isinstance(value, Mapping)
+    }
+    out = [pattern.removeprefix("-:") for pattern in dynamic if pattern.startswith("-:")]
+
+    def of(module: str) -> list[Scheme]:
+        return [next((s for pattern, s in others.items() if _matches(pattern, module)), usual)]
+
+    return Declared(of, frozenset({usual.key}), lambda module: next((p for p in out if _matches(p, module)), None))
+
+
+def _awq(entries: Entries, config: Mapping[str, object]) -> Declared:
+    version = str(entries.values.get("version") or "gemm").lower()
+    if version != "gemm":
+        raise InputError(f"{entries.where}: AWQ's version '{version}' is not supported, only gemm")
+    _bits(entries, 4, default=4)
+    return _constant(schemes.awq(_group(entries)), excluded=_left_out(_listed(entries, "modules_to_not_convert")))
+
+
+def _bitsandbytes(entries: Entries, config: Mapping[str, object]) -> Declared:
+    # Which of the two it is, each matrix says of itself.
+    skipped = _left_out(_listed(entries, "llm_int8_skip_modules"))
+    return _constant(schemes.BNB_4BIT, schemes.BNB_8BIT, excluded=skipped)
+
+
+def _hqq(entries: Entries, config: Mapping[str, object]) -> Declared:
+    return _constant(schemes.HQQ, excluded=_left_out(_listed(entries, "skip_modules")))
+
+
+def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
+    if (fmt := entries.values.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise InputError(f"{entries.where}: FP8 of the kind '{fmt}' is not supported, only e4m3")
+    excluded = _left_out(_listed(entries, "modules_to_not_convert", "ignored_layers"))
+    if "weight_block_size" in entries:
+        block = _block(entries, "weight_block_size")
+        return _constant(
+            schemes.block_fp8(block), schemes.block_fp8(block, ".weight", ".weight_scale"), excluded=excluded
+        )
+    return _constant(*_scaled("FP8", config), excluded=excluded)
+
+
+def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, Scheme]:
+    """Either of the two names that a scale has."""
+    parts = _fused_rows(config)
+    return tuple(schemes.scaled(name, suffix, parts) for suffix in (".weight_scale", ".weight_scale_inv"))
+
+
+def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
+    """Rows of the parts of a fused matrix: gate and up, or q, k and v."""
+
+    def parts(count: int) -> list[int]:
+        if count == 2:
+            return [int(config.get("intermediate_size") or 0)] * 2
+        heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
+        dim = config.get("head_dim") or hidden // heads
+        kv = config.get("num_key_value_heads") or heads
+        return [heads * dim, kv * dim, kv * dim] if count == 3 else []
+
+    return parts
+
+
+def _block(entries: Entries, key: str) -> tuple[int, int]:
+    what = "two numbers above 0"
+    good = entries.get(
+        key, None, lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v), what
+    )
+    return tuple(good)
+
+
+def _mxfp4(entries: Entries, config: Mapping[str, object]) -> Declared:
+    # Its list of modules has patterns that name more than they mean: what is packed is packed.
+    return _constant(schemes.MXFP4_GPT_OSS, schemes.MXFP4_PLAIN)
+
+
+def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
+    def scheme(given: Entries) -> Scheme:
+        mode = given.values.get("mode") or "affine"
+        sizes = {"mxfp4": schemes.MXFP4_MLX, "nvfp4": schemes.NVFP4_MLX, "mxfp8": schemes.MXFP8_MLX}
+        if mode in sizes:
+            return sizes[mode]
+        if mode != "affine":
+            raise InputError(f"{given.where}: MLX's mode '{mode}' is not supported")
+        return schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
+
+    usual = scheme(entries)
+    others = {
+        path: scheme(Entries({**entries.values, **value}, f"{entries.where}: {path}"))
+        for path, value in entries.values.items()
+        if isinstance(value, Mapping)
+    }
+    out = {path for path, value in entries.values.items() if value is False}
+    return Declared(
+        lambda module: [others.get(module, usual)],
+        frozenset({usual.key}),
+        lambda module: module if module in out else None,
+    )
+
+
+def _compressed_tensors(entries: Entries, config: Mapping[str, object]) -> Declared:
+    groups = entries.get("config_groups", None, lambda v: isinstance(v, Mapping) and bool(v), "an object of groups")
+    known: list[tuple[list[str], Scheme]] = []
+    for name, group in groups.items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+            raise InputError(f"{entries.where}: group '{name}' says nothing of weights")
+        weights = Entries(group["weights"], f"{entries.where}: {name}.weights")
+        form = group.get("format") or entries.values.get("format")
+        targets = _listed(Entries(group, f"{entries.where}: {name}"), "targets")
+        known.append((targets, _compressed(form, weights, config)))
+    ignored = _listed(entries, "ignore")
+
+    def of(module: str) -> list[Scheme]:
+        """A name counts more than a regular expression, and that more than "Linear"."""
+        for strength in (
+            lambda t: t == module,
+            lambda t: _is_regex(t, module),
+            lambda t: ":" not in t and "." not in t,
+        ):
+            for targets, scheme in known:
+                if any(strength(target) for target in targets):
+                    return [scheme]
+        return []
+
+    def excluded(module: str) -> str | None:
+        return next((entry for entry in ignored if entry == module or _is_regex(entry, module)), None)
+
+    return Declared(of, frozenset(scheme.key for _, scheme in known), excluded)
+
+
+def _is_regex(entry: str, module: str) -> bool:
+    return entry.startswith("re:") and _matches(entry.removeprefix("re:"), module)
+
+
+def _compressed(form: object, weights: Entries, config: Mapping[str, object]) -> Scheme:
+    kind, strategy = weights.values.get("type") or "int", weights.values.get("strategy")
+    if form == "nvfp4-pack-quantized":
+        return schemes.NVFP4_COMPRESSED
+    if form == "mxfp4-pack-quantized":
+        return schemes.MXFP4_COMPRESSED
+    if form == "mxfp8-quantized":
+        return schemes.MXFP8
+    bits = weights.whole("num_bits", most=8)
+    if form == "pack-quantized":
+        return schemes.pack_quantized(bits, weights.whole("group_size", 0, 0) or None)
+    if form in ("int-quantized", "float-quantized", "naive-quantized") and bits == 8:
+        if strategy == "block":
+            return schemes.block_fp8(_block(weights, "block_structure"), ".weight", ".weight_scale")
+        if strategy in ("tensor", "channel"):
+            return schemes.scaled("FP8" if kind == "float" else "INT8", parts=_fused_rows(config))
+    raise InputError(f"{weights.where}: {bits}-bit {kind} by {strategy} in the format '{form}' is not supported")
+
+
+def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
+    block = schemes.block_fp8((128, 128), ".weight", ".weight_scale")
+    known = {
+        "FP8": schemes.scaled("FP8", parts=_fused_rows(config)),
+        "FP8_PER_CHANNEL_PER_TOKEN": schemes.scaled("FP8", parts=_fused_rows(config)),
+        "FP8_PB_WO": block,
+        "NVFP4": schemes.NVFP4_MODELOPT,
+        "W4A16_NVFP4": schemes.NVFP4_MODELOPT,
+    }
+    if "weight_block_size" in entries:
+        known["FP8_PB_WO"] = schemes.block_fp8(_block(entries, "weight_block_size"), ".weight", ".weight_scale")
+
+    def scheme(given: Entries) -> Scheme:
+        return known[given.get("quant_algo", None, lambda value: value in known, f"one of {', '.join(known)}")]
+
+    patterns = _listed(entries, "ignore", "exclude_modules")
+
+    def excluded(module: str) -> str | None:
+        return next((p for p in patterns if fnmatch.fnmatchcase(module, p)), None)
+
+    if entries.values.get("quant_algo") != "MIXED_PRECISION":
+        return _constant(scheme(entries), excluded=excluded)
+    layers = entries.get("quantized_layers", None, lambda value: isinstance(value, Mapping), "an object")
+    of = {
+        module: [scheme(Entries(value, f"{entries.where}: {module}"))]
+        for module, value in layers.items()
+        if isinstance(value, Mapping)
+    }
+    return Declared(lambda module: of.get(module, []), frozenset(s.key for [s] in of.values()), excluded)
+
+
+def _f8q8(entries: Entries, config: Mapping[str, object]) -> Declared:
+    return _constant(schemes.F8Q8)
+
+
+_READERS = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "hqq": _hqq,
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "mlx": _mlx,
+    "afq": _mlx,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "f8q8": _f8q8,
+}

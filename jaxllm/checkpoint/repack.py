@@ -1,0 +1,70 @@
+"""Codes of other orders put into ours, on the host, while a tensor is read. Nothing is decoded: bits only move.
+
+Everything is lazy: a function here gives an array that knows its shape and computes itself when a device needs it.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxllm.checkpoint.placing import DerivedArray, FileArray
+from jaxllm.formats.affine import WORD, word_values
+
+Array = FileArray | DerivedArray | np.ndarray
+
+AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble of a word that each of its 8 columns is in
+
+
+def derived(shape: tuple[int, ...], dtype: np.typing.DTypeLike, compute: Callable[[], np.ndarray]) -> DerivedArray:
+    return DerivedArray(tuple(shape), np.dtype(dtype), compute)
+
+
+def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` codes of each row of words `[rows, n]`, uint8: the bits of a row follow one another."""
+    words = np.ascontiguousarray(words).view(np.uint32)
+    start = np.arange(count) * bits
+    first, shift = start // WORD, (start % WORD).astype(np.uint64)
+    pairs = np.pad(words, ((0, 0), (0, 1))).astype(np.uint64)
+    both = pairs[:, first] | pairs[:, first + 1] << np.uint64(WORD)
+    return (both >> shift & np.uint64(2**bits - 1)).astype(np.uint8)
+
+
+def into_stream(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[rows, in]` as the words of `Affine`: uint32 `[rows, in / values, words]`."""
+    values = word_values(bits)
+    bit = codes.reshape(len(codes), -1, values)[..., None] >> np.arange(bits, dtype=np.uint8) & np.uint8(1)
+    stream = np.packbits(bit.reshape(*bit.shape[:2], -1), axis=-1, bitorder="little")
+    return stream.view(np.uint32)
+
+
+def words_shape(out: int, in_: int, bits: int) -> tuple[int, int, int]:
+    values = word_values(bits)
+    return out, in_ // values, values * bits // WORD
+
+
+def awq_columns(words: Array) -> np.ndarray:
+    """Codes of AWQ's words `[rows, out / 8]`: uint8 `[rows, out]`."""
+    words = np.asarray(words).view(np.uint32)
+    return (words[..., None] >> (4 * AWQ_ORDER).astype(np.uint32) & 15).astype(np.uint8).reshape(len(words), -1)
+
+
+def hqq_codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
+    """Codes of HQQ's `W_q`, uint8 `[rows, n]`: the rows are in parts, one on top of the other, the first in the highest
+    bits."""
+    parts = 10 if bits == 3 else 8 // bits
+    shifts = [bits * k for k in reversed(range(parts))]
+    return np.concatenate([(packed >> shift & 2**bits - 1).astype(np.uint8) for shift in shifts])[:rows]
+
+
+def group_size(in_: int, block: int) -> int:
+    """The widest groups of a row that blocks of a matrix laid out flat never cut."""
+    return math.gcd(in_, block)
+
+
+def by_rows(values: Array, shape: tuple[int, int], block: int) -> DerivedArray:
+    """A value for every block of a matrix `[out, in]` laid out flat, as one for every group of its rows."""
+    out, in_ = shape
+    group = group_size(in_, block)
+    places = np.arange(out * in_ // group) * group // block
+    return derived((out, in_ // group), values.dtype, lambda: np.asarray(values).reshape(-1)[places].reshape(out, -1))

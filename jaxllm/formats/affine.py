@@ -1,0 +1,158 @@
+"""Whole numbers of 1 to 8 bits with a scale and an offset for each group of them: GPTQ, AWQ, MLX, HQQ and their kin.
+
+Checkpoints of these kinds differ in how they order bits, in which direction they pack them, and in what they call an
+offset. Read as one layout, they share one decoder, and what is true of one's sharding is true of all. Most need no
+work: the words of GPTQ are those of MLX transposed. AWQ and HQQ order codes in ways of their own, which are put in
+order while they are read (`checkpoint/repack.py`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
+
+WORD = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Affine(Weight):
+    """`W = (code - zero) * scale`, or `code * scale + bias`, all three of the group that W's place is in.
+
+    Groups are `group` neighbours along `in`. Two kinds of file have others: then `in_groups` says of each column, or
+    `out_groups` of each row, which group it is in, counted from 1. Group 0 is that of padding and has scale 0.
+
+    Attributes:
+        codes: uint32 `[*batch, out, in / values, words]`: so many words hold so many values, the first in the lowest
+            bits, some across two words where `bits` does not divide 32.
+        scales: any floating dtype `[*batch, out, groups]`; with `out_groups` `[*batch, groups, in]`.
+        zeros: like scales, whole numbers or floats, or None where all are `zero`.
+        biases: like scales, or None.
+        in_groups: int32 `[*batch, in]` or None.
+        out_groups: int32 `[*batch, out]` or None.
+        name: of the kind of checkpoint.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    biases: jax.Array | None
+    in_groups: jax.Array | None
+    out_groups: jax.Array | None
+    bits: int = static_field()
+    group: int = static_field()
+    zero: int = static_field()
+    name: str = static_field()
+
+    @property
+    def format(self) -> str:
+        return f"{self.name} {self.bits}-bit"
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        scales = Cut("out"), Cut("in", self.group)
+        if self.in_groups is not None:
+            scales = Cut("out"), None
+        if self.out_groups is not None:
+            scales = None, Cut("in")
+        known = {
+            "codes": (Cut("out"), Cut("in", word_values(self.bits)), None),
+            "scales": scales,
+            "zeros": scales,
+            "biases": scales,
+            "in_groups": (Cut("in"),),
+            "out_groups": (Cut("out"),),
+        }
+        return {name: axes for name, axes in known.items() if getattr(self, name) is not None}
+
+    def granularity(self, dim: str) -> int:
+        return word_values(self.bits) if dim == "in" else 1
+
+    def refined(self, out: int, in_: int) -> Self:
+        """The same matrix with smaller groups: scale and offset repeated for the parts of a group."""
+        group = math.gcd(self.group, in_)
+        if self.in_groups is not None or self.out_groups is not None or group == self.group:
+            return self
+        count = math.ceil(self.shape[-1] / group)
+        spread = {
+            name: repeated(leaf, self.group // group, -1, count)
+            for name in ("scales", "zeros", "biases")
+            if (leaf := getattr(self, name)) is not None
+        }
+        return replace(self, **spread, group=group)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        codes = unpack(self.codes, self.bits).astype(jnp.float32)
+        scales = self._spread(self.scales, codes.shape)
+        if self.biases is not None:
+            products = codes * scales
+            if self.scales.dtype == jnp.float32:  # else exact, and fusing it into the sum changes nothing
+                products = lax.optimization_barrier(products)
+            return (products + self._spread(self.biases, codes.shape)).astype(dtype)
+        zeros = jnp.float32(self.zero) if self.zeros is None else self._spread(self.zeros, codes.shape)
+        return ((codes - zeros) * scales).astype(dtype)
+
+    def _spread(self, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A value of every group, float32, as one for every place."""
+        values = values.astype(jnp.float32)
+        if self.in_groups is not None:
+            index = self.in_groups if self.in_groups.ndim == 1 else self.in_groups[..., None, :]
+            return jnp.take_along_axis(values, jnp.broadcast_to(index, shape), axis=-1)
+        if self.out_groups is not None:
+            return jnp.take_along_axis(values, jnp.broadcast_to(self.out_groups[..., None], shape), axis=-2)
+        return jnp.repeat(values, self.group, axis=-1)[..., : shape[-1]]
+
+    @classmethod
+    def from_dense(cls, w: jax.Array, bits: int, group: int) -> Self:
+        """Encode floats `[*batch, out, in]` as MLX does: the end of a group's range that is larger in magnitude is met
+        exactly, the scale negative where that is the upper one (`mlx.core.quantize`)."""
+        *lead, in_ = w.shape
+        grid = jnp.asarray(w, jnp.float32).reshape(*lead, in_ // group, group)
+        low, high = grid.min(-1), grid.max(-1)
+        scale = jnp.maximum((high - low) / (2**bits - 1), 1e-7)
+        lower = jnp.abs(low) > jnp.abs(high)
+        scale, edge = jnp.where(lower, scale, -scale), jnp.where(lower, low, high)
+        steps = jnp.round(edge / scale)
+        scale = jnp.where(steps == 0, scale, edge / jnp.where(steps == 0, 1, steps))
+        bias = jnp.where(steps == 0, 0.0, edge)
+        codes = jnp.clip(jnp.round((grid - bias[..., None]) / scale[..., None]), 0, 2**bits - 1)
+        words = pack(codes.reshape(w.shape).astype(jnp.uint32), bits)
+        return cls(words, scale, None, bias, None, None, bits, group, 0, "MLX")
+
+
+def word_values(bits: int) -> int:
+    """How many values the fewest whole words hold."""
+    return WORD // math.gcd(bits, WORD)
+
+
+def unpack(words: jax.Array, bits: int) -> jax.Array:
+    """Codes of `[..., n, words]`: uint32 `[..., n * values]`."""
+    start = np.arange(word_values(bits)) * bits
+    first, shift = start // WORD, (start % WORD).astype(np.uint32)
+    low = words[..., first] >> shift
+    across = shift + bits > WORD
+    if across.any():
+        second = np.where(across, first + 1, first)
+        high = words[..., second] << np.where(across, WORD - shift, 0).astype(np.uint32)
+        low = low | jnp.where(across, high, jnp.uint32(0))
+    codes = low & jnp.uint32(2**bits - 1)
+    return codes.reshape(*codes.shape[:-2], -1)
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `unpack`."""
+    values = word_values(bits)
+    grid = codes.reshape(*codes.shape[:-1], -1, values)
+    words = [jnp.zeros(grid.shape[:-1], jnp.uint32)] * (values * bits // WORD)
+    for k in range(values):
+        word, shift = divmod(k * bits, WORD)
+        words[word] = words[word] | grid[..., k] << shift
+        if shift + bits > WORD:
+            words[word + 1] = words[word + 1] | grid[..., k] >> (WORD - shift)
+    return jnp.stack(words, axis=-1)

@@ -1,0 +1,64 @@
+"""NVFP4: four-bit floats with a float8 scale for each 16 of them, and one float32 scale for the matrix."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.formats import e2m1
+from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.formats.ggml_bits import lookup
+
+BLOCK = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NVFP4(Weight):
+    """`W[o, i] = E2M1(code of o, i) * (scales[o, i // 16] * whole)`.
+
+    Attributes:
+        blocks: uint8 `[*batch, out, in / 2]`, the even column in the low nibble.
+        scales: float8_e4m3fn `[*batch, out, in / 16]`.
+        whole: float32 `[*batch, 1]`, or None for 1.
+        divides: whether scales are divided by `whole` instead (compressed-tensors).
+    """
+
+    blocks: jax.Array
+    scales: jax.Array
+    whole: jax.Array | None
+    divides: bool = static_field(False)
+
+    @property
+    def format(self) -> str:
+        return "NVFP4"
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        axes = {"blocks": (Cut("out"), Cut("in", 2)), "scales": (Cut("out"), Cut("in", BLOCK))}
+        return axes if self.whole is None else axes | {"whole": (None,)}
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        scales = self.scales.astype(jnp.float32)
+        if self.whole is not None:
+            whole = self.whole if self.whole.ndim == 1 else self.whole[..., None]
+            # By one number XLA would multiply with its reciprocal; this divisor looks like many.
+            many = jnp.where(jnp.isnan(scales), scales, whole)
+            scales = scales / many if self.divides else scales * whole
+        values = lookup(e2m1.VALUES, e2m1.unpack(self.blocks))
+        return (values * jnp.repeat(scales, BLOCK, axis=-1)).astype(dtype)
+
+    @classmethod
+    def from_dense(cls, w: jax.Array) -> Self:
+        """Encode floats `[*batch, out, in]`: the largest of all becomes 6 * 448, that of each 16 becomes 6."""
+        w = jnp.asarray(w, jnp.float32)
+        grid = w.reshape(*w.shape[:-1], -1, BLOCK)
+        peaks = jnp.max(jnp.abs(grid), axis=-1)
+        whole = jnp.max(peaks, axis=(-2, -1), keepdims=True)[..., 0] / np.float32(6 * 448)
+        whole = jnp.where(whole == 0, 1.0, whole)
+        scales = (peaks / 6 / whole[..., None]).astype(jnp.float8_e4m3fn)
+        steps = scales.astype(jnp.float32) * whole[..., None]
+        codes = e2m1.rounded(grid / jnp.where(steps == 0, 1, steps)[..., None])
+        return cls(e2m1.pack(codes.reshape(w.shape)), scales, whole)

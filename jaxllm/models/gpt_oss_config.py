@@ -1,0 +1,134 @@
+"""Sizes and constants of GPT-OSS, from a Hugging Face config.json or a GGUF file's metadata."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.formats.base import Weight
+from jaxllm.layers.rope import Rope
+from jaxllm.models.llama_config import MANY, typed_windows
+from jaxllm.models.rope_config import POSITIONS, gguf_rope, hf_rope
+
+MODEL_TYPES = ("gpt_oss",)
+GGUF_ARCHITECTURES = ("gpt-oss",)
+
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of the published models; GGUF files have no key for them
+
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_PUBLISHED = {"model_type": "gpt_oss", "rope_theta": 150000.0, "rope_scaling": _ROPE, "max_position_embeddings": 131072}
+_PUBLISHED |= {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64}
+_PUBLISHED |= {"num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "num_experts_per_tok": 4}
+PRESETS = {
+    "20b": _PUBLISHED | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "120b": _PUBLISHED | {"num_hidden_layers": 36, "num_local_experts": 128},
+}
+
+
+@dataclass(frozen=True)
+class GptOssConfig:
+    """A model, by Hugging Face's names. `sliding_windows` has one entry for each layer, None where it sees all."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    sliding_windows: tuple[int | None, ...]
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    swiglu_alpha: float
+    swiglu_limit: float
+    rope: Rope
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, object]) -> Self:
+        """The configuration in a config.json of one of MODEL_TYPES.
+
+        Raises:
+            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+        """
+        given = {"rope_theta": 150000.0, **config}
+        if not given.get("rope_parameters") and not given.get("rope_scaling"):
+            given["rope_scaling"] = _ROPE  # as transformers has it
+        entries = Entries(given, "config.json")
+        heads, hidden = entries.whole("num_attention_heads", most=MANY), entries.whole("hidden_size")
+        head_dim = entries.whole("head_dim", 64, most=MANY)
+        count, window = (
+            entries.whole("num_hidden_layers", most=MANY),
+            entries.whole("sliding_window", 128, 1, POSITIONS),
+        )
+        windows = typed_windows(entries, count, window) if "layer_types" in entries else _by_turns(count, window)
+        experts = entries.whole("num_local_experts", most=MANY)
+        return cls(
+            model_type=given["model_type"],
+            vocab_size=entries.whole("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=entries.whole("intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=entries.whole("num_key_value_heads", heads, most=MANY),
+            head_dim=head_dim,
+            num_local_experts=experts,
+            num_experts_per_tok=entries.whole("num_experts_per_tok", 4, most=experts),
+            sliding_windows=tuple(windows),
+            rms_norm_eps=entries.number("rms_norm_eps", 1e-5),
+            max_position_embeddings=entries.whole("max_position_embeddings", 131072, most=POSITIONS),
+            tie_word_embeddings=entries.flag("tie_word_embeddings"),
+            attention_bias=entries.flag("attention_bias", True),
+            swiglu_alpha=entries.number("swiglu_alpha", SWIGLU_ALPHA),
+            swiglu_limit=entries.number("swiglu_limit", SWIGLU_LIMIT),
+            rope=hf_rope(entries, head_dim),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
+        """The configuration of a GGUF file of one of GGUF_ARCHITECTURES.
+
+        Raises:
+            InputError: a key is missing or has no sensible value.
+        """
+        prefix = f"{metadata['general.architecture']}."
+        own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        given = Entries(own, f"metadata {prefix}*")
+        count, window = given.whole("block_count", most=MANY), given.whole("attention.sliding_window", 128)
+        heads, head_dim = given.whole("attention.head_count", most=MANY), given.whole("attention.key_length", most=MANY)
+        experts = given.whole("expert_count", most=MANY)
+        return cls(
+            model_type=metadata["general.architecture"],
+            vocab_size=tensors["token_embd.weight"].shape[0]
+            if "token_embd.weight" in tensors
+            else given.whole("vocab_size"),
+            hidden_size=given.whole("embedding_length"),
+            intermediate_size=given.whole("expert_feed_forward_length"),
+            num_attention_heads=heads,
+            num_key_value_heads=given.whole("attention.head_count_kv", heads, most=MANY),
+            head_dim=head_dim,
+            num_local_experts=experts,
+            num_experts_per_tok=given.whole("expert_used_count", most=experts),
+            sliding_windows=tuple(_by_turns(count, window)),
+            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=given.whole("context_length", most=POSITIONS),
+            tie_word_embeddings="output.weight" not in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            swiglu_alpha=SWIGLU_ALPHA,
+            swiglu_limit=SWIGLU_LIMIT,
+            # The models were trained with the ends of YaRN's ramp as they are; llama.cpp rounds them.
+            rope=gguf_rope(given.values.get, tensors, head_dim, truncate=False),
+        )
+
+
+def _by_turns(count: int, window: int) -> list[int | None]:
+    return [window if i % 2 == 0 else None for i in range(count)]

@@ -1,0 +1,53 @@
+"""What the tensors of GPT-OSS are called in Hugging Face checkpoints, in MLX's, and in GGUF files."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxllm.checkpoint.rules import Rule, column, plain_transposed
+from jaxllm.models.gpt_oss_config import GptOssConfig
+
+
+def _every_other(first: int) -> Callable[[GptOssConfig, re.Match], np.ndarray]:
+    """Rows of the gate (0) or the up projection (1), which take turns in `gate_up_proj`."""
+    return lambda config, m: np.arange(first, 2 * config.intermediate_size, 2)
+
+
+_M, _E = r"model\.layers\.(\d+)\.", r"model\.layers\.(\d+)\.mlp\.experts\."
+_A, _L, _X = r"layers.\1.self_attn.", r"layers.\1.", r"layers.\1.mlp.experts."
+
+HF_RULES = [
+    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
+    Rule(r"model\.norm\.weight", "norm.weight"),
+    Rule(r"lm_head\.weight", "lm_head.weight"),
+    Rule(_M + r"(input_layernorm|post_attention_layernorm)\.weight", _L + r"\2.weight"),
+    Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
+    Rule(_M + r"self_attn\.sinks", _A + "sinks"),
+    Rule(_M + r"mlp\.router\.(weight|bias)", _L + r"mlp.gate.\2"),
+    Rule(_E + "gate_up_proj", _X + "gate_proj", _every_other(0), plain_transposed),
+    Rule(_E + "gate_up_proj", _X + "up_proj", _every_other(1), plain_transposed),
+    Rule(_E + "down_proj", _X + "down_proj", present=plain_transposed),
+    Rule(_E + "gate_up_proj_bias", _X + "gate_bias", _every_other(0), column),
+    Rule(_E + "gate_up_proj_bias", _X + "up_bias", _every_other(1), column),
+    Rule(_E + "down_proj_bias", _X + "down_bias", present=column),
+    # MLX keeps the two apart.
+    Rule(_E + r"(gate|up|down)_proj\.weight", _X + r"\2_proj"),
+    Rule(_E + r"(gate|up|down)_proj\.bias", _X + r"\2_bias", present=column),
+]
+
+_G = r"blk\.(\d+)\."
+
+GGUF_RULES = [
+    Rule(r"token_embd\.weight", "embed_tokens.weight"),
+    Rule(r"output_norm\.weight", "norm.weight"),
+    Rule(r"output\.weight", "lm_head.weight"),
+    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    Rule(_G + r"attn_(q|k|v)\.(weight|bias)", _A + r"\2_proj.\3"),
+    Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
+    Rule(_G + r"attn_sinks\.weight", _A + "sinks"),
+    Rule(_G + r"post_attention_norm\.weight", _L + "post_attention_layernorm.weight"),
+    Rule(_G + r"ffn_gate_inp\.(weight|bias)", _L + r"mlp.gate.\2"),
+    Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _X + r"\2_proj"),
+    Rule(_G + r"ffn_(gate|up|down)_exps\.bias", _X + r"\2_bias", present=column),
+]
