@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxllm.checkpoint import rules
 from jaxllm.checkpoint.families import Checkpoint, open_checkpoint
-from jaxllm.checkpoint.quantized import with_fp8_activations
+from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
@@ -28,7 +28,7 @@ from jaxllm.quantize import Requantize
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
-MATMULS = ("dequant", "fp8")
+MATMULS = ("dequant", "fp8", "int8")
 
 
 def load(
@@ -57,8 +57,8 @@ def load(
             "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
             there a copy in `dtype` is made if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
-        matmul: what FP8 weights are multiplied with: "dequant", activations in `dtype`, or "fp8", activations rounded
-            to FP8 in groups (which keeps the weights packed).
+        matmul: what FP8 and INT8 weights are multiplied with: "dequant", activations in `dtype`; or "fp8" or "int8",
+            activations rounded to the same, as the checkpoint says (which keeps the weights packed).
         gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
         config: a JSON file with the ModelArgs of DeepSeek's demo, for its directories only; by default the one there.
         progress: whether to show progress on stderr, if that is a terminal.
@@ -79,9 +79,9 @@ def load(
     file = find_checkpoint(path)
     checkpoint = open_checkpoint(file, gqa, None if config is None else Path(config))
     try:
-        if matmul == "fp8":
+        if matmul != "dequant":
             weights = _choose("weights", weights or "packed", ("packed",))
-            checkpoint = replace(checkpoint, tensors=with_fp8_activations(checkpoint.tensors))
+            checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
         return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error

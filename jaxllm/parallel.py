@@ -10,6 +10,7 @@ Functions here act under the ambient mesh (`jax.set_mesh`), so that neither laye
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
+from jaxllm.kernels.activations import Peak, seen, whole
 from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
@@ -96,13 +98,18 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
     lead = (None,) * (x.ndim - 1)
 
     def shard(x: jax.Array, weight: Weight) -> jax.Array:
-        y = matmul(x, weight)
+        y = matmul(seen(x, weight, _whole_rows(in_axis)), weight)
         if in_axis is not None:
             y = jax.lax.psum(y, in_axis)
         return y.astype(dtype or x.dtype)
 
     specs = local_specs(weight, spec)
     return local(shard, (PartitionSpec(*lead, in_axis), specs), PartitionSpec(*lead, out_axis))(x, weight)
+
+
+def _whole_rows(axis: str | tuple[str, ...] | None) -> Peak:
+    """From the largest values of parts of rows, which are cut over `axis`, to those of the rows."""
+    return whole if axis is None else partial(jax.lax.pmax, axis_name=axis)
 
 
 def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -158,18 +165,18 @@ def experts(
         x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, shared: tuple[Gated, jax.Array] | None
     ) -> jax.Array:
         first = jax.lax.axis_index(EP) * stack.gate.shape[0]
-        y = grouped_mlp(x, scores, chosen - first, _once(stack), tile, activation)
+        y = grouped_mlp(x, scores, chosen - first, _once(stack), tile, activation, _whole_rows(TP))
         if shared is not None:
             block, score = shared
-            h = activation(matmul(x, block.gate), matmul(x, block.up)).astype(x.dtype)
-            y = y + score * matmul(h, block.down)
+            h = activation(*(matmul(seen(x, w), w) for w in (block.gate, block.up))).astype(x.dtype)
+            y = y + score * matmul(seen(h, block.down, _whole_rows((EP, TP))), block.down)
         return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
 
-    whole = PartitionSpec()
-    shared_specs = None if shared is None else (gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), whole)
-    specs = whole, whole, whole, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
+    uncut = PartitionSpec()
+    shared_specs = None if shared is None else (gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), uncut)
+    specs = uncut, uncut, uncut, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
     # A loop of as many rounds as a device has work is beyond what check_vma can follow.
-    return local(shard, specs, whole, check_vma=False)(x, scores, chosen, stack, shared)
+    return local(shard, specs, uncut, check_vma=False)(x, scores, chosen, stack, shared)
 
 
 def _once(stack: Gated) -> Gated:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -23,7 +24,7 @@ def quantize(w: jax.Array | Weight, type: str) -> Weight:
     Raises:
         InputError: `type` has no encoder, or the matrix has values that are not finite.
     """
-    values = w.dequantize() if isinstance(w, Weight) else jnp.asarray(w)
+    values = jax.tree.map(np.asarray, w).dequantize() if isinstance(w, Weight) else jnp.asarray(w)
     type = fitting_type(block_type(type), values.shape[-1])
     return Dense.from_dense(values, jnp.float16) if type == "F16" else GGML.from_dense(values, type)
 

@@ -11,6 +11,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jaxllm.kernels.activations import Peak, seen, whole
 from jaxllm.kernels.dispatch import grouped_matmul
 
 from jaxllm.formats.base import Weight
@@ -83,17 +84,26 @@ class Tiles:
         taken = rows[jnp.minimum(self.row, len(rows) - 1)]
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
-    def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None) -> jax.Array:
-        """Every row times its expert's matrix, its expert's bias added once: float32 `[rows, out]`."""
-        y = grouped_matmul(rows, stack, self.expert)
-        if bias is None:
-            return y
-        of_tile = bias.dequantize()[jnp.maximum(self.expert, 0), :, 0]
-        return (y.reshape(len(of_tile), -1, y.shape[-1]) + of_tile[:, None]).reshape(y.shape)
+    def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = whole) -> jax.Array:
+        """Every row times its expert's matrix, its expert's bias added once: float32 `[rows, out]`; `peak` is `seen`'s."""
+        tile = len(rows) // len(self.expert)
+
+        def of_rows(values: jax.Array) -> jax.Array:
+            """What is the expert's, `[experts, ...]`, as what is the row's."""
+            return jnp.repeat(values[jnp.maximum(self.expert, 0)], tile, axis=0)
+
+        y = grouped_matmul(seen(rows, stack, peak, of_rows), stack, self.expert)
+        return y if bias is None else y + of_rows(bias.dequantize()[..., 0])
 
 
 def grouped_mlp(
-    x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, tile: int, activation: Activation
+    x: jax.Array,
+    scores: jax.Array,
+    chosen: jax.Array,
+    stack: Gated,
+    tile: int,
+    activation: Activation,
+    peak: Peak = whole,
 ) -> jax.Array:
     """`sum_k scores[n, k] * down_e(activation(gate_e(x[n]), up_e(x[n])))` with `e = chosen[n, k]`.
 
@@ -104,6 +114,7 @@ def grouped_mlp(
         stack: gate and up `[experts, intermediate, in]`, down `[experts, in, intermediate]`.
         tile: rows that are multiplied at once.
         activation: of the gate's and the up projection's outputs.
+        peak: for `seen`, of rows of the intermediate dimension.
 
     Returns:
         float32 `[tokens, in]`.
@@ -112,7 +123,7 @@ def grouped_mlp(
     bias = stack.bias or Gated(None, None, None)
     rows = tiles.spread(x)
     h = activation(tiles.matmul(rows, stack.gate, bias.gate), tiles.matmul(rows, stack.up, bias.up))
-    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, bias.down))
+    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, bias.down, peak))
     return jnp.sum(y * scores[..., None].astype(jnp.float32), axis=1)
 
 

@@ -1,11 +1,15 @@
 """Every prequantized format: decoded bit for bit, and read as its config declares it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxllm.kernels.activations import seen
+from jaxllm.kernels.dispatch import matmul
 from quantized_writers import read_safetensors
 
 from jaxllm.checkpoint.quantized import assemble
@@ -41,3 +45,15 @@ def test_decodes_bit_for_bit(name):
     got = np.asarray(decoded(on_device(weight)))
     assert weight.shape == got.shape == expected.shape
     np.testing.assert_array_equal(got, expected)
+
+
+def test_llm_int8_with_its_outliers_is_bitsandbytes():
+    """Rows rounded to INT8, but for columns that reach the threshold."""
+    tensors, _ = read_safetensors(GOLDEN / "bnb_int8.safetensors")
+    weight = on_device(opened("bnb_int8")[0])
+    x = jnp.asarray(tensors["x"].astype(np.float32))
+    assert (np.abs(x) >= 6).any()
+    for threshold, expected in ((6.0, "y_threshold6_f32"), (0.0, "y_threshold0_f32")):
+        int8 = replace(weight, activation_group=-1, threshold=threshold)
+        np.testing.assert_allclose(matmul(seen(x, int8), int8), tensors[expected], rtol=1e-4, atol=1e-4)
+    assert np.abs(tensors["y_threshold6_f32"] - tensors["y_threshold0_f32"]).max() > 0.1

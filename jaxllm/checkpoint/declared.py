@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxllm.checkpoint import schemes
+from jaxllm.checkpoint import fourbit_schemes, integer_schemes, scaled_schemes
 from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
@@ -100,7 +100,7 @@ def _gptq(entries: Entries, config: Mapping[str, object]) -> Declared:
         raise InputError(f"{entries.where}: GPTQ's '{form}' files are not supported, only gptq and gptq_v2; convert it")
 
     def scheme(given: Entries) -> Scheme:
-        return schemes.gptq(_bits(given, 2, 3, 4, 8), _group(given), form == "gptq_v2")
+        return integer_schemes.gptq(_bits(given, 2, 3, 4, 8), _group(given), form == "gptq_v2")
 
     usual = scheme(entries)
     dynamic = entries.get("dynamic", {}, lambda value: isinstance(value, Mapping), "an object")
@@ -122,17 +122,20 @@ def _awq(entries: Entries, config: Mapping[str, object]) -> Declared:
     if version != "gemm":
         raise InputError(f"{entries.where}: AWQ's version '{version}' is not supported, only gemm")
     _bits(entries, 4, default=4)
-    return _constant(schemes.awq(_group(entries)), excluded=_left_out(_listed(entries, "modules_to_not_convert")))
+    return _constant(
+        integer_schemes.awq(_group(entries)), excluded=_left_out(_listed(entries, "modules_to_not_convert"))
+    )
 
 
 def _bitsandbytes(entries: Entries, config: Mapping[str, object]) -> Declared:
     # Which of the two it is, each matrix says of itself.
     skipped = _left_out(_listed(entries, "llm_int8_skip_modules"))
-    return _constant(schemes.BNB_4BIT, schemes.BNB_8BIT, excluded=skipped)
+    int8 = scaled_schemes.llm_int8(entries.number("llm_int8_threshold", 6.0, above=-1.0))
+    return _constant(fourbit_schemes.BNB_4BIT, int8, excluded=skipped)
 
 
 def _hqq(entries: Entries, config: Mapping[str, object]) -> Declared:
-    return _constant(schemes.HQQ, excluded=_left_out(_listed(entries, "skip_modules")))
+    return _constant(integer_schemes.HQQ, excluded=_left_out(_listed(entries, "skip_modules")))
 
 
 def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
@@ -142,7 +145,9 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
     if "weight_block_size" in entries:
         block = _block(entries, "weight_block_size")
         return _constant(
-            schemes.block_fp8(block), schemes.block_fp8(block, ".weight", ".weight_scale"), excluded=excluded
+            scaled_schemes.block_fp8(block),
+            scaled_schemes.block_fp8(block, ".weight", ".weight_scale"),
+            excluded=excluded,
         )
     return _constant(*_scaled("FP8", config), excluded=excluded)
 
@@ -150,7 +155,7 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
 def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, Scheme]:
     """Either of the two names that a scale has."""
     parts = _fused_rows(config)
-    return tuple(schemes.scaled(name, suffix, parts) for suffix in (".weight_scale", ".weight_scale_inv"))
+    return tuple(scaled_schemes.scaled(name, suffix, parts) for suffix in (".weight_scale", ".weight_scale_inv"))
 
 
 def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
@@ -177,18 +182,22 @@ def _block(entries: Entries, key: str) -> tuple[int, int]:
 
 def _mxfp4(entries: Entries, config: Mapping[str, object]) -> Declared:
     # Its list of modules has patterns that name more than they mean: what is packed is packed.
-    return _constant(schemes.MXFP4_GPT_OSS, schemes.MXFP4_PLAIN)
+    return _constant(fourbit_schemes.MXFP4_GPT_OSS, fourbit_schemes.MXFP4_PLAIN)
 
 
 def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
     def scheme(given: Entries) -> Scheme:
         mode = given.values.get("mode") or "affine"
-        sizes = {"mxfp4": schemes.MXFP4_MLX, "nvfp4": schemes.NVFP4_MLX, "mxfp8": schemes.MXFP8_MLX}
+        sizes = {
+            "mxfp4": fourbit_schemes.MXFP4_MLX,
+            "nvfp4": fourbit_schemes.NVFP4_MLX,
+            "mxfp8": scaled_schemes.MXFP8_MLX,
+        }
         if mode in sizes:
             return sizes[mode]
         if mode != "affine":
             raise InputError(f"{given.where}: MLX's mode '{mode}' is not supported")
-        return schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
+        return integer_schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
 
     usual = scheme(entries)
     others = {
@@ -241,33 +250,33 @@ def _is_regex(entry: str, module: str) -> bool:
 def _compressed(form: object, weights: Entries, config: Mapping[str, object]) -> Scheme:
     kind, strategy = weights.values.get("type") or "int", weights.values.get("strategy")
     if form == "nvfp4-pack-quantized":
-        return schemes.NVFP4_COMPRESSED
+        return fourbit_schemes.NVFP4_COMPRESSED
     if form == "mxfp4-pack-quantized":
-        return schemes.MXFP4_COMPRESSED
+        return fourbit_schemes.MXFP4_COMPRESSED
     if form == "mxfp8-quantized":
-        return schemes.MXFP8
+        return scaled_schemes.MXFP8
     bits = weights.whole("num_bits", most=8)
     if form == "pack-quantized":
-        return schemes.pack_quantized(bits, weights.whole("group_size", 0, 0) or None)
+        return integer_schemes.pack_quantized(bits, weights.whole("group_size", 0, 0) or None)
     if form in ("int-quantized", "float-quantized", "naive-quantized") and bits == 8:
         if strategy == "block":
-            return schemes.block_fp8(_block(weights, "block_structure"), ".weight", ".weight_scale")
+            return scaled_schemes.block_fp8(_block(weights, "block_structure"), ".weight", ".weight_scale")
         if strategy in ("tensor", "channel"):
-            return schemes.scaled("FP8" if kind == "float" else "INT8", parts=_fused_rows(config))
+            return scaled_schemes.scaled("FP8" if kind == "float" else "INT8", parts=_fused_rows(config))
     raise InputError(f"{weights.where}: {bits}-bit {kind} by {strategy} in the format '{form}' is not supported")
 
 
 def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
-    block = schemes.block_fp8((128, 128), ".weight", ".weight_scale")
+    block = scaled_schemes.block_fp8((128, 128), ".weight", ".weight_scale")
     known = {
-        "FP8": schemes.scaled("FP8", parts=_fused_rows(config)),
-        "FP8_PER_CHANNEL_PER_TOKEN": schemes.scaled("FP8", parts=_fused_rows(config)),
+        "FP8": scaled_schemes.scaled("FP8", parts=_fused_rows(config)),
+        "FP8_PER_CHANNEL_PER_TOKEN": scaled_schemes.scaled("FP8", parts=_fused_rows(config)),
         "FP8_PB_WO": block,
-        "NVFP4": schemes.NVFP4_MODELOPT,
-        "W4A16_NVFP4": schemes.NVFP4_MODELOPT,
+        "NVFP4": fourbit_schemes.NVFP4_MODELOPT,
+        "W4A16_NVFP4": fourbit_schemes.NVFP4_MODELOPT,
     }
     if "weight_block_size" in entries:
-        known["FP8_PB_WO"] = schemes.block_fp8(_block(entries, "weight_block_size"), ".weight", ".weight_scale")
+        known["FP8_PB_WO"] = scaled_schemes.block_fp8(_block(entries, "weight_block_size"), ".weight", ".weight_scale")
 
     def scheme(given: Entries) -> Scheme:
         return known[given.get("quant_algo", None, lambda value: value in known, f"one of {', '.join(known)}")]
@@ -289,7 +298,7 @@ def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
 
 
 def _f8q8(entries: Entries, config: Mapping[str, object]) -> Declared:
-    return _constant(schemes.F8Q8)
+    return _constant(scaled_schemes.F8Q8)
 
 
 _READERS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import Entries, HFDirectory, read_header, read_json
-from jaxllm.checkpoint.schemes import block_fp8
+from jaxllm.checkpoint.scaled_schemes import block_fp8
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense

@@ -131,7 +131,8 @@ class JoinedArray:
         return np.concatenate([np.asarray(part) for part in self.parts], self.axis).astype(dtype or self.dtype)
 
 
-HostArray = np.ndarray | FileArray | DerivedArray | JoinedArray
+LazyArray = FileArray | DerivedArray | JoinedArray
+HostArray = np.ndarray | LazyArray
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _read(
     """The `part` of the rearranged leaf, as an array of its own (never a view of a mapped file)."""
     if stacked:
         return np.stack([_read([leaf], False, index[1:], part[1:]) for leaf in leaves[part[0]]])
-    leaf = leaves[0] if isinstance(leaves[0], np.ndarray) else leaves[0].map()
+    leaf = leaves[0].map() if isinstance(leaves[0], LazyArray) else leaves[0]
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]
@@ -238,5 +239,5 @@ def _read(
             leaf = leaf.take(here, axis=axis)
         if (positions < 0).any():
             leaf = np.array(leaf)
-            leaf[(slice(None),) * axis + (positions < 0,)] = 0
+            leaf[(slice(None),) * axis + (positions < 0,)] = np.zeros((), leaf.dtype)  # bytes: E8M0 has no number 0
     return np.array(leaf, order="C")

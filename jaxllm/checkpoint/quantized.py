@@ -51,6 +51,9 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
             if missing := _missing(scheme, module, tensors):
                 complaints.append(f"'{name}' is there, but '{missing[0]}' is missing ({scheme.name})")
                 continue
+            if module + scheme.result in joined:
+                complaints.append(f"'{module + scheme.result}' is there in two ways; one is '{name}'")
+                continue
             parts = scheme.parts | {part: s for part, s in scheme.optional.items() if module + s in tensors}
             used.update(module + suffix for suffix in (*parts.values(), *scheme.unused))
             try:
@@ -82,14 +85,20 @@ def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
     return [f"'{name}' is FP8, but its scales are missing"]
 
 
-def with_fp8_activations(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The same tensors, blockwise FP8 ones to be multiplied with activations in FP8, a scale for each block's width.
+def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weight]:
+    """The same tensors, those of `kind` to be multiplied with activations of that kind.
+
+    Blockwise FP8 gets a scale for as many activations as a block is wide, others one for a row, or the one that the
+    checkpoint gives.
+
+    Args:
+        kind: "fp8" or "int8".
 
     Raises:
         InputError: there are no such tensors.
     """
-    if not any(isinstance(w, BlockFP8) for w in tensors.values()):
-        raise InputError("matmul 'fp8' needs a checkpoint with blockwise FP8 weights")
-    return {
-        name: replace(w, activation_group=w.block[1]) if isinstance(w, BlockFP8) else w for name, w in tensors.items()
-    }
+    dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
+    fits = {name for name, w in tensors.items() if isinstance(w, BlockFP8) and w.values.dtype.name == dtype}
+    if not fits:
+        raise InputError(f"matmul '{kind}' needs a checkpoint with {kind.upper()} weights")
+    return {name: replace(w, activation_group=w.block[1] or -1) if name in fits else w for name, w in tensors.items()}

@@ -24,8 +24,10 @@ class BlockFP8(Weight):
         scales: float32, bfloat16, float16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
             Some checkpoints call them `weight_scale_inv`, yet they are multiplied by.
         block: rows and columns that share a scale; None is all of them.
-        activation_group: how many neighbours of the other operand of a matmul are rounded to FP8 with one scale (W8A8);
-            None: they are not, and this matrix is only decoded.
+        activation_group: how many neighbours of the other operand of a matmul are rounded to the values' dtype with one
+            scale (W8A8); -1: all of a row; None: they are not, and this matrix is only decoded.
+        input_scale: float32 `[*batch, 1]`, the scale of all activations if the checkpoint gives it, used for -1.
+        threshold: columns of activations with a larger magnitude stay as they are (LLM.int8); 0: there are none.
     """
 
     values: jax.Array
@@ -33,6 +35,8 @@ class BlockFP8(Weight):
     block: tuple[int | None, int | None] = static_field()
     activation_group: int | None = static_field()
     factor: float = static_field(1.0)
+    input_scale: jax.Array | None = None
+    threshold: float = static_field(0.0)
 
     @property
     def format(self) -> str:
@@ -43,7 +47,8 @@ class BlockFP8(Weight):
     @property
     def axes(self) -> dict[str, Axes]:
         out, in_ = (size and Cut(dim, size) for dim, size in zip(("out", "in"), self.block, strict=True))
-        return {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
+        axes = {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
+        return axes if self.input_scale is None else axes | {"input_scale": (None,)}
 
     def granularity(self, dim: str) -> int:
         return 1

@@ -73,13 +73,15 @@ HF_RULES = [
     Rule(_M + r"mlp\.gate\.weight", _L + "mlp.gate.weight"),
     Rule(_M + r"mlp\.gate\.e_score_correction_bias", _L + "mlp.e_score_correction_bias"),
     Rule(_M + r"mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
+    Rule(_M + r"mlp\.switch_mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\2_proj"),  # MLX
     Rule(_M + r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
 ]
 
 
 def hf_ignored(config: DeepseekConfig) -> list[str]:
     """The layer after the last, which predicts a second token (MTP), and buffers that older checkpoints hold."""
-    return [rf"model\.layers\.{config.num_hidden_layers}\..*", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
+    after = rf"model\.layers\.{config.num_hidden_layers}\..*"
+    return [after, r"model\.layers\.\d+\.self_attn\.(?:rotary_emb\.inv_freq|[kv]_scale)"]
 
 
 # DeepSeek's inference demo: for each of Hugging Face's names, its own, and the axis along which it cuts the tensor.

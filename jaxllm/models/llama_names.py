@@ -101,11 +101,14 @@ HF_RULES = [
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w1\.weight", _L + "mlp.experts.gate_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w3\.weight", _L + "mlp.experts.up_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w2\.weight", _L + "mlp.experts.down_proj"),
+    Rule(_SPARSE + r"switch_mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\2_proj"),  # MLX
     Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.gate_proj", _half(0, expert=True), present=either_way),
     Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.up_proj", _half(1, expert=True), present=either_way),
     Rule(_SPARSE + r"experts\.down_proj", _L + "mlp.experts.down_proj", present=either_way),
     Rule(_M + r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
     Rule(_M + r"mlp\.shared_expert_gate\.weight", _L + "mlp.shared_expert_gate.weight"),
 ]
-# Buffers that older checkpoints hold; frequencies are computed from the configuration.
+# Buffers that older checkpoints hold, because frequencies are computed from the configuration; and what some quantizers
+# say of a cache in FP8, which ours is not.
 HF_IGNORED = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"]
+HF_IGNORED += [r"model\.layers\.\d+\.self_attn\.(?:[kv]_scale|[kv]_proj\.(?:[kv]|output)_scale)"]

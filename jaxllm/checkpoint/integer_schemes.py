@@ -1,0 +1,263 @@
+"""Schemes of whole numbers with a scale and an offset for each group: GPTQ, AWQ, MLX, compressed-tensors, HQQ."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxllm.checkpoint import repack
+from jaxllm.checkpoint.placing import HostArray
+from jaxllm.checkpoint.repack import derived
+from jaxllm.checkpoint.schemes import Scheme, decoded, expect, mapped
+from jaxllm.errors import InputError
+from jaxllm.formats.affine import WORD, Affine, word_values
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+
+
+def affine(
+    name: str,
+    codes: Callable[[], np.ndarray],
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    scales: HostArray,
+    zeros: HostArray | None = None,
+    zero: int = 0,
+    words: HostArray | None = None,
+    out_groups: np.ndarray | None = None,
+) -> Weight:
+    """A weight of codes `[out, in]`, to be computed, or of their words as they are.
+
+    Where rows are not whole words of so many bits, codes are held in more bits.
+    """
+    out, in_ = shape
+    held = next((b for b in sorted({bits, 4, 8}) if b >= bits and in_ % word_values(b) == 0), None)
+    if held is None:
+
+        def padded() -> Affine:
+            wide = np.pad(codes(), ((0, 0), (0, -in_ % 4)))
+            packed = repack.into_stream(wide, 8)
+            rest = [None if a is None else np.asarray(a) for a in (scales, zeros)]
+            whole = Affine(packed, *rest, None, None, out_groups, 8, group, zero, name)
+            return Dense(np.asarray(whole.dequantize())[:, :in_])
+
+        return decoded(padded, shape)
+    if words is None or held != bits:
+        words = derived(repack.words_shape(out, in_, held), np.uint32, lambda: repack.into_stream(codes(), held))
+    return Affine(words, scales, zeros, None, None, out_groups, held, group, zero, name)
+
+
+def _indexed(weight: Affine, index: np.ndarray) -> Affine:
+    """The weight with the group of each column given: groups are counted from 1, behind one of scale 0."""
+
+    def behind_nothing(array: HostArray | None) -> HostArray | None:
+        if array is None:
+            return None
+        shape = (array.shape[0], array.shape[1] + 1)
+        return derived(shape, array.dtype, lambda: np.pad(np.asarray(array), ((0, 0), (1, 0))))
+
+    index = (index + 1).astype(np.int32)
+    scales, zeros = behind_nothing(weight.scales), behind_nothing(weight.zeros)
+    return Affine(weight.codes, scales, zeros, None, index, None, weight.bits, weight.group, weight.zero, weight.name)
+
+
+def grouped(weight: Weight, index: np.ndarray | None, shape: tuple[int, int], groups: int, group: int) -> Weight:
+    """The weight with its columns in the groups of `index`, or, where all are in one, in that."""
+    in_ = shape[1]
+    if index is not None and (index.min() < 0 or index.max() >= groups):
+        raise InputError(f"g_idx goes from {index.min()} to {index.max()}, but there are {groups} groups")
+    in_order = index is None or np.array_equal(index, np.arange(in_) // group)
+    if in_order and (groups > 1 or isinstance(weight, Dense)):
+        return weight
+    if isinstance(weight, Dense):
+        raise InputError(f"columns in groups of their own (g_idx), and rows of {in_} that are not whole words")
+    return _indexed(weight, np.zeros(in_, np.int32) if in_order else index)
+
+
+def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
+    """GPTQ: words along `in`, zero points less 1 in version 1."""
+
+    def build(qweight: HostArray, scales: HostArray, qzeros: HostArray, g_idx: HostArray | None = None) -> Weight:
+        rows, out = qweight.shape
+        in_, rest = divmod(rows * WORD, bits)
+        if rest or qweight.dtype.itemsize != 4:
+            raise InputError(f"qweight of {qweight.dtype} {[*qweight.shape]} does not hold codes of {bits} bits")
+        group = in_ if group_size == -1 else group_size
+        groups = -(-in_ // group)
+        expect("scales", scales, groups, out)
+        expect("qzeros", qzeros, groups, out * bits // WORD)
+        if g_idx is not None:
+            expect("g_idx", g_idx, in_)
+        shape, words_shape = (out, in_), repack.words_shape(out, in_, bits)
+        words = None
+        if in_ % word_values(bits) == 0:
+            _, n, width = words_shape
+            words = derived(
+                words_shape,
+                np.uint32,
+                lambda: mapped(qweight).view(np.uint32).reshape(n, width, out).transpose(2, 0, 1),
+            )
+        kind = np.dtype(np.uint8 if bits < 8 else np.int16)  # that holds 2^bits, which version 1 may mean
+
+        def zero_points() -> np.ndarray:
+            return repack.bit_stream(np.asarray(qzeros), bits, out).T.astype(kind) + kind.type(not v2)
+
+        zeros = derived((out, groups), kind, zero_points)
+
+        def codes() -> np.ndarray:
+            return repack.bit_stream(mapped(qweight).T, bits, in_)
+
+        weight = affine("GPTQ", codes, shape, bits, group, scales.swapaxes(0, 1), zeros, words=words)
+        return grouped(weight, None if g_idx is None else np.asarray(g_idx), shape, groups, group)
+
+    parts = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
+    return Scheme(f"GPTQ {bits}-bit", parts, build, {"g_idx": ".g_idx"})
+
+
+def awq(group_size: int) -> Scheme:
+    """AWQ's GEMM order: words along `out`."""
+
+    def build(qweight: HostArray, scales: HostArray, qzeros: HostArray | None = None) -> Weight:
+        in_, out = qweight.shape[0], qweight.shape[1] * 8
+        group = in_ if group_size == -1 else group_size
+        if in_ % group:
+            raise InputError(f"groups of {group} do not divide the {in_} inputs")
+        expect("scales", scales, in_ // group, out)
+        zeros = None
+        if qzeros is not None:
+            expect("qzeros", qzeros, in_ // group, out // 8)
+            zeros = derived((out, in_ // group), np.uint8, lambda: repack.awq_columns(qzeros).T)
+        weight = affine(
+            "AWQ",
+            lambda: repack.awq_columns(qweight).T,
+            (out, in_),
+            4,
+            group,
+            scales.swapaxes(0, 1),
+            zeros,
+            zero=8,
+        )
+        return grouped(weight, None, (out, in_), in_ // group, group)
+
+    return Scheme("AWQ", {"qweight": ".qweight", "scales": ".scales"}, build, {"qzeros": ".qzeros"})
+
+
+def mlx(bits: int, group: int) -> Scheme:
+    """MLX's affine mode: words along `in`, an offset in floats. Stacks too."""
+
+    def build(scales: HostArray, weight: HostArray, biases: HostArray) -> Affine:
+        *lead, n = weight.shape
+        in_ = n * WORD // bits
+        if weight.dtype != np.uint32 or n * WORD % (bits * group):
+            raise InputError(
+                f"weight of {weight.dtype} {[*weight.shape]}: not whole groups of {group} {bits}-bit codes"
+            )
+        expect("scales", scales, *lead, in_ // group)
+        expect("biases", biases, *lead, in_ // group)
+        values = word_values(bits)
+        codes = weight.reshape(*lead, in_ // values, values * bits // WORD)
+        return Affine(codes, scales, None, biases, None, None, bits, group, 0, "MLX")
+
+    return Scheme(f"MLX {bits}-bit", {"scales": ".scales", "weight": ".weight", "biases": ".biases"}, build)
+
+
+def pack_quantized(bits: int, group_size: int | None) -> Scheme:
+    """compressed-tensors' pack-quantized: words along `in`, zero points packed along `out`."""
+
+    def build(
+        weight_packed: HostArray,
+        weight_scale: HostArray,
+        weight_shape: HostArray,
+        weight_zero_point: HostArray | None = None,
+        weight_g_idx: HostArray | None = None,
+    ) -> Weight:
+        out, in_ = np.asarray(weight_shape).tolist()
+        groups = weight_scale.shape[-1]
+        group = group_size or -(-in_ // groups)
+        expect("weight_scale", weight_scale, out, -(-in_ // group))
+        dense, spaced = -(-in_ * bits // WORD), -(-in_ // (WORD // bits))
+        if tuple(weight_packed.shape) not in ((out, dense), (out, spaced)):
+            raise InputError(f"weight_packed has shape {[*weight_packed.shape]}, expected {[out, dense]}")
+
+        def stream(words: np.ndarray, count: int) -> np.ndarray:
+            """Releases before 0.20 left the bits of a word empty that held no whole code."""
+            if words.shape[1] == -(-count * bits // WORD):
+                return repack.bit_stream(words, bits, count)
+            per_word = WORD // bits
+            return repack.bit_stream(words.reshape(-1, 1), bits, per_word).reshape(len(words), -1)[:, :count]
+
+        words, values = None, word_values(bits)
+        if weight_packed.shape[1] * WORD == in_ * bits and in_ % values == 0:
+            words = weight_packed.view(np.uint32).reshape(out, in_ // values, values * bits // WORD)
+        zeros = None
+        if weight_zero_point is not None:
+            zeros = derived(
+                (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(mapped(weight_zero_point).T), out).T
+            )
+
+        def codes() -> np.ndarray:
+            return stream(np.ascontiguousarray(mapped(weight_packed)), in_)
+
+        half = 2 ** (bits - 1)
+        weight = affine("INT", codes, (out, in_), bits, group, weight_scale, zeros, half, words)
+        index = None if weight_g_idx is None else np.asarray(weight_g_idx)
+        return grouped(weight, index, (out, in_), groups, group)
+
+    parts = {name: f".{name}" for name in ("weight_packed", "weight_scale", "weight_shape")}
+    optional = {name: f".{name}" for name in ("weight_zero_point", "weight_g_idx")}
+    return Scheme(f"INT {bits}-bit", parts, build, optional)
+
+
+_HQQ_UNUSED = ("channel_wise", "optimize", "round_zero", "view_as_float", "quant_scale", "quant_zero", "offload_meta")
+_HQQ_UNUSED += ("encoded_state_dict", "stores_quant_config", "compute_dtype", "unpack_view_dtype", "packing")
+
+
+def _hqq(
+    packed: HostArray,
+    scale: HostArray,
+    zero: HostArray,
+    shape: HostArray,
+    nbits: HostArray,
+    group_size: HostArray,
+    axis: HostArray,
+) -> Weight:
+    """Groups along either axis of the matrix reshaped to `[group, -1]` or `[-1, group]`."""
+    bits, group, axis = (int(np.asarray(a).reshape(())) for a in (nbits, group_size, axis))
+    out, in_ = np.asarray(shape).tolist()
+    if bits not in (1, 2, 3, 4, 8) or axis not in (0, 1) or group < 1 or out * in_ % group:
+        raise InputError(f"{bits} bits in groups of {group} along axis {axis} of {[out, in_]} are not supported")
+    rows = group if axis == 0 else out * in_ // group
+
+    def codes() -> np.ndarray:
+        stored = np.asarray(packed).view(np.int32 if bits == 3 else np.uint8)
+        return repack.hqq_codes(stored, bits, rows).reshape(out, in_)
+
+    count = out * in_ // group
+    for what, array in (("scale", scale), ("zero", zero)):
+        expect(what, array, *((1, count) if axis == 0 else (count, 1)))
+    if axis == 1:
+        groups = (repack.by_rows(a, (out, in_), group) for a in (scale, zero))
+        return affine("HQQ", codes, (out, in_), bits, repack.group_size(in_, group), *groups)
+    if out % group:
+        spread = (derived((out, in_), a.dtype, lambda a=a: _across(a, group, out, in_)) for a in (scale, zero))
+        return affine("HQQ", codes, (out, in_), bits, 1, *spread)
+    # Row o is member o // (out / group) of the groups that begin in row o % (out / group).
+    heads = out // group
+    behind = (
+        derived((heads + 1, in_), a.dtype, lambda a=a: np.pad(np.asarray(a).reshape(heads, in_), ((1, 0), (0, 0))))
+        for a in (scale, zero)
+    )
+    index = (np.arange(out) % heads + 1).astype(np.int32)
+    return affine("HQQ", codes, (out, in_), bits, 1, *behind, out_groups=index)
+
+
+def _across(values: HostArray, group: int, out: int, in_: int) -> np.ndarray:
+    return np.broadcast_to(np.asarray(values), (group, out * in_ // group)).reshape(out, in_)
+
+
+HQQ = Scheme(
+    "HQQ",
+    {"packed": ".W_q", **{name: f".{name}" for name in ("scale", "zero", "shape", "nbits", "group_size", "axis")}},
+    _hqq,
+    unused=tuple(f".{name}" for name in _HQQ_UNUSED),
+)

@@ -1,0 +1,124 @@
+"""Schemes of small floats or integers with scales: FP8 of every kind, MXFP8, INT8, LLM.int8 and F8Q8."""
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from jaxllm.checkpoint import repack
+from jaxllm.checkpoint.integer_schemes import affine, grouped
+from jaxllm.checkpoint.placing import HostArray
+from jaxllm.checkpoint.repack import derived
+from jaxllm.checkpoint.schemes import Scheme, expect, mapped
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.formats.fp8 import BlockFP8
+
+
+def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_inv") -> Scheme:
+    """Blockwise FP8; by default as in Hugging Face checkpoints, where `X` has its scales in `X_scale_inv`."""
+
+    def build(scales: HostArray, values: HostArray) -> BlockFP8:
+        *lead, out, in_ = values.shape
+        grid = -(-out // block[0]), -(-in_ // block[1])
+        if len(scales.shape) == 4 and not lead:  # ModelOpt's [rows, 1, columns, 1]
+            scales = scales.reshape(scales.shape[0], scales.shape[2])
+        expect("the grid of scales", scales, *lead, *grid)
+        return BlockFP8(values, scales, block, None)
+
+    return Scheme("blockwise FP8", {"scales": scales, "values": values}, build, result=values)
+
+
+def scaled(name: str, scale: str = ".weight_scale", parts: Callable[[int], list[int]] | None = None) -> Scheme:
+    """One scale for the whole of `.weight`, for each row, or for each of the parts that a fused matrix consists of.
+
+    Args:
+        parts: given how many scales there are, how many rows each of them has.
+    """
+
+    def build(
+        scales: HostArray,
+        values: HostArray,
+        zero_point: HostArray | None = None,
+        input_scale: HostArray | None = None,
+        activation_scale: HostArray | None = None,
+    ) -> Weight:
+        if input_scale is not None and activation_scale is not None:
+            raise InputError("both 'input_scale' and 'activation_scale', which mean the same")
+        input_scale = activation_scale if input_scale is None else input_scale
+        *lead, out, in_ = values.shape
+        size = int(np.prod(scales.shape))
+        if size == int(np.prod(lead)):
+            scales, block = scales.reshape(*lead, 1, 1), (None, None)
+        elif size == int(np.prod(lead)) * out:
+            scales, block = scales.reshape(*lead, out, 1), (1, None)
+        elif not lead and parts is not None and sum(rows := parts(size)) == out:
+            few = scales
+            scales = derived((out, 1), few.dtype, lambda: np.repeat(np.asarray(few).reshape(-1), rows)[:, None])
+            block = (1, None)
+        else:
+            raise InputError(f"scales of shape {[*scales.shape]} for a matrix of {[*values.shape]}")
+        if zero_point is None:
+            one = None if input_scale is None else input_scale.reshape(*lead, 1)
+            return BlockFP8(values, scales, block, None, input_scale=one)
+        rows = scales if block[0] else derived((out, 1), scales.dtype, lambda: np.repeat(np.asarray(scales), out, 0))
+        zeros = derived(
+            (out, 1),
+            np.int16,
+            lambda: np.broadcast_to(mapped(zero_point).astype(np.int16).reshape(-1, 1) + 128, (out, 1)),
+        )
+        weight = affine("INT", lambda: mapped(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
+        return grouped(weight, None, (out, in_), 1, in_)
+
+    optional = {"zero_point": ".weight_zero_point", "input_scale": ".input_scale"}
+    optional |= {"activation_scale": ".activation_scale"}
+    return Scheme(name, {"scales": scale, "values": ".weight"}, build, optional)
+
+
+def _mxfp8(scales: HostArray, values: HostArray) -> BlockFP8:
+    """Scales are powers of two, one for 32; the values are bytes or, in MLX, words of four."""
+    values = values.view(ml_dtypes.float8_e4m3fn)
+    if values.shape[-1] % 32:
+        raise InputError(f"rows of {values.shape[-1]} are not whole blocks of 32")
+    expect("scales", scales, *values.shape[:-1], values.shape[-1] // 32)
+    return BlockFP8(values, scales.view(ml_dtypes.float8_e8m0fnu), (1, 32), None)
+
+
+MXFP8 = Scheme("MXFP8", {"scales": ".weight_scale", "values": ".weight"}, _mxfp8, {}, (".input_scale",))
+MXFP8_MLX = Scheme("MXFP8", {"scales": ".scales", "values": ".weight"}, _mxfp8)
+
+
+def llm_int8(threshold: float) -> Scheme:
+    """bitsandbytes in 8 bits: a scale for each row, 127 times too large.
+
+    Args:
+        threshold: see `BlockFP8`.
+    """
+
+    def build(scales: HostArray, values: HostArray, weight_format: HostArray | None = None) -> BlockFP8:
+        if weight_format is not None and np.asarray(weight_format).reshape(()) != 0:
+            raise InputError("weight_format is not 0: only rows as they are can be read, not tiles for one kind of GPU")
+        out = values.shape[0]
+        expect("SCB", scales, out)
+        return BlockFP8(values, scales.reshape(out, 1), (1, None), None, factor=1 / 127, threshold=threshold)
+
+    parts = {"scales": ".SCB", "values": ".weight"}
+    return Scheme("LLM.int8", parts, build, {"weight_format": ".weight_format"})
+
+
+def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
+    """mistral.rs's blocks over the flat matrix: a float8 scale, then 32 signed bytes."""
+    out, in_ = np.asarray(shape).tolist()
+    expect("blocks", blocks, -(-out * in_ // 32), 33)
+    step = derived(
+        (blocks.shape[0],),
+        np.float32,
+        lambda: mapped(blocks)[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(448),
+    )
+    values = derived(
+        (out, in_), np.int8, lambda: mapped(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
+    )
+    return BlockFP8(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)), None)
+
+
+F8Q8 = Scheme("F8Q8", {"blocks": ".blocks", "shape": ".shape"}, _f8q8)

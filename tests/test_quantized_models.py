@@ -1,0 +1,48 @@
+"""Whole models in every prequantized format: the logits of their dequantized twins, on 1 and 8 devices."""
+
+import numpy as np
+import pytest
+import tiny_hf
+from quantized_writers import FORMATS, quantized_checkpoint
+
+TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
+# Every format in the plain model; those of each kind, one, in the other two.
+KINDS = ("gptq-4", "gptq-act-order", "awq", "bnb-nf4-nested", "bnb-int8", "mlx-4", "mlx-mxfp4", "hqq-4-axis0")
+KINDS += ("hqq-4-axis1", "fp8-tensor", "fp8-channel", "fp8-block", "nvfp4-modelopt", "ct-pack-4-asym", "ct-nvfp4")
+CASES = [("llama", name) for name in FORMATS] + [(m, name) for m in ("qwen3_moe", "deepseek") for name in KINDS]
+MESHES = {"llama": ("tp=1", "tp=8"), "qwen3_moe": ("tp=1", "tp=2,ep=4"), "deepseek": ("tp=1", "tp=2,ep=4")}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return {name: tiny_hf.write(folder / name, name) for name in tiny_hf.MODELS}
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_logits_are_those_of_the_dequantized_model(load_once, plain, tmp_path, model, name):
+    packed, twin = quantized_checkpoint(plain[model], tmp_path, name, np.random.default_rng(1))
+    expected = np.asarray(load_once(twin, dtype="float32").logits(TOKENS))
+    for mesh in MESHES[model]:
+        loaded = load_once(packed, mesh=mesh, dtype="float32", weights="packed")
+        formats = {p.weight.format for p in loaded.placed if p.name.endswith("down_proj") or "_proj." in p.name}
+        assert not any(f.startswith(("float", "bfloat")) for f in formats), formats
+        np.testing.assert_allclose(loaded.logits(TOKENS), expected, atol=1e-3)
+
+
+ROUNDED = {"fp8-static": "fp8", "ct-fp8": "fp8", "fp8-tensor": "fp8", "ct-int8": "int8", "bnb-int8": "int8"}
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_activations_are_rounded_alike_on_any_mesh(load_once, plain, tmp_path, model, name):
+    """A row's scale is that of the whole row, wherever its parts lie."""
+    packed, _ = quantized_checkpoint(plain[model], tmp_path, name, np.random.default_rng(1))
+    as_they_are = load_once(packed, mesh="tp=1", dtype="float32", weights="packed").logits(TOKENS)
+    one = load_once(packed, mesh="tp=1", dtype="float32", matmul=ROUNDED[name]).logits(TOKENS)
+    assert np.abs(as_they_are - one).max() > 1e-3
+    np.testing.assert_allclose(as_they_are, one, atol=1.0)
+    many = load_once(packed, mesh=MESHES[model][1], dtype="float32", matmul=ROUNDED[name]).logits(TOKENS)
+    # A value at a rounding border may fall on either side, as sums are taken in another order.
+    assert np.quantile(np.abs(many - one), 0.5) < 1e-3
+    np.testing.assert_allclose(many, one, atol=0.1)
