@@ -46,7 +46,10 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
     p.add_argument("--weights", choices=WEIGHTS, help="hold matrices packed, or as a decoded copy (CPU: a copy)")
     p.add_argument(
-        "--matmul", choices=MATMULS, default="dequant", help="activations of FP8 and INT8 weights: as they are, or the same"
+        "--matmul",
+        choices=MATMULS,
+        default="dequant",
+        help="activations of FP8 or INT8 weights: as they are, or alike",
     )
     p.add_argument("--gqa", type=int, default=1, metavar="N", help="query heads to a key head, for files before GGUF")
     p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")

@@ -85,7 +85,7 @@ class Tiles:
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = whole) -> jax.Array:
-        """Every row times its expert's matrix, its expert's bias added once: float32 `[rows, out]`; `peak` is `seen`'s."""
+        """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`; `peak` as in `seen`."""
         tile = len(rows) // len(self.expert)
 
         def of_rows(values: jax.Array) -> jax.Array:

@@ -86,7 +86,10 @@ def test_gguf(load_once, tmp_path_factory, name, mesh):
     file = tmp_path_factory.getbasetemp() / f"gpt_oss_{name}.gguf"
     if not file.exists():
         convert(CHECKPOINTS / name, file)
-    check(load_once(file, mesh=mesh, dtype="float32", weights="packed"), name)
+    model = load_once(file, mesh=mesh, dtype="float32", weights="packed")
+    check(model, name)
+    held = {p.source.format: type(p.weight) for p in model.placed}
+    assert held.get("MXFP4", MXFP4) is MXFP4  # its bits in the order of the others
 
 
 # The same experts as others store them.

@@ -23,6 +23,8 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.layers.parameter import Declaration
 
 READERS = 4  # threads: parameters that are read at the same time
@@ -228,8 +230,12 @@ def keep(name: str, weight: Weight) -> Weight:
 
 
 def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
-    """The `convert` of `fill` that holds matrices as they were placed."""
-    return weight
+    """The `convert` of `fill` that holds matrices as they were placed, but for the order of bits that kernels want."""
+    if not isinstance(weight, GGML) or weight.type != "MXFP4":
+        return weight
+    specs = jax.eval_shape(MXFP4.from_ggml, weight).shard_specs(sharding.spec, sharding.mesh)
+    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
+    return jax.jit(MXFP4.from_ggml, out_shardings=shardings)(weight)
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:

@@ -125,6 +125,12 @@ class Affine(Weight):
         words = pack(codes.reshape(w.shape).astype(jnp.uint32), bits)
         return cls(words, scale, None, bias, None, None, bits, group, 0, "MLX")
 
+    def like(self, w: jax.Array) -> Self:
+        if self.biases is None:  # what GPTQ and its kin search for is not found by rounding
+            return super().like(w)
+        made = self.from_dense(w, self.bits, self.group)
+        return replace(made, scales=made.scales.astype(self.scales.dtype), biases=made.biases.astype(self.biases.dtype))
+
 
 def word_values(bits: int) -> int:
     """How many values the fewest whole words hold."""

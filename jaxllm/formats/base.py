@@ -113,6 +113,18 @@ class Weight(ABC):
             specs[leaf_name] = PartitionSpec(*leaf_spec)
         return dataclasses.replace(self, **specs)
 
+    def like(self, w: jax.Array) -> Self:
+        """Floats of this weight's shape, encoded as it is.
+
+        Raises:
+            InputError: there is no encoder for that.
+        """
+        raise InputError(f"{self.format} cannot be encoded")
+
+    def add_delta(self, delta: jax.Array) -> Self:
+        """The matrix plus a delta `[*batch, out, in]`, encoded as it was. Raises InputError as `like` does."""
+        return self.like(self.dequantize() + delta)
+
     def pad_to(self, mesh: Mesh, spec: PartitionSpec) -> Self:
         """The same matrix with zero blocks appended so that `spec` divides every leaf."""
         entries = (tuple(spec) + (None,) * len(self.shape))[: len(self.shape)]

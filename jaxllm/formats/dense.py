@@ -34,3 +34,6 @@ class Dense(Weight):
     @classmethod
     def from_dense(cls, w: jax.Array, dtype: jax.typing.DTypeLike) -> Self:
         return cls(jnp.asarray(w, dtype))
+
+    def like(self, w: jax.Array) -> Self:
+        return self.from_dense(w, self.values.dtype)

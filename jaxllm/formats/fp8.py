@@ -78,15 +78,22 @@ class BlockFP8(Weight):
         return (w if self.factor == 1 else w * jnp.float32(self.factor)).astype(dtype)
 
     @classmethod
-    def from_dense(cls, w: jax.Array, block: tuple[int, int] = (128, 128)) -> Self:
-        """Scales that bring each block's largest value to 448 (1 where a block is zero), values rounded to nearest."""
+    def from_dense(cls, w: jax.Array, block: tuple[int | None, int | None] = (128, 128)) -> Self:
+        """FP8 with scales that bring each block's largest value to 448 (1 where it is zero), rounded to nearest."""
         *batch, out, in_ = w.shape
         w = jnp.asarray(w, jnp.float32)
-        rows, cols = math.ceil(out / block[0]), math.ceil(in_ / block[1])
-        pad = [(0, 0)] * len(batch) + [(0, rows * block[0] - out), (0, cols * block[1] - in_)]
-        grid = jnp.pad(jnp.abs(w), pad).reshape(*batch, rows, block[0], cols, block[1])
+        high, wide = block[0] or out, block[1] or in_
+        rows, cols = math.ceil(out / high), math.ceil(in_ / wide)
+        pad = [(0, 0)] * len(batch) + [(0, rows * high - out), (0, cols * wide - in_)]
+        grid = jnp.pad(jnp.abs(w), pad).reshape(*batch, rows, high, cols, wide)
         peak = jnp.max(grid, axis=(-3, -1))
         scales = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
-        spread = jnp.repeat(jnp.repeat(scales, block[0], -2)[..., :out, :], block[1], -1)[..., :in_]
+        spread = jnp.repeat(jnp.repeat(scales, high, -2)[..., :out, :], wide, -1)[..., :in_]
         values = jnp.clip(w / spread, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
         return cls(values, scales, block, None)
+
+    def like(self, w: jax.Array) -> Self:
+        if self.values.dtype != jnp.float8_e4m3fn or self.scales.dtype == jnp.float8_e8m0fnu:
+            return super().like(w)
+        made = self.from_dense(w, self.block)
+        return replace(self, values=made.values, scales=made.scales)

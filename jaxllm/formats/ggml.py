@@ -38,3 +38,6 @@ class GGML(Weight):
     def from_dense(cls, w: jax.Array, type: str) -> Self:
         """Encode floats `[*batch, out, in]`; errors are those of `ggml_encode.encode`. Not for use under `jit`."""
         return cls(encode(w, type), type)
+
+    def like(self, w: jax.Array) -> Self:
+        return self.from_dense(w, self.type)

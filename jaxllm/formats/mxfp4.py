@@ -70,6 +70,9 @@ class MXFP4(Weight):
         codes = e2m1.rounded(grid * first * second).reshape(w.shape)
         return cls(e2m1.pack(codes), scales.astype(jnp.uint8))
 
+    def like(self, w: jax.Array) -> Self:
+        return self.from_dense(w)
+
     @classmethod
     def from_ggml(cls, weight: GGML) -> Self:
         """A GGUF file's MXFP4 blocks with their codes in order; nothing is decoded.

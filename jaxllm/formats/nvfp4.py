@@ -62,3 +62,6 @@ class NVFP4(Weight):
         steps = scales.astype(jnp.float32) * whole[..., None]
         codes = e2m1.rounded(grid / jnp.where(steps == 0, 1, steps)[..., None])
         return cls(e2m1.pack(codes.reshape(w.shape)), scales, whole)
+
+    def like(self, w: jax.Array) -> Self:
+        return self.from_dense(w)
