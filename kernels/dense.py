@@ -3,6 +3,8 @@
 This serves all formats. `dispatch` prefers a kernel of a format's own where there is one for the platform.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,15 +14,21 @@ from jaxllm.formats.base import Weight
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
-    w, rows = weight.dequantize(x.dtype), x.reshape(-1, x.shape[-1])
+    return product(x, weight.dequantize(x.dtype), 1)
+
+
+def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """The last axis of `x` against that `axis` of `w`, a matrix: float32 `[..., n]`."""
+    rows = x.reshape(-1, x.shape[-1])
     # XLA:CPU multiplies a single 2-byte row in scalar code, 30 times slower than two rows.
     alone = rows.shape[0] == 1 and x.dtype.itemsize == 2
     if alone:
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     # float32 means float32: TPUs would otherwise round its operands to bfloat16.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = lax.dot_general(rows, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-    return y[: 1 if alone else None].reshape(*x.shape[:-1], w.shape[0])
+    dims = (((1,), (axis,)), ((), ()))
+    y = lax.dot_general(rows, w, dims, precision=precision, preferred_element_type=jnp.float32)
+    return y[: 1 if alone else None].reshape(*x.shape[:-1], y.shape[-1])
 
 
 def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
@@ -37,12 +45,20 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     Returns:
         float32 `[tiles * tile, out]`; rows of tiles that are not in use mean nothing.
     """
+    return each_tile(x, stack, expert, matmul)
+
+
+def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.Array, Weight], jax.Array]) -> jax.Array:
+    """`f(rows, weight)` for each tile in use and its expert's weight, float32, in the place of the rows."""
     tile = x.shape[0] // expert.shape[0]
 
-    def one_tile(t: jax.Array, y: jax.Array) -> jax.Array:
-        weight = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert[t], keepdims=False), stack)
-        rows = lax.dynamic_slice_in_dim(x, t * tile, tile)
-        return lax.dynamic_update_slice_in_dim(y, matmul(rows, weight), t * tile, axis=0)
+    def weight_of(index: jax.Array) -> Weight:
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
-    y = jnp.zeros((x.shape[0], stack.shape[-2]), jnp.float32)
+    def one_tile(t: jax.Array, y: jax.Array) -> jax.Array:
+        rows = f(lax.dynamic_slice_in_dim(x, t * tile, tile), weight_of(expert[t]))
+        return lax.dynamic_update_slice_in_dim(y, rows, t * tile, axis=0)
+
+    result = jax.eval_shape(lambda: f(x[:tile], weight_of(expert[0])))
+    y = jnp.zeros((x.shape[0], result.shape[1]), jnp.float32)
     return lax.fori_loop(0, jnp.sum(expert >= 0), one_tile, y)
