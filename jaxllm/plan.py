@@ -75,6 +75,13 @@ def plan(
         dtype: of activations and cache.
     """
     sizes = fill_with_shapes(model, mesh, format)
+    return Plan(sizes, collectives(lower_decode(model, mesh, batch, capacity, dtype).compile().as_text()))
+
+
+def lower_decode(
+    model: Decoder, mesh: Mesh, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> jax.stages.Lowered:
+    """The decode step of a model whose parameters are shapes, to be compiled for the devices of the mesh."""
     graph, state = nnx.split(model)
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -96,9 +103,7 @@ def plan(
         return model.logits(hidden[:, 0]), cache
 
     with jax.set_mesh(mesh):
-        tokens = shaped((batch, 1), jnp.int32, whole)
-        compiled = jax.jit(decode, donate_argnames="cache").lower(state, cache, tokens).compile()
-    return Plan(sizes, collectives(compiled.as_text()))
+        return jax.jit(decode, donate_argnames="cache").lower(state, cache, shaped((batch, 1), jnp.int32, whole))
 
 
 def collectives(program: str) -> Counter[str]:

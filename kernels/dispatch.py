@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import jax
@@ -106,6 +106,7 @@ def _loaded(kind: str, backend: str, platform: str) -> tuple[ModuleType | None, 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
+    weight = _as_seen(weight)
     choice = choose("matmul", x, weight)
     if choice.module is dense:
         return dense.matmul(x, weight)
@@ -114,8 +115,16 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
 
 def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
+    stack = _as_seen(stack)
     choice = choose("grouped_matmul", x, stack)
     return _frozen(choice.module.grouped_matmul, _grouped_vjp)(*_alike(x, stack, expert))
+
+
+def _as_seen(weight: Weight) -> Weight:
+    """Where whole rows of x are rounded, they are already (`activations.seen`)."""
+    if isinstance(weight, BlockFP8) and weight.activation_group == -1:
+        return replace(weight, activation_group=None, input_scale=None)
+    return weight
 
 
 def _alike(*trees: object) -> tuple:

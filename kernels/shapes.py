@@ -37,6 +37,13 @@ LLAMA_70B = {  # tp=8
 }
 
 
+# Matrices and rows for which others have published speeds.
+PUBLISHED = {
+    "DeepSeek-V3 o_proj, whole": (7168, 16384, (64, PREFILL)),
+    "DeepSeek-V3 q_a and kv_a": (2112, 7168, (128, PREFILL)),
+}
+
+
 def named() -> dict[str, dict[str, Shape]]:
     """For each op, the shapes that it is compiled and measured with."""
     dense = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3.items()}
@@ -44,7 +51,8 @@ def named() -> dict[str, dict[str, Shape]]:
     gpt_oss = {f"gpt-oss-120b {name}": shape for name, shape in GPT_OSS_120B_EXPERTS.items()}
     deepseek = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3_EXPERTS.items()}
     return {
-        "block_fp8.matmul": _with_rows(dense),
+        "block_fp8.matmul": _with_rows(dense)
+        | {f"{name} x {m}": Shape(m, n, k) for name, (n, k, rows) in PUBLISHED.items() for m in rows},
         "block_fp8.grouped_matmul": _with_rows(deepseek, DEEPSEEK_V3_HELD),
         "mxfp4.matmul": _with_rows({f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}),
         "mxfp4.grouped_matmul": _with_rows(gpt_oss, GPT_OSS_120B_HELD),

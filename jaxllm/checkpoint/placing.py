@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import layout as layouts
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, block_index, finest, shards
@@ -198,10 +199,18 @@ def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
         shapes[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     specs = dataclasses.replace(first, **shapes).shard_specs(spec, mesh, source.name)
     placed = {
-        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, getattr(specs, name)))
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=_place_of(mesh, getattr(specs, name), len(s.shape)))
         for name, s in shapes.items()
     }
     return Layout(source, index, dataclasses.replace(first, **placed))
+
+
+def _place_of(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding | layouts.Format:
+    """Where a leaf lies. TPUs would transpose an array where that saves padding, and transpose it back before every
+    kernel that reads it; so there the order of axes is said as well."""
+    sharding = NamedSharding(mesh, spec)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return layouts.Format(layouts.Layout(tuple(range(ndim))), sharding) if on_tpu else sharding
 
 
 def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
@@ -210,9 +219,8 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
 
     def read(name: str) -> jax.Array:
         leaf, parts = getattr(plan.weight, name), [getattr(part, name) for part in plan.source.parts]
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, partial(_read, parts, source.stacked, plan.index[name])
-        )
+        part = partial(_read, parts, source.stacked, plan.index[name])
+        return jax.make_array_from_callback(leaf.shape, leaf.format, part)
 
     return dataclasses.replace(plan.weight, **{name: read(name) for name in plan.weight.axes})
 

@@ -63,6 +63,6 @@ def grouped_matmul(x: jax.Array, stack: BlockFP8, expert: jax.Array) -> jax.Arra
 
 
 def _rounded(x: jax.Array, weight: BlockFP8) -> jax.Array:
-    """`x[..., in]` as a W8A8 matmul sees it: through FP8 and back to float32. Whole rows are (`activations.seen`)."""
+    """`x[..., in]` as a W8A8 matmul sees it: through FP8 and back to float32."""
     group = weight.activation_group
-    return x if group in (None, -1) else act_dequant(*act_quant(x, group), group)
+    return x if group is None else act_dequant(*act_quant(x, group), group)

@@ -1,0 +1,220 @@
+"""Matmuls of blockwise FP8 weights on TPUs: codes go from HBM to VMEM, where a block of rows is decoded once.
+
+W8A16: a block is decoded to the activations' dtype, scales included. W8A8: codes are multiplied by codes and each
+product of 128 columns (a block's, or a group's if that is smaller) is scaled by both sides' scales, in float32, so
+nothing is rounded but the activations. Before TPU7x the MXU has no e4m3, so codes are widened to bfloat16, which holds
+them exactly; TPU7x multiplies them as they are.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxllm.kernels import tpu
+from jaxllm.kernels.block_fp8.reference import next_power_of_two
+
+from jaxllm.formats.fp8 import E4M3_MAX, BlockFP8
+
+GROUP = 32  # rows that are decoded together: as many as a register of bytes has
+QUANTIZED = 1 << 21  # values of x that are rounded in one step
+LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
+
+
+def refuses(op: str, x: jax.Array, weight: BlockFP8) -> str | None:
+    """Why `op` cannot be done here, in words for the user; None: it can."""
+    if weight.values.dtype != jnp.float8_e4m3fn or weight.factor != 1:
+        return f"codes of {weight.values.dtype.name}, the kernel takes float8_e4m3fn"
+    if None in weight.block:
+        return "one scale for a whole row or column, the kernel takes blocks"
+    rows, columns = weight.block
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"activations of {x.dtype.name}, the kernel takes float32 and bfloat16"
+    if rows < 8 or rows > LARGEST_UNIT or (rows % tpu.LANES and tpu.LANES % rows):
+        return f"blocks of {rows} rows, the kernel takes 8, 16, 32, 64 and multiples of 128 up to {LARGEST_UNIT}"
+    if columns % tpu.LANES and tpu.LANES % columns:
+        return f"blocks of {columns} columns, the kernel takes multiples and divisors of {tpu.LANES}"
+    group = weight.activation_group
+    if group and group % columns and columns % group:
+        return f"activations in groups of {group} with blocks of {columns} columns, one has to divide the other"
+    if tile_sizes(min(x.size // x.shape[-1], tpu.LANES), weight, x.dtype) is None:
+        return f"rows of {x.shape[-1]} columns do not fit into the chip's vector memory"
+    return None
+
+
+def matmul(x: jax.Array, weight: BlockFP8, *, interpret: tpu.Interpret = False) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
+    rows = x.reshape(-1, x.shape[-1])
+    tile = tile_sizes(len(rows), weight, x.dtype).tile
+    tiles = tpu.tiles_of(rows, tile)
+    stack = jax.tree.map(lambda leaf: leaf[None], weight)
+    y = _multiply(tiles, stack, jnp.zeros(len(tiles), jnp.int32), "block_fp8_matmul", interpret)
+    return y.reshape(-1, y.shape[-1])[: len(rows)].reshape(*x.shape[:-1], y.shape[-1])
+
+
+def grouped_matmul(x: jax.Array, stack: BlockFP8, expert: jax.Array, *, interpret: tpu.Interpret = False) -> jax.Array:
+    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
+    tiles = x.reshape(len(expert), -1, x.shape[-1])
+    y = _multiply(tiles, stack, expert, "block_fp8_grouped_matmul", interpret)
+    return y.reshape(-1, y.shape[-1])
+
+
+def tile_sizes(m: int, weight: BlockFP8, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
+    """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
+    *_, n, k = weight.shape
+    itemsize = 2 if weight.activation_group else jnp.dtype(dtype).itemsize
+    return tpu.sizes(m, n, k, row_bytes=k, itemsize=itemsize, unit=math.lcm(weight.block[0], tpu.LANES))
+
+
+def _multiply(tiles: jax.Array, stack: BlockFP8, expert: jax.Array, name: str, interpret: tpu.Interpret) -> jax.Array:
+    """`tiles[tiles, tile, in]` times their experts: `[tiles, tile, out]`."""
+    _, n, k = stack.shape
+    block = tile_sizes(tiles.shape[1], stack, tiles.dtype).block
+    scales = _scales_of_blocks(stack, block)
+    group = stack.activation_group
+    if group is None:
+        scratch = (jax.ShapeDtypeStruct((block, k), tiles.dtype),)
+        decode, product, operands = _scaled(stack.block), _plain_product, (tiles,)
+    else:
+        operands, scales = act_quant(tiles, group, interpret=interpret), scales.swapaxes(-1, -2)
+        native = not interpret and _multiplies_e4m3()
+        scratch = () if native else (jax.ShapeDtypeStruct((block, k), jnp.bfloat16),)
+        decode, product = _nothing if native else _widened, _scaled_product(stack.block, group)
+    leaves = (stack.values, scales)
+    return tpu.multiply(operands, leaves, expert, n, block, scratch, decode, product, name, interpret)
+
+
+def _scales_of_blocks(stack: BlockFP8, block: int) -> jax.Array:
+    """float32 `[experts, blocks, scales of a block's rows, ceil(in / columns)]`: few, and they fit any tiling."""
+    scales, rows = stack.scales.astype(jnp.float32), block // stack.block[0]
+    pad = -scales.shape[1] % rows
+    return jnp.pad(scales, ((0, 0), (0, pad), (0, 0))).reshape(len(scales), -1, rows, scales.shape[2])
+
+
+def _scaled(block: tuple[int, int]):
+    """Decoding with scales: `values[rows, in]`, `scales[rows / block[0], in / block[1]]` -> `decoded[rows, in]`."""
+    unit = math.lcm(block[0], GROUP)
+    count = unit // block[0]
+
+    def decode(values: jax.Ref, scales: jax.Ref, decoded: jax.Ref) -> None:
+        def one_unit(i: jax.Array, _: None) -> None:
+            # Row by row: Mosaic loads several only from where it can prove that a register begins.
+            scale = jnp.concatenate([scales[pl.ds(i * count + row, 1), :] for row in range(count)])
+            for start, width in tpu.chunks(values.shape[1]):
+                spread = tpu.spread(scale, block[1], start, width)
+                spread = jnp.repeat(spread, GROUP // count, axis=0) if count > 1 else spread
+                for row in range(0, unit, GROUP):
+                    at = pl.ds(pl.multiple_of(i * unit + row, GROUP), GROUP), slice(start, start + width)
+                    decoded[at] = (values[at].astype(jnp.float32) * spread).astype(decoded.dtype)
+
+        lax.fori_loop(0, values.shape[0] // unit, one_unit, None)
+
+    return decode
+
+
+def _plain_product(x: jax.Ref, values: jax.Ref, scales: jax.Ref, decoded: jax.Ref) -> jax.Array:
+    return tpu.dot(x[...], decoded[...])
+
+
+def _widened(values: jax.Ref, scales: jax.Ref, decoded: jax.Ref) -> None:
+    """Decoding without scales."""
+
+    def one_group(i: jax.Array, _: None) -> None:
+        at = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+        for start, width in tpu.chunks(values.shape[1]):
+            decoded[at, start : start + width] = values[at, start : start + width].astype(decoded.dtype)
+
+    lax.fori_loop(0, values.shape[0] // GROUP, one_group, None)
+
+
+def _multiplies_e4m3() -> bool:
+    """Whether the chip that this is compiled for does."""
+    return pltpu.get_tpu_info().is_matmul_supported(jnp.float8_e4m3fn, jnp.float8_e4m3fn)
+
+
+def _nothing(values: jax.Ref, scales: jax.Ref) -> None:
+    """Decoding for a chip that multiplies codes."""
+
+
+def _scaled_product(block: tuple[int, int], group: int):
+    """Products of codes, scaled: `codes[tile, in]`, `x_scales[tile, in / group]` and a block's transposed scales."""
+    step = min(block[1], group)
+
+    def product(codes: jax.Ref, x_scales: jax.Ref, values: jax.Ref, scales: jax.Ref, *widened: jax.Ref) -> jax.Array:
+        weight = widened[0] if widened else values
+        y = jnp.zeros((codes.shape[0], weight.shape[0]), jnp.float32)
+        for start in range(0, codes.shape[1], step):
+            columns = slice(start, min(start + step, codes.shape[1]))
+            part = tpu.dot(codes[:, columns].astype(weight.dtype), weight[:, columns])
+            row = start // block[1]
+            of_rows = tpu.spread(scales[row : row + 1, :], block[0], 0, y.shape[1])
+            y += part * x_scales[:, start // group : start // group + 1] * of_rows
+        return y
+
+    return product
+
+
+def act_quant(
+    x: jax.Array, group: int = 128, power_of_two: bool = False, *, interpret: tpu.Interpret = False
+) -> tuple[jax.Array, jax.Array]:
+    """Activations as FP8, see `reference.act_quant`: e4m3 `[..., in]` and float32 `[..., ceil(in / group)]`."""
+    *batch, k = x.shape
+    rows = x.reshape(-1, k)
+    tile, groups = min(len(rows), max(GROUP, QUANTIZED // k // GROUP * GROUP)), -(-k // group)
+
+    def kernel(x: jax.Ref, values: jax.Ref, scales: jax.Ref) -> None:
+        for i in range(groups):
+            columns = slice(i * group, min((i + 1) * group, k))
+            wide = x[:, columns].astype(jnp.float32)
+            peak = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
+            scale = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
+            scale = next_power_of_two(scale) if power_of_two else scale
+            values[:, columns] = jnp.clip(wide / scale, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+            scales[:, i : i + 1] = scale
+
+    def whole(columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((tile, columns), lambda i: (i, 0))
+
+    values, scales = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(len(rows), tile),),
+        in_specs=[whole(k)],
+        out_specs=[whole(k), whole(groups)],
+        out_shape=[
+            tpu.result((len(rows), k), jnp.float8_e4m3fn, rows),
+            tpu.result((len(rows), groups), jnp.float32, rows),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=tpu.VMEM_LIMIT),
+        name="block_fp8_act_quant",
+        interpret=interpret,
+    )(rows)
+    return values.reshape(*batch, k), scales.reshape(*batch, groups)
+
+
+def weight_dequant(
+    weight: BlockFP8, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, interpret: tpu.Interpret = False
+) -> jax.Array:
+    """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
+    *batch, n, k = weight.shape
+    stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
+    block = tile_sizes(1, stack, dtype).block
+    scales = _scales_of_blocks(stack, block)
+
+    def rows(*columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, block, *columns), lambda e, j: (e, j, 0))
+
+    y = pl.pallas_call(
+        _scaled(weight.block),
+        grid=(len(scales), pl.cdiv(n, block)),
+        in_specs=[rows(k), pl.BlockSpec((None, None, *scales.shape[2:]), lambda e, j: (e, j, 0, 0))],
+        out_specs=rows(k),
+        out_shape=tpu.result(stack.shape, dtype, stack.values),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tpu.VMEM_LIMIT
+        ),
+        name="block_fp8_weight_dequant",
+        interpret=interpret,
+    )(stack.values, scales)
+    return y.reshape(*batch, n, k)

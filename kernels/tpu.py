@@ -1,0 +1,207 @@
+"""What the Pallas TPU kernels share: one pipeline for all weights that are decoded on the chip, and its tile sizes.
+
+A grid step owns one block of a matrix's rows and one tile of activations. The grid runs over the tiles innermost, so a
+block is copied to VMEM and decoded there once, and then meets all tiles that want it. Decoding once for each tile
+would cost a prompt more vector work than matrix work; a decoded copy in HBM would cost a step two to four times the
+traffic. Blocks hold whole rows (all of `in`): no tails of `in` need masks, and each copy is one long burst.
+
+A plain matmul is the grouped one with a single expert, so there is one kernel a format.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+CHUNK = 512  # lanes that are decoded at once: enough independent work, few enough registers
+DECODE_ROWS = 64  # of x: up to here a matmul is bound by reading the weight
+BLOCK_BYTES = 2 << 20  # of a decoding step's weight: 1.3 us on v6e. The first block's copy hides behind nothing.
+PROMPT_TILE = 512  # rows: the MXU holds a part of the weight for so many pushes
+PROMPT_BLOCK = 1024  # rows are the FLOP for each byte of a tile read again: v6e needs 561, so 512 are nearly enough
+VMEM_BUDGET = 40 << 20  # what tiles may take; v5p and each core of tpu7x have 64 MiB, v5e and v6e 128 MiB
+VMEM_LIMIT = 56 << 20
+
+Interpret = bool | pltpu.InterpretParams
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much one grid step holds."""
+
+    tile: int  # rows of x
+    block: int  # rows of the weight
+    vmem_bytes: int
+
+
+def sizes(m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LANES) -> Sizes | None:
+    """Tile sizes for `m` rows against `[n, k]`, or None if even the smallest need too much VMEM.
+
+    Args:
+        row_bytes: of one row of the weight as it is stored.
+        itemsize: of x, and of the decoded weight.
+        unit: blocks have a multiple of so many rows, itself one of 128 (they are the lanes of the output).
+    """
+    wanted = PROMPT_BLOCK if m > DECODE_ROWS else min(PROMPT_BLOCK, BLOCK_BYTES // row_bytes)
+    tile, block = min(m, PROMPT_TILE), _up(min(max(wanted, unit), n), unit)
+    while _vmem_bytes(tile, block, k, row_bytes, itemsize) > VMEM_BUDGET:
+        # The larger of the two first: fewer rows of a tile load the MXU more often, of a block read x more often.
+        if tile > LANES and (tile >= block or block == unit):
+            tile //= 2
+        elif block > unit:
+            block = _up(block // 2, unit)
+        else:
+            return None
+    # The same number of steps, as even as they can be: less of the last one hangs over the edge.
+    tile = tile if tile == m else min(tile, _up(-(-m // -(-m // tile)), 16))
+    block = min(block, _up(-(-n // -(-n // block)), unit))
+    return Sizes(tile, block, _vmem_bytes(tile, block, k, row_bytes, itemsize))
+
+
+def _vmem_bytes(tile: int, block: int, k: int, row_bytes: int, itemsize: int) -> int:
+    """Two buffers for all that is copied, the decoded block, and what a kernel makes of a tile."""
+    copied = tile * k * itemsize + block * row_bytes + tile * block * 4
+    return 2 * copied + (block + tile) * k * itemsize
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def spread(values: jax.Array, unit: int, start: int, count: int) -> jax.Array:
+    """Columns `start .. start + count - 1` of `values[rows, s]` with each column repeated `unit` times.
+
+    `start` is a multiple of 128; one of 128 and `unit` divides the other. (`jnp.repeat` compiles too, to ten times as
+    many instructions.)
+    """
+    parts = []
+    for first in range(start, start + count, LANES):
+        column = first // unit
+        if unit % LANES == 0:
+            parts.append(jnp.broadcast_to(values[:, column : column + 1], (values.shape[0], LANES)))
+        else:
+            base = column // LANES * LANES
+            source = lax.broadcasted_iota(jnp.int32, (1, LANES), 1) // unit + (column - base)
+            parts.append(gather_lanes(values[:, base : base + LANES], source))
+    return jnp.concatenate(parts, axis=1)[:, :count]
+
+
+def gather_lanes(values: jax.Array, source: jax.Array) -> jax.Array:
+    """`values[:, source[0]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[1, 128]`."""
+    rows = len(values)
+    # JAX simplifies a gather from a single row to one that Mosaic does not know.
+    values = jnp.broadcast_to(values, (8, values.shape[1])) if rows == 1 else values
+    index = jnp.broadcast_to(source, (len(values), LANES))
+    return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")[:rows]
+
+
+def chunks(k: int) -> list[tuple[int, int]]:
+    """`(start, count)` of the parts of `k` lanes that are decoded together."""
+    return [(start, min(CHUNK, k - start)) for start in range(0, k, CHUNK)]
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x[m, k] @ w[n, k].T` in float32; float32 operands are multiplied as float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which differs between devices where `like`, an operand, does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
+
+
+def tiles_of(x: jax.Array, tile: int) -> jax.Array:
+    """`x[rows, ...]` as `[tiles, tile, ...]`, zeros appended."""
+    pad = -len(x) % tile
+    if pad:
+        x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, tile, *x.shape[1:])
+
+
+def multiply(
+    tiles: tuple[jax.Array, ...],
+    leaves: tuple[jax.Array, ...],
+    expert: jax.Array,
+    n: int,
+    block: int,
+    scratch: tuple[jax.ShapeDtypeStruct, ...],
+    decode: Callable[..., None],
+    product: Callable[..., jax.Array],
+    name: str,
+    interpret: Interpret,
+) -> jax.Array:
+    """Run the pipeline.
+
+    Args:
+        tiles: the activations, each `[tiles, ..., tile, columns]`.
+        leaves: the weight; `[experts, n, columns]` are cut into blocks of rows, `[experts, blocks, ...]` are already.
+        expert: int32 `[tiles]`, see `dense.grouped_matmul`.
+        block: rows of the weight in a grid step.
+        scratch: what stays in VMEM from step to step, first of all a block's decoded form.
+        decode: `(*leaf_refs, *scratch_refs)`, writes the decoded block.
+        product: `(*tile_refs, *leaf_refs, *scratch_refs) -> [tile, block]`; no ref has its leading axes.
+
+    Returns:
+        float32 `[tiles, tile, n]`.
+    """
+    count = jnp.sum(expert >= 0, dtype=jnp.int32)
+    # Tiles that are not in use point to what the last one in use has in VMEM: nothing is copied for them.
+    source = jnp.maximum(jnp.where(expert >= 0, expert, expert[jnp.maximum(count - 1, 0)]), 0)
+    tile, blocks = tiles[0].shape[-2], pl.cdiv(n, block)
+
+    def of_tile(j: jax.Array, t: jax.Array, source: jax.Array, count: jax.Array) -> jax.Array:
+        return jnp.minimum(t, jnp.maximum(count[0] - 1, 0))
+
+    def of_block(j: jax.Array, t: jax.Array, source: jax.Array, count: jax.Array) -> jax.Array:
+        return jnp.where(count[0] > 0, j, 0)
+
+    def tile_spec(x: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda *at: (of_tile(*at), *[0] * (x.ndim - 1)))
+
+    def leaf_spec(leaf: jax.Array) -> pl.BlockSpec:
+        rows = (block, leaf.shape[2]) if leaf.ndim == 3 else (None, *leaf.shape[2:])
+        return pl.BlockSpec((None, *rows), lambda j, t, source, count: (
+            source[t], of_block(j, t, source, count), *[0] * (leaf.ndim - 2)
+        ))  # fmt: skip
+
+    def kernel(source: jax.Ref, count: jax.Ref, *refs: jax.Ref) -> None:
+        operands, (y, *held) = refs[: len(tiles) + len(leaves)], refs[len(tiles) + len(leaves) :]
+        t = pl.program_id(1)
+
+        @pl.when(t < count[0])
+        def _() -> None:
+            @pl.when((t == 0) | (source[t] != source[jnp.maximum(t - 1, 0)]))
+            def _() -> None:
+                decode(*operands[len(tiles) :], *held)
+
+            y[...] = product(*operands, *held)
+
+    rows, k = len(expert) * tile, tiles[0].shape[-1]
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(blocks, len(expert)),
+        in_specs=[*map(tile_spec, tiles), *map(leaf_spec, leaves)],
+        out_specs=pl.BlockSpec((None, tile, block), lambda j, *at: (of_tile(j, *at), 0, j)),
+        scratch_shapes=[pltpu.VMEM(part.shape, part.dtype) for part in scratch],
+    )
+    read = sum(leaf.nbytes // leaf.shape[0] for leaf in leaves) * min(leaves[0].shape[0], len(expert))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=spec,
+        out_shape=result((len(expert), tile, n), jnp.float32, tiles[0]),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * n * k,
+            bytes_accessed=read + sum(x.nbytes for x in tiles) * blocks + 4 * rows * n,
+            transcendentals=0,
+        ),
+        name=name,
+        interpret=interpret,
+    )(source, count[None], *tiles, *leaves)

@@ -1,0 +1,114 @@
+"""What the TPU's compiler makes of a kernel, without a TPU: `compile_report`."""
+
+import importlib
+import os
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxllm.kernels.shapes import Shape
+
+from jaxllm.formats.base import Weight
+from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+
+# The last two bring operands to VMEM ahead of time, as they are.
+NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
+INSTRUCTION = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\(")
+
+
+def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16", group: int | None = None) -> dict:
+    """Compile one of `shapes.named()`'s ops for chips that need not be there.
+
+    Args:
+        op: "block_fp8.matmul" and the like.
+        topology: "v6e:2x4" and the like, by libtpu's names.
+        dtype: of the activations.
+        group: of activations that are rounded to FP8 (W8A8).
+
+    Returns:
+        `tile`, `block`: rows of activations and of the weight in a grid step; `vmem_bytes` that they take;
+        `weight_bytes` as stored, `temp_bytes` that the program needs in HBM beside its arguments and results;
+        `copies`: its instructions that make another array of the weight's size (there should be none); `kernels`: names
+        of the kernels in it; `seconds`: how long compiling took; `optimal_seconds`: the compiler's estimate of a run,
+        which for a kernel rests on the kernel's own count of FLOPs and bytes.
+    """
+    format, name = op.split(".")
+    module = importlib.import_module(f"jaxllm.kernels.{format}.pallas_tpu")
+    weight, mesh = abstract_weight(format, shape, group), topology_mesh(topology)
+    arguments = [jax.ShapeDtypeStruct((shape.m, shape.k), dtype), weight]
+    rows = shape.m
+    if shape.experts:
+        from jaxllm.kernels.experts import tile_size
+
+        rows = tile_size(shape.m, shape.experts)
+        tiles = shape.m // rows + min(shape.experts, shape.m)
+        arguments[0] = jax.ShapeDtypeStruct((tiles * rows, shape.k), dtype)
+        arguments.append(jax.ShapeDtypeStruct((tiles,), jnp.int32))
+    arguments = jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, PartitionSpec())), arguments)
+
+    local = jax.shard_map(
+        getattr(module, name), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    start = time.perf_counter()
+    compiled = jax.jit(local).lower(*arguments).compile()
+    seconds, text = time.perf_counter() - start, compiled.as_text()
+    size = module.tile_sizes(rows, weight, dtype)
+    return {
+        "tile": size.tile,
+        "block": size.block,
+        "vmem_bytes": size.vmem_bytes,
+        "weight_bytes": weight.nbytes,
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "copies": weight_copies(text, shape),
+        "kernels": sorted(set(re.findall(rf"%({format}\w+)\S* = .*tpu_custom_call", text))),
+        "seconds": seconds,
+        "optimal_seconds": compiled.cost_analysis().get("optimal_seconds"),
+    }
+
+
+def topology_mesh(name: str) -> Mesh:
+    """All devices of a topology, which only the compiler knows, in a row."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server to ask about this machine's TPUs
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need the chips for itself
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return Mesh(np.array(devices), ("devices",))
+
+
+def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """A leaf in row-major order, as kernels read it.
+
+    By default TPUs transpose arrays where that saves padding (`uint8[2880, 1440]`, `[8192, 32]`), and the compiler
+    would transpose them back before each kernel: a copy of the whole weight at every call.
+    """
+    format = Format(Layout(tuple(range(len(leaf.shape)))), sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=format)
+
+
+def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weight:
+    """A weight of `shape` without values."""
+    batch = (shape.experts,) if shape.experts else ()
+
+    def leaf(columns: int, dtype: jax.typing.DTypeLike, rows: int = shape.n) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, rows, columns), dtype)
+
+    if format == "mxfp4":
+        return MXFP4(leaf(shape.k // 2, jnp.uint8), leaf(shape.k // BLOCK, jnp.uint8))
+    scales = leaf(-(-shape.k // 128), jnp.float32, rows=-(-shape.n // 128))
+    return BlockFP8(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)
+
+
+def weight_copies(text: str, shape: Shape) -> list[str]:
+    """Instructions of a compiled program that make an array of the size of the weight, or of one of its leaves."""
+    entry = text[text.index("ENTRY") :]
+    sizes = [{str(shape.n), str(columns)} for columns in (shape.k, shape.k // 2, shape.k // BLOCK)]
+    return [
+        f"{op} of {dtype}[{dims}]"
+        for dtype, dims, op in INSTRUCTION.findall(entry)
+        if op not in NO_WORK and set(dims.split(",")[-2:]) in sizes
+    ]

@@ -1,0 +1,158 @@
+"""The Triton kernels compiled for GPUs that are not here: down to machine code, and by XLA for eight H100s.
+
+Needs no GPU, but triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt (none of NVIDIA's own wheels).
+"""
+
+import dataclasses
+import re
+
+import eight_h100 as h100
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxllm.kernels import shapes
+
+WHERE = "they compile for GPUs, on machines that may have none: pip install 'jaxllm[plan]'"
+for module in ("triton", "jax_triton", "jax_plugins.xla_cuda13"):
+    pytest.importorskip(module, reason=f"{module} is missing; {WHERE}")
+
+import jax_triton  # noqa: E402
+import triton  # noqa: E402
+from jaxllm.kernels import gpu  # noqa: E402
+from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
+
+SHARED = 227 * 1024  # bytes that a program can have on both architectures
+INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHAPES = {f"{op} {name}": (op, shape) for op, table in shapes.named().items() for name, shape in table.items()}
+# Rows for each entry of a table; the last k is no multiple of its tiles' k.
+ROWS, MATRICES = (1, 32, 64, 200), ((1536, 7168), (2880, 2880))
+
+
+def kernel_calls():
+    """Every entry of the tables, for each kind of activations, and experts for some."""
+    for op, table in (("block_fp8", block_fp8.TILES), ("mxfp4", mxfp4.TILES)):
+        groups = (None, 128) if op == "block_fp8" else (None,)
+        for tile, m in zip(table, ROWS, strict=True):
+            for n, k in MATRICES:
+                yield from ((f"{op}.matmul", shapes.Shape(m, n, k), jnp.bfloat16, group, tile) for group in groups)
+        for group in groups:
+            yield f"{op}.grouped_matmul", shapes.Shape(16, 2880, 2880, 16), jnp.bfloat16, group, table[0]
+    for op, table in (("block_fp8", block_fp8.TILES_FLOAT32), ("mxfp4", mxfp4.TILES_FLOAT32)):
+        for tile, m in zip(table, (1, 200), strict=True):
+            yield f"{op}.matmul", shapes.Shape(m, 1536, 7168), jnp.float32, None, tile
+
+
+CALLS = {
+    f"{op} {tuple(shape)} {np.dtype(dtype)} {group}": call
+    for call in kernel_calls()
+    for op, shape, dtype, group, _ in [call]
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Triton's, which would be in the user's home."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize("call", CALLS)
+def test_matmul_in_machine_code(call, arch):
+    op, shape, dtype, group, tile = CALLS[call]
+    report = gpu.compile_report(op, shape, arch, dtype, group)
+    assert report["tile"] == tile[:3] and report["warps"] == tile.warps and report["stages"] == tile.stages
+    assert report["shared"] <= SHARED
+    assert report["spills"] == 0
+    if dtype == jnp.float32:
+        assert report["instructions"] == []  # none of them multiplies float32
+    else:
+        assert all(name.startswith(INSTRUCTION[arch]) for name in report["instructions"]) and report["instructions"]
+    if arch == 90 and dtype == jnp.bfloat16:
+        # What is decoded goes on to the instruction. Nothing is, when codes are multiplied as they are.
+        assert report["from_registers"] == (group is None)
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+def test_products_of_codes_keep_subnormals(arch):
+    """MXFP4's decoder multiplies subnormal numbers, which `.ftz` would flush to zero."""
+    for dtype, multiply in ((jnp.bfloat16, "mul.bf16x2"), (jnp.float32, "mul.f32")):
+        args = gpu.arguments("mxfp4.matmul", shapes.Shape(1, 64, 256), dtype)
+        ptx = gpu.launches(mxfp4.matmul, *args)[0].compile(arch).asm["ptx"]
+        assert multiply in ptx and ".ftz" not in ptx
+
+
+@pytest.mark.parametrize("op", ["block_fp8.grouped_matmul", "mxfp4.grouped_matmul"])
+def test_experts_are_64_bits_apart(op):
+    """A stack is larger than 2^31."""
+    (launch,) = gpu.launches(gpu.function(op), *gpu.arguments(op, shapes.Shape(4, 2048, 7168, 256)))
+    assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64", launch.compile(90).asm["ttir"])
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_act_quant_in_machine_code(arch, power_of_two):
+    x = jax.ShapeDtypeStruct((16, 7168), jnp.bfloat16)
+    (launch,) = gpu.launches(lambda x: block_fp8.act_quant(x, 128, power_of_two), x)
+    compiled = launch.compile(arch)
+    assert gpu.resources(compiled)["spills"] == 0
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"] and "div.rn.f32" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize("scales", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e8m0fnu])
+@pytest.mark.parametrize("values", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
+def test_every_dtype_of_codes_and_scales(values, scales, arch):
+    x, weight = gpu.arguments("block_fp8.matmul", shapes.Shape(1, 256, 1024))
+    dtypes = {"values": values, "scales": scales}
+    weight = dataclasses.replace(weight, **{name: getattr(weight, name).update(dtype=d) for name, d in dtypes.items()})
+    launches = [*gpu.launches(block_fp8.matmul, x, weight), *gpu.launches(block_fp8.weight_dequant, weight)]
+    assert [gpu.resources(launch.compile(arch))["spills"] for launch in launches] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def eight_h100():
+    return h100.mesh()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_xla_compiles_for_eight_gpus(eight_h100, name):
+    """One device's share is the named shape; the kernel is all there is, and no decoded matrix is anywhere."""
+    op, shape = SHAPES[name]
+    group = 128 if op.startswith("block_fp8") and "DeepSeek" in name else None
+    local = gpu.arguments(op, shape, group=group)
+    # Rows of the matrix or experts are divided; so are the tiles of experts, and x is the same everywhere otherwise.
+    specs = jax.tree.map(lambda _: P("tp"), local)
+    specs = specs if shape.experts else (P(), *specs[1:])
+    out = P("tp") if shape.experts else P(None, "tp")
+
+    def everywhere(leaf, spec):
+        first = leaf.shape[0] * (8 if spec else 1)
+        return leaf.update(shape=(first, *leaf.shape[1:]), sharding=NamedSharding(eight_h100, spec))
+
+    f = jax.shard_map(gpu.function(op), mesh=eight_h100, in_specs=specs, out_specs=out)
+    compiled = jax.jit(f).lower(*jax.tree.map(everywhere, local, specs)).compile(compiler_options=h100.WITHOUT_A_GPU)
+    text = compiled.as_text()
+    assert text.count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"') == (2 if group else 1)
+    floats = re.findall(r"\b(?:f32|f16|bf16)\[([\d,]+)\]", text)
+    assert not [dims for dims in floats if dims.endswith(f"{shape.n},{shape.k}")]
+    # x once more (as codes, or with its columns in another order), and the splits' sums.
+    splits = gpu.launches(gpu.function(op), *local)[-1].grid[2]
+    x = local[0]
+    sums = 4 * splits * x.shape[0] * shape.n if splits > 1 else 0
+    allowed = 2 * x.size + sums + 64 * 1024
+    assert compiled.memory_analysis().temp_size_in_bytes <= allowed
+
+
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+def test_results_differ_between_devices(eight_h100, op):
+    """`shard_map` knows, and so does not take them for everyone's."""
+    args = gpu.arguments(op, shapes.Shape(16, 1024, 1024))
+    f = jax.shard_map(gpu.function(op), mesh=eight_h100, in_specs=(P(), P("tp")), out_specs=P())
+    with pytest.raises(ValueError, match="replicated"):
+        jax.eval_shape(f, *args)

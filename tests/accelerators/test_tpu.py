@@ -1,0 +1,108 @@
+"""The Pallas kernels through the TPUs' own compiler, for chips that are not there: that it takes them, and what the
+programs need. How fast they run, and whether they are right on silicon, this cannot tell."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxllm.kernels import shapes, tpu_report
+from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
+
+from jaxllm.formats.fp8 import BlockFP8
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install 'jaxllm[plan]'"
+)
+
+V5E, V6E, TPU7X = "v5e:2x2", "v6e:2x4", "tpu7x:2x2x1"
+NAMED = [(op, name, shape) for op, named in shapes.named().items() for name, shape in named.items()]
+TRAINED_AS = ["DeepSeek-V3 q_a_proj x 1", "DeepSeek-V3 kv_a_proj x 16", "DeepSeek-V3 q_b_proj x 4096"]
+
+report = functools.lru_cache(tpu_report.compile_report)  # some shapes are called by two names
+
+
+def check(made, shape, kernels):
+    assert made["kernels"] == kernels
+    assert made["copies"] == []
+    # Padded copies would pass under another shape: rows of x and y may be padded, a weight may not be held twice.
+    rows = shape.m + 64 * shape.experts
+    assert made["temp_bytes"] <= 64 * 2**10 + 6 * rows * (shape.n + shape.k) + made["weight_bytes"] // 50
+    assert made["vmem_bytes"] < 56 * 2**20
+
+
+@pytest.mark.parametrize(("op", "name", "shape"), NAMED, ids=[f"{op}-{name}" for op, name, _ in NAMED])
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_real_shapes(op, name, shape, topology):
+    if topology != V6E and "DeepSeek" not in name and "gpt-oss" not in name:
+        pytest.skip("half of the shapes are compiled for v6e alone")
+    check(report(op, shape, topology), shape, [op.replace(".", "_")])
+
+
+@pytest.mark.parametrize("name", TRAINED_AS)
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_activations_in_fp8(name, topology):
+    shape = shapes.named()["block_fp8.matmul"][name]
+    check(report("block_fp8.matmul", shape, topology, group=128), shape, ["block_fp8_act_quant", "block_fp8_matmul"])
+
+
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_experts_with_activations_in_fp8(topology):
+    shape = shapes.named()["block_fp8.grouped_matmul"]["DeepSeek-V3 expert_down_proj x 16"]
+    made = report("block_fp8.grouped_matmul", shape, topology, group=128)
+    check(made, shape, ["block_fp8_act_quant", "block_fp8_grouped_matmul"])
+
+
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+@pytest.mark.parametrize("rows", [1, 96])
+def test_activations_in_float32(op, rows):
+    shape = shapes.Shape(rows, 1024, 3584)
+    check(report(op, shape, V5E, "float32"), shape, [op.replace(".", "_")])
+
+
+@pytest.mark.parametrize("shape", [(1, 72, 96), (3, 200, 352), (130, 576, 2880)])
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+def test_odd_shapes(op, shape, topology):
+    shape = shapes.Shape(*shape)
+    assert report(op, shape, topology)["kernels"] == [op.replace(".", "_")]
+
+
+def compiled_for(topology, f, *arguments):
+    mesh = tpu_report.topology_mesh(topology)
+    everywhere = PartitionSpec()
+    local = jax.shard_map(f, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    arguments = jax.tree.map(lambda leaf: tpu_report.placed(leaf, NamedSharding(mesh, everywhere)), arguments)
+    return jax.jit(local).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize("block", [(64, 128), (128, 64), (16, 32), (8, 16), (256, 256)])
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_blocks_of_other_sizes(block, group, topology):
+    scales = jax.ShapeDtypeStruct((-(-1152 // block[0]), -(-2880 // block[1])), jnp.bfloat16)
+    weight = BlockFP8(jax.ShapeDtypeStruct((1152, 2880), jnp.float8_e4m3fn), scales, block, group)
+    x = jax.ShapeDtypeStruct((4, 2880), jnp.bfloat16)
+    assert block_fp8.refuses("matmul", x, weight) is None
+    assert "tpu_custom_call" in compiled_for(topology, block_fp8.matmul, x, weight)
+
+
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_decoding_to_memory(topology):
+    weight = tpu_report.abstract_weight("block_fp8", shapes.Shape(1, 576, 7168, experts=4))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        text = compiled_for(topology, functools.partial(block_fp8.weight_dequant, dtype=dtype), weight)
+        assert "block_fp8_weight_dequant" in text
+
+
+def test_default_layouts_cost_a_copy(monkeypatch):
+    """Why weights have to be placed row-major: else the whole stack is transposed before every call."""
+    shape = shapes.named()["mxfp4.grouped_matmul"]["gpt-oss-120b expert_gate_proj x 1"]
+    monkeypatch.setattr(
+        tpu_report, "placed", lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    )
+    assert any(
+        "16,2880,1440" in copy for copy in tpu_report.compile_report("mxfp4.grouped_matmul", shape, V6E)["copies"]
+    )

@@ -1,0 +1,197 @@
+"""The Pallas TPU kernels against products in float64, on a simulated TPU that forgives nothing: what was not written
+is NaN, what is read out of bounds raises, and races are found."""
+
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from jaxllm.kernels import shapes, tpu
+from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
+from jaxllm.kernels.block_fp8 import reference
+from jaxllm.kernels.mxfp4 import pallas_tpu as mxfp4
+from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers
+from kernel_cases import block_fp8 as block_fp8_weight
+from kernel_cases import mxfp4 as mxfp4_weight
+
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture
+def no_races(monkeypatch):
+    """Every kernel that a test runs is watched, and there is one."""
+    watched, state = [], interpret_pallas_call.RaceDetectionState
+    monkeypatch.setattr(
+        interpret_pallas_call, "RaceDetectionState", lambda **options: watched.append(state(**options)) or watched[-1]
+    )
+    yield
+    interpret_pallas_call.reset_tpu_interpret_mode_state()
+    assert watched
+    assert not any(each.races_found for each in watched)
+
+
+class Quickly:
+    """The simulator's programs run once, so LLVM need not polish them. float32 has tests of its own, tighter ones."""
+
+    dtypes = (BF16,)
+
+    def run(self, f, *args):
+        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        return np.asarray(jax.jit(f).lower(*args).compile(options)(*args))
+
+
+def simulated(module, *names):
+    return SimpleNamespace(**{name: partial(getattr(module, name), interpret=STRICT) for name in names})
+
+
+@pytest.mark.usefixtures("no_races")
+class TestMXFP4(Quickly, MXFP4Cases):
+    module = simulated(mxfp4, "matmul", "grouped_matmul")
+
+    @pytest.mark.parametrize("shape", [(1, 128, 256), (3, 72, 96)])
+    def test_float32(self, shape):
+        m, n, k = shape
+        x, weight = numbers(m, k), mxfp4_weight(n, k)
+        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+
+    def test_scales_that_no_encoder_writes(self):
+        """A NaN stays in its row; the smallest scale counts as the next one; a row of zeros is zero at any scale."""
+        weight = mxfp4_weight(64, 64)
+        scales = np.array(weight.scales)
+        scales[5, 1], scales[7] = 255, 0
+        weight = dataclasses.replace(weight, scales=jnp.asarray(scales))
+        got = self.run(self.module.matmul, numbers(3, 64).astype(BF16), weight)
+        assert np.isnan(got[:, 5]).all()
+        assert np.isfinite(np.delete(got, 5, axis=1)).all()
+        assert (np.abs(got[:, 7]) < 1e-35).all()
+        zero = dataclasses.replace(weight, blocks=jnp.zeros_like(weight.blocks), scales=jnp.zeros_like(weight.scales))
+        assert (self.run(self.module.matmul, numbers(3, 64).astype(BF16), zero) == 0).all()
+
+
+@pytest.mark.usefixtures("no_races")
+class TestBlockFP8(Quickly, BlockFP8Cases):
+    module = simulated(block_fp8, "matmul", "grouped_matmul", "act_quant", "weight_dequant")
+
+    @pytest.mark.parametrize("block", [*BlockFP8Cases.BLOCKS, (8, 16), (256, 256)])
+    def test_activations_in_fp8_with_other_blocks(self, block):
+        weight, x = block_fp8_weight(272, 288, block=block, activation_group=128), numbers(4, 288).astype(BF16)
+        seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight)
+
+    def test_small_blocks(self):
+        weight, x = block_fp8_weight(72, 160, block=(8, 16)), numbers(4, 160).astype(BF16)
+        self.check_matmul(x, weight)
+
+    def test_products_are_not_rounded(self):
+        """Codes times codes, scaled afterwards: float32 all the way, where a decoded bfloat16 weight is 2^-9 off."""
+        weight, x = block_fp8_weight(128, 384, activation_group=128), numbers(4, 384).astype(BF16)
+        seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight, error=1e-6)
+
+    def test_scales_in_bfloat16(self):
+        weight = block_fp8_weight(128, 256)
+        weight = dataclasses.replace(weight, scales=weight.scales.astype(jnp.bfloat16))
+        x = numbers(2, 3, 256)
+        got = self.run(self.module.matmul, x, weight)
+        self.close(got, x, np.asarray(weight.dequantize()), error=1e-6)
+
+    def check_matmul_of(self, seen, got, weight, error=2e-3):
+        self.close(got, seen, np.asarray(weight.dequantize()), error)
+
+
+@pytest.mark.usefixtures("no_races")
+class TestManySteps(Quickly, KernelCases):
+    """More rows than a tile holds, more than a block does, more columns than are decoded at once."""
+
+    @pytest.mark.parametrize(
+        ("module", "weight"),
+        [
+            (mxfp4, mxfp4_weight(136, 1184)),
+            (block_fp8, block_fp8_weight(136, 1184)),
+            (block_fp8, block_fp8_weight(136, 672, activation_group=128)),
+        ],
+        ids=["mxfp4", "W8A16", "W8A8"],
+    )
+    def test_many_tiles(self, module, weight, monkeypatch):
+        monkeypatch.setattr(tpu, "PROMPT_TILE", 32)
+        monkeypatch.setattr(tpu, "PROMPT_BLOCK", 128)
+        x = numbers(70, weight.shape[1]).astype(BF16)
+        got = self.run(partial(module.matmul, interpret=STRICT), x, weight)
+        seen = x
+        if getattr(weight, "activation_group", None):
+            seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        self.close(got, seen, np.asarray(weight.dequantize()))
+
+    @pytest.mark.parametrize(
+        ("module", "stack"),
+        [(mxfp4, mxfp4_weight(3, 136, 64)), (block_fp8, block_fp8_weight(3, 136, 64, block=(64, 64)))],
+        ids=["mxfp4", "block_fp8"],
+    )
+    def test_experts_of_many_blocks(self, module, stack, monkeypatch):
+        monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
+        self.module = SimpleNamespace(grouped_matmul=partial(module.grouped_matmul, interpret=STRICT))
+        self.check_grouped(2, [1, 1, 0, -1], stack, numbers(8, 64).astype(BF16))
+
+    def test_decoding_many_blocks(self, monkeypatch):
+        monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
+        weight = block_fp8_weight(2, 264, 96, block=(64, 64))
+        got = self.run(partial(block_fp8.weight_dequant, dtype=jnp.float32, interpret=STRICT), weight)
+        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
+
+
+SMALL = jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
+
+
+def fp8(*shape, block=(128, 128), group=None):
+    return block_fp8.BlockFP8(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), None, block, group)
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (fp8(256, 256), None),
+        (fp8(256, 256, block=(16, 32), group=128), None),
+        (fp8(256, 256, block=(256, 256)), None),
+        (fp8(256, 256, block=(4, 128)), "blocks of 4 rows"),
+        (fp8(256, 256, block=(96, 128)), "blocks of 96 rows"),
+        (fp8(256, 256, block=(640, 128)), "blocks of 640 rows"),
+        (fp8(256, 256, block=(128, 48)), "blocks of 48 columns"),
+        (fp8(256, 256, block=(128, 32), group=48), "groups of 48"),
+    ],
+)
+def test_what_fp8_refuses(weight, reason):
+    told = block_fp8.refuses("matmul", SMALL, weight)
+    assert (told is None) if reason is None else reason in told
+
+
+@pytest.mark.parametrize("module", [block_fp8, mxfp4])
+def test_what_both_refuse(module):
+    def told(k, dtype):
+        x = jax.ShapeDtypeStruct((1, k), dtype)
+        half = jax.ShapeDtypeStruct((64, k // 2), jnp.uint8)
+        weight = fp8(64, k) if module is block_fp8 else mxfp4.MXFP4(half, None)
+        return module.refuses("matmul", x, weight)
+
+    assert told(28672, jnp.float32) is None
+    assert "float16" in told(256, jnp.float16)
+    assert "rows of 1048576 columns" in told(1 << 20, jnp.bfloat16)
+
+
+def test_tiles_fit():
+    """Blocks that the lanes of the output allow, tiles that VMEM has room for, and no more steps than that takes."""
+    for op, named in shapes.named().items():
+        for shape in named.values():
+            for itemsize in (2, 4):
+                rows = shape.k if "fp8" in op else shape.k * 17 // 32
+                size = tpu.sizes(shape.m, shape.n, shape.k, rows, itemsize)
+                assert size.vmem_bytes <= tpu.VMEM_BUDGET
+                assert size.block % 128 == 0
+                assert size.block < shape.n + 128
+                assert size.tile == shape.m or size.tile % 16 == 0

@@ -1,0 +1,221 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU: the code that GPUs get, launched as they get it.
+
+The interpreter (of Triton 3.7.1) multiplies bfloat16 as if its bits were integers and rounds wrongly to narrow floats.
+`MENDED` replaces just these operations by what ml_dtypes and float32 make of them. What nothing here can see: what
+GPUs do differently from that (the order of sums, the narrower sums of Hopper's FP8 instruction), and races. That the
+kernels compile for GPUs is checked in `accelerators/test_gpu.py`.
+"""
+
+import dataclasses
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxllm[gpu]'")
+pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[gpu]'")
+
+import triton.language as tl  # noqa: E402
+from jaxllm.kernels import gpu  # noqa: E402
+from jaxllm.kernels.block_fp8 import reference  # noqa: E402
+from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
+from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, numbers  # noqa: E402
+from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
+from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from jaxllm.formats.fp8 import BlockFP8  # noqa: E402
+from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
+
+# XLA's threads, which run callbacks, flush subnormal numbers to zero, and a new thread does what its parent does.
+THREAD = ThreadPoolExecutor(1)
+THREAD.submit(int).result()
+NARROW = {
+    tl.bfloat16: ml_dtypes.bfloat16,
+    tl.float8e4nv: ml_dtypes.float8_e4m3fn,
+    tl.float8e5: ml_dtypes.float8_e5m2,
+}
+
+
+class Executor(interpreter.GridExecutor):
+    """Takes pointers to numpy arrays as they are, where its parent copies torch tensors to and fro."""
+
+    def _init_args_hst(self, args, kwargs):
+        return args, kwargs
+
+    def _restore_args_dev(self, *_):
+        pass
+
+
+def numbers_of(handle):
+    """A handle's data as numbers, where the interpreter holds bits."""
+    narrow = NARROW.get(handle.dtype.scalar)
+    return handle.data if narrow is None else handle.data.view(narrow).astype(np.float32)
+
+
+def handle_of(numbers, dtype):
+    """The other way around, rounded to nearest."""
+    narrow, held = NARROW.get(dtype), interpreter._get_np_dtype(dtype)
+    data = numbers.astype(held) if narrow is None else numbers.astype(narrow).view(held)
+    return interpreter.TensorHandle(data, dtype)
+
+
+def cast(self, source, to, *_):
+    return handle_of(np.asarray(numbers_of(source)), to.scalar)
+
+
+def multiply(self, a, b):
+    return handle_of(numbers_of(a) * numbers_of(b), a.dtype.scalar)
+
+
+def dot(self, a, b, acc, *_):
+    product = np.matmul(numbers_of(a), numbers_of(b), dtype=np.float32)
+    return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+
+MENDED = {
+    "create_fp_to_fp": cast,
+    "create_fp_ext": cast,
+    "create_fp_trunc": cast,
+    "create_fmul": multiply,
+    "create_dot": dot,
+    "get_bf16": lambda self, value: handle_of(np.array([value]), tl.bfloat16),
+}
+
+
+def call_helper(self, *args, **kwargs):
+    """A kernel's call of another `triton.jit` function, which without TRITON_INTERPRET=1 is not interpreted."""
+    scope = interpreter._patch_lang(self.fn)
+    try:
+        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
+
+
+def interpret(kernel, *args, out_type, grid, warps=4, stages=3, **constants):
+    """`gpu.launch`, by the interpreter; as a callback, so that it also runs under jit."""
+    outputs = jax.tree.leaves(out_type)
+
+    def run(*inputs):
+        inputs = iter(np.ascontiguousarray(a) for a in inputs)
+        # What is never written is NaN, or what FP8 has for it.
+        results = [np.full(o.shape, 0xFF, np.uint8).repeat(o.dtype.itemsize, -1).view(o.dtype) for o in outputs]
+        arrays = [*(None if a is None else next(inputs) for a in args), *results]
+        pointers = [a if a is None else pointer(a) for a in arrays]
+        function = interpreter.InterpretedFunction(kernel.fn)
+        executor = Executor(function.rewrite(), function.arg_names, tuple(grid))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JITFunction, "__call__", call_helper)
+            for name, operation in MENDED.items():
+                patch.setattr(interpreter.InterpreterBuilder, name, operation, raising=False)
+            THREAD.submit(executor, *pointers, **constants).result()
+        return results
+
+    flat = jax.pure_callback(run, outputs, *(a for a in args if a is not None))
+    return jax.tree.unflatten(jax.tree.structure(out_type), flat)
+
+
+def pointer(array):
+    """What the interpreter takes for a tensor."""
+    return types.SimpleNamespace(data_ptr=lambda: array.ctypes.data, dtype=gpu.TYPE_NAMES[str(array.dtype)])
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(gpu, "launch", interpret)
+
+
+class TestMXFP4(MXFP4Cases):
+    module = mxfp4
+
+    def test_matmul_of_split_sums(self):
+        """Few programs share the sum over k, the last one has fewer steps, and the last step is ragged."""
+        for dtype, k in ((np.float32, 1120), (ml_dtypes.bfloat16, 2336)):
+            x, weight = numbers(3, k).astype(dtype), mxfp4_weight(40, k)
+            (launch,) = gpu.launches(mxfp4.matmul, x, weight)
+            assert launch.grid[2] > 1
+            self.check_matmul(x, weight)
+
+    def test_scales_at_the_ends(self):
+        """0 is 2^-127, which is subnormal; 255 makes a block NaN."""
+        weight = MXFP4(np.full((2, 16), 0x22, np.uint8), np.array([[0], [255]], np.uint8))
+        for dtype in self.dtypes:
+            got = self.run(mxfp4.matmul, np.ones((1, 32), dtype), weight)
+            assert got[0, 0] == np.float32(2) ** -122 and np.isnan(got[0, 1])
+
+    def test_tiles_of_many_rows(self):
+        x, stack = numbers(2 * 70, 64), mxfp4_weight(EXPERTS, 40, 64)
+        self.check_grouped(70, [3, 1], stack, x)
+
+
+class TestBlockFP8(BlockFP8Cases):
+    module = block_fp8
+
+    @pytest.mark.parametrize("group", [None, 128])
+    def test_matmul_of_split_sums(self, group):
+        for dtype in self.dtypes:
+            x, weight = numbers(3, 1120).astype(dtype), block_fp8_weight(40, 1120, activation_group=group)
+            assert gpu.launches(block_fp8.matmul, x, weight)[-1].grid[2] > 1
+            self.check_seen(x, weight, group)
+
+    @pytest.mark.parametrize("group", [64, 128])
+    @pytest.mark.parametrize("block", [*BlockFP8Cases.BLOCKS, (128, 256)])
+    def test_blocks_with_activations_in_fp8(self, block, group):
+        x = numbers(4, 320).astype(ml_dtypes.bfloat16)
+        self.check_seen(x, block_fp8_weight(192, 320, block=block, activation_group=group), group)
+
+    @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
+    @pytest.mark.parametrize("block", [(1, None), (None, None), (1, 32)])
+    def test_other_codes_and_scales(self, dtype, block):
+        n, k = 40, 96
+        values = jnp.asarray(10 * numbers(n, k)).astype(dtype)
+        scales = jnp.abs(numbers(-(-n // (block[0] or n)), -(-k // (block[1] or k)), seed=1)).astype(jnp.float16)
+        weight = BlockFP8(values, scales, block, None, factor=0.75)
+        for x in (numbers(3, k), numbers(3, k).astype(ml_dtypes.bfloat16)):
+            self.check_matmul(x, weight)
+        got = self.run(lambda w: block_fp8.weight_dequant(w, jnp.float32), weight)
+        np.testing.assert_array_equal(got, weight.dequantize())
+
+    def check_seen(self, x, weight, group):
+        """`check_matmul` against what a W8A8 matmul sees of x."""
+        seen = x if group is None else reference.act_dequant(*reference.act_quant(jnp.asarray(x), group), group)
+        self.close(self.run(block_fp8.matmul, x, weight), seen, weight.dequantize())
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e8m0fnu])
+    def test_narrow_scales(self, dtype):
+        weight = block_fp8_weight(200, 256)
+        weight = dataclasses.replace(weight, scales=weight.scales.astype(dtype))
+        self.check_matmul(numbers(2, 256), weight)
+        np.testing.assert_array_equal(self.run(block_fp8.weight_dequant, weight), weight.dequantize(jnp.bfloat16))
+
+    def test_weight_dequant_of_a_stack(self):
+        stack = block_fp8_weight(3, 40, 200, block=(16, 32))
+        np.testing.assert_array_equal(self.run(block_fp8.weight_dequant, stack), stack.dequantize(jnp.bfloat16))
+
+    def test_act_quant_in_groups_of_any_size(self):
+        x = numbers(2, 130).astype(ml_dtypes.bfloat16)
+        for got, expected in zip(block_fp8.act_quant(x, 48), reference.act_quant(jnp.asarray(x), 48), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_what_is_refused():
+    x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+    assert mxfp4.refuses("matmul", x, mxfp4_weight(8, 256)) is None
+    assert "float16" in mxfp4.refuses("matmul", x.update(dtype=jnp.float16), mxfp4_weight(8, 256))
+    for block, group, reason in (
+        ((128, 128), None, None),
+        ((1, 16), None, None),
+        ((128, 8), None, "blocks of 8 columns: the GPU kernels want multiples of 16"),
+        ((1, 16), 128, "blocks of 16 columns and activations in groups of 128: the GPU kernels want multiples of 32"),
+    ):
+        weight = block_fp8_weight(8, 256, block=block, activation_group=group)
+        assert block_fp8.refuses("grouped_matmul", x, weight) == reason
+        assert block_fp8.refuses("weight_dequant", x, weight) is None
+    weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activation_group=128)
+    assert "int8" in block_fp8.refuses("matmul", x, weight)
