@@ -1,5 +1,7 @@
 """What multiplies by a weight, why, and that gradients pass through it."""
 
+import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -95,6 +97,31 @@ def test_layers_and_experts_use_what_was_chosen(tpu_module, monkeypatch):
         got = jax.jit(lambda x, w: parallel.linear(x, w, ROW))(x, WEIGHTS["MXFP4"])
     np.testing.assert_allclose(got, x @ WEIGHTS["MXFP4"].dequantize().T, rtol=1e-4, atol=1e-4)
     assert tpu_module.calls == ["matmul"]
+
+
+@pytest.mark.parametrize("spec", [COLUMN, ROW])
+@pytest.mark.parametrize("weight", [mxfp4(256, 256), block_fp8(256, 256, activation_group=128)], ids=["MXFP4", "FP8"])
+def test_a_real_kernel_on_each_devices_shards(monkeypatch, weight, spec):
+    """The TPU kernels, interpreted, where a mesh of two devices says that it is of TPUs."""
+    kind = dispatch.OPS[type(weight)]
+    module = importlib.import_module(f"jaxllm.kernels.{kind}.pallas_tpu")
+    interpreted = SimpleNamespace(refuses=module.refuses, matmul=partial(module.matmul, interpret=True))
+    monkeypatch.setattr(dispatch, "_loaded", lambda *names: (interpreted, None))
+    monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
+    # The interpreter mixes what varies and what does not, which the compilers of tests/accelerators do not mind.
+    monkeypatch.setattr(parallel, "local", partial(parallel.local, check_vma=False))
+    x = jnp.asarray(numbers(4, 256), jnp.bfloat16)
+    expected = np.asarray(parallel_linear(x, weight, spec, "tp=1"), np.float32)
+    got = np.asarray(parallel_linear(x, weight, spec, "tp=2"), np.float32)
+    np.testing.assert_allclose(got, expected, rtol=2e-2, atol=2e-2)
+    monkeypatch.undo()
+    plain = np.asarray(parallel_linear(x, weight, spec, "tp=1"), np.float32)
+    np.testing.assert_allclose(got, plain, rtol=2e-2, atol=0.05)
+
+
+def parallel_linear(x, weight, spec, mesh):
+    with jax.set_mesh(make_mesh(mesh)):
+        return jax.jit(lambda x, w: parallel.linear(x, w, spec))(x, weight)
 
 
 CASES = {
