@@ -179,7 +179,7 @@ DAMAGE = {
     ),
     "floats": (
         lambda t, c: t.update({E0 + "down_proj_blocks": np.zeros((4, 64, 3, 16), np.float32)}),
-        "MXFP4 in float32 with scales in uint8; both should be bytes",
+        "_blocks. is of float32, expected uint32 or uint8",
     ),
     "another number of experts": (
         lambda t, c: t.update({E0 + "down_proj_bias": np.zeros((3, 64), np.float32)}),

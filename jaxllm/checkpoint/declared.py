@@ -154,8 +154,8 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
 
 def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, Scheme]:
     """Either of the two names that a scale has."""
-    parts = _fused_rows(config)
-    return tuple(scaled_schemes.scaled(name, suffix, parts) for suffix in (".weight_scale", ".weight_scale_inv"))
+    fused = _fused_rows(config)
+    return tuple(scaled_schemes.scaled(name, suffix, fused) for suffix in (".weight_scale", ".weight_scale_inv"))
 
 
 def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
@@ -187,7 +187,7 @@ def _mxfp4(entries: Entries, config: Mapping[str, object]) -> Declared:
 
 def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
     def scheme(given: Entries) -> Scheme:
-        mode = given.values.get("mode") or "affine"
+        mode = given.get("mode", "affine", lambda value: isinstance(value, str), "text")
         sizes = {
             "mxfp4": fourbit_schemes.MXFP4_MLX,
             "nvfp4": fourbit_schemes.NVFP4_MLX,
@@ -262,15 +262,15 @@ def _compressed(form: object, weights: Entries, config: Mapping[str, object]) ->
         if strategy == "block":
             return scaled_schemes.block_fp8(_block(weights, "block_structure"), ".weight", ".weight_scale")
         if strategy in ("tensor", "channel"):
-            return scaled_schemes.scaled("FP8" if kind == "float" else "INT8", parts=_fused_rows(config))
+            return scaled_schemes.scaled("FP8" if kind == "float" else "INT8", fused=_fused_rows(config))
     raise InputError(f"{weights.where}: {bits}-bit {kind} by {strategy} in the format '{form}' is not supported")
 
 
 def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
     block = scaled_schemes.block_fp8((128, 128), ".weight", ".weight_scale")
     known = {
-        "FP8": scaled_schemes.scaled("FP8", parts=_fused_rows(config)),
-        "FP8_PER_CHANNEL_PER_TOKEN": scaled_schemes.scaled("FP8", parts=_fused_rows(config)),
+        "FP8": scaled_schemes.scaled("FP8", fused=_fused_rows(config)),
+        "FP8_PER_CHANNEL_PER_TOKEN": scaled_schemes.scaled("FP8", fused=_fused_rows(config)),
         "FP8_PB_WO": block,
         "NVFP4": fourbit_schemes.NVFP4_MODELOPT,
         "W4A16_NVFP4": fourbit_schemes.NVFP4_MODELOPT,
@@ -279,7 +279,9 @@ def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
         known["FP8_PB_WO"] = scaled_schemes.block_fp8(_block(entries, "weight_block_size"), ".weight", ".weight_scale")
 
     def scheme(given: Entries) -> Scheme:
-        return known[given.get("quant_algo", None, lambda value: value in known, f"one of {', '.join(known)}")]
+        return known[
+            given.get("quant_algo", None, lambda v: isinstance(v, str) and v in known, f"one of {', '.join(known)}")
+        ]
 
     patterns = _listed(entries, "ignore", "exclude_modules")
 

@@ -1,6 +1,7 @@
 """Schemes of four-bit codes that stand for floats: MXFP4, NVFP4, and bitsandbytes' NF4 and FP4."""
 
 import json
+import math
 from collections.abc import Callable
 
 import ml_dtypes
@@ -9,7 +10,8 @@ import numpy as np
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import Scheme, decoded, expect
+from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.checkpoint.schemes import ANY, Part, Scheme, decoded, expect
 from jaxllm.errors import InputError
 from jaxllm.formats import mxfp4
 from jaxllm.formats.base import Weight
@@ -22,8 +24,6 @@ from jaxllm.formats.nvfp4 import NVFP4
 def _mxfp4(blocks: HostArray, scales: HostArray) -> MXFP4:
     """Blocks `[..., out, in / 2]` of bytes, or with the bytes of a block on an axis of their own, or eight codes to a
     word."""
-    if blocks.dtype not in (np.uint8, np.uint32) or scales.dtype.itemsize != 1:
-        raise InputError(f"MXFP4 in {blocks.dtype} with scales in {scales.dtype}; both should be bytes")
     if blocks.ndim == scales.ndim + 1 and blocks.shape[-1] == mxfp4.BLOCK // 2:
         blocks = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
     blocks, scales = (array.view(np.uint8) for array in (blocks, scales))
@@ -35,39 +35,55 @@ def _mxfp4(blocks: HostArray, scales: HostArray) -> MXFP4:
     return MXFP4(blocks, scales)
 
 
-MXFP4_GPT_OSS = Scheme("MXFP4", {"blocks": "_blocks", "scales": "_scales"}, _mxfp4, result="")
-MXFP4_PLAIN = Scheme("MXFP4", {"blocks": ".blocks", "scales": ".scales"}, _mxfp4)
-MXFP4_MLX = Scheme("MXFP4", {"scales": ".scales", "blocks": ".weight"}, _mxfp4)
-MXFP4_COMPRESSED = Scheme("MXFP4", {"blocks": ".weight_packed", "scales": ".weight_scale"}, _mxfp4)
+def _codes(suffix: str, most: int = 3) -> dict[str, Part]:
+    return {"blocks": Part(suffix, frozenset({"uint8", "uint32"}), 2, most)}
+
+
+def _powers(suffix: str) -> dict[str, Part]:
+    return {"scales": Part(suffix, frozenset({"uint8", "float8_e8m0fnu"}))}
+
+
+MXFP4_GPT_OSS = Scheme("MXFP4", _codes("_blocks", 4) | _powers("_scales"), _mxfp4, result="")
+MXFP4_PLAIN = Scheme("MXFP4", _codes(".blocks", 4) | _powers(".scales"), _mxfp4)
+MXFP4_MLX = Scheme("MXFP4", _powers(".scales") | _codes(".weight"), _mxfp4)
+MXFP4_COMPRESSED = Scheme("MXFP4", _codes(".weight_packed") | _powers(".weight_scale"), _mxfp4)
 
 
 def _nvfp4(divides: bool) -> Callable[..., NVFP4]:
     def build(
         blocks: HostArray, scales: HostArray, whole: HostArray | None = None, input_scale: HostArray | None = None
     ) -> NVFP4:
-        if blocks.dtype not in (np.uint8, np.uint32) or scales.dtype.itemsize != 1:
-            raise InputError(f"NVFP4 in {blocks.dtype} with scales in {scales.dtype}; both should be bytes")
         blocks, scales = blocks.view(np.uint8), scales.view(ml_dtypes.float8_e4m3fn)
         expect("scales", scales, *blocks.shape[:-1], blocks.shape[-1] // 8)
+        if whole is not None and math.prod(whole.shape) != math.prod(blocks.shape[:-2]):
+            raise InputError(f"a scale of all with shape {[*whole.shape]} for a matrix of {[*blocks.shape]} bytes")
         return NVFP4(blocks, scales, None if whole is None else whole.reshape(*blocks.shape[:-2], 1), divides)
 
     return build
 
 
+def _small(suffix: str) -> dict[str, Part]:
+    return {"scales": Part(suffix, frozenset({"float8_e4m3fn", "uint8"}))}
+
+
+def _one(name: str, suffix: str) -> dict[str, Part]:
+    return {name: Part(suffix, frozenset({"float32"}), 0, 1)}
+
+
 NVFP4_MODELOPT = Scheme(
     "NVFP4",
-    {"whole": ".weight_scale_2", "blocks": ".weight", "scales": ".weight_scale"},
+    _one("whole", ".weight_scale_2") | _codes(".weight") | _small(".weight_scale"),
     _nvfp4(divides=False),
-    {"input_scale": ".input_scale"},
+    _one("input_scale", ".input_scale"),
 )
 NVFP4_COMPRESSED = Scheme(
     "NVFP4",
-    {"blocks": ".weight_packed", "scales": ".weight_scale", "whole": ".weight_global_scale"},
+    _codes(".weight_packed") | _small(".weight_scale") | _one("whole", ".weight_global_scale"),
     _nvfp4(divides=True),
-    {"input_scale": ".input_global_scale"},
+    _one("input_scale", ".input_global_scale"),
 )
 NVFP4_MLX = Scheme(
-    "NVFP4", {"scales": ".scales", "blocks": ".weight"}, _nvfp4(divides=False), {"whole": ".global_scale"}
+    "NVFP4", _small(".scales") | _codes(".weight"), _nvfp4(divides=False), _one("whole", ".global_scale")
 )
 
 
@@ -83,18 +99,32 @@ def _bnb_4bit(
     if (state := nf4 if fp4 is None else fp4) is None:
         raise InputError("its 'quant_state' is missing")
     try:
-        state = json.loads(np.asarray(state).tobytes())
-        (out, in_), block = state["shape"], state["blocksize"]
-    except (ValueError, KeyError, TypeError) as error:
+        state = Entries(json.loads(np.asarray(state).tobytes()), "its 'quant_state'")
+    except ValueError as error:
         raise InputError(f"its 'quant_state' makes no sense: {error}") from error
+    if not isinstance(state.values, dict):
+        raise InputError("its 'quant_state' is no JSON object")
+    block, whole = state.whole("blocksize"), f"two sizes below {2**24}"
+    out, in_ = state.get(
+        "shape",
+        None,
+        lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and 0 < n < 2**24 for n in v),
+        whole,
+    )
     count = -(-out * in_ // block)
     if weight.shape[0] * weight.shape[-1] * weight.dtype.itemsize != -(-out * in_ // 2):
         raise InputError(
             f"weight has {weight.shape[0]} entries of {weight.dtype}, but its quant_state says {out} x {in_}"
         )
     expect("absmax", absmax, count)
-    if nested_absmax is not None:
-        size, offset, codes = state["nested_blocksize"], np.float32(state["nested_offset"]), absmax
+    expect("quant_map", quant_map, 16)
+    if absmax.dtype == np.uint8 and (nested_absmax is None or nested_quant_map is None):
+        raise InputError("its absmax is quantized, but 'nested_absmax' or 'nested_quant_map' is missing")
+    if absmax.dtype == np.uint8:
+        size, codes = state.whole("nested_blocksize"), absmax
+        offset = np.float32(state.number("nested_offset", above=-math.inf))
+        expect("nested_absmax", nested_absmax, -(-count // size))
+        expect("nested_quant_map", nested_quant_map, 256)
 
         def unnested() -> np.ndarray:
             scale = np.asarray(nested_absmax).repeat(size)[:count]
@@ -114,11 +144,12 @@ def _bnb_4bit(
     return decoded(whole, (out, in_))
 
 
-_STATE = ".weight.quant_state.bitsandbytes__"
+_FLOAT32, _STATE = frozenset({"float32"}), ".weight.quant_state.bitsandbytes__"
 BNB_4BIT = Scheme(
     "bitsandbytes 4-bit",
-    {"absmax": ".weight.absmax", "weight": ".weight", "quant_map": ".weight.quant_map"},
+    {"absmax": Part(".weight.absmax", frozenset({"float32", "uint8"}), 1, 1), "weight": Part(".weight", ANY, 1, 2)}
+    | {"quant_map": Part(".weight.quant_map", _FLOAT32, 1, 1)},
     _bnb_4bit,
-    {"nested_absmax": ".weight.nested_absmax", "nested_quant_map": ".weight.nested_quant_map"}
-    | {"nf4": f"{_STATE}nf4", "fp4": f"{_STATE}fp4"},
+    {name: Part(f".weight.{name}", _FLOAT32, 1, 1) for name in ("nested_absmax", "nested_quant_map")}
+    | {name: Part(_STATE + name, frozenset({"uint8"}), 1, 1) for name in ("nf4", "fp4")},
 )

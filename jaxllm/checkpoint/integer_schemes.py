@@ -1,13 +1,14 @@
 """Schemes of whole numbers with a scale and an offset for each group: GPTQ, AWQ, MLX, compressed-tensors, HQQ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import Scheme, decoded, expect, mapped
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect, mapped
 from jaxllm.errors import InputError
 from jaxllm.formats.affine import WORD, Affine, word_values
 from jaxllm.formats.base import Weight
@@ -110,8 +111,8 @@ def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
         weight = affine("GPTQ", codes, shape, bits, group, scales.swapaxes(0, 1), zeros, words=words)
         return grouped(weight, None if g_idx is None else np.asarray(g_idx), shape, groups, group)
 
-    parts = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
-    return Scheme(f"GPTQ {bits}-bit", parts, build, {"g_idx": ".g_idx"})
+    parts = {"qweight": Part(".qweight", WORDS), "qzeros": Part(".qzeros", WORDS), "scales": Part(".scales", FLOATS)}
+    return Scheme(f"GPTQ {bits}-bit", _flat(parts), build, {"g_idx": Part(".g_idx", INTEGERS, 1, 1)})
 
 
 def awq(group_size: int) -> Scheme:
@@ -139,7 +140,8 @@ def awq(group_size: int) -> Scheme:
         )
         return grouped(weight, None, (out, in_), in_ // group, group)
 
-    return Scheme("AWQ", {"qweight": ".qweight", "scales": ".scales"}, build, {"qzeros": ".qzeros"})
+    parts = {"qweight": Part(".qweight", WORDS), "scales": Part(".scales", FLOATS)}
+    return Scheme("AWQ", _flat(parts), build, _flat({"qzeros": Part(".qzeros", WORDS)}))
 
 
 def mlx(bits: int, group: int) -> Scheme:
@@ -158,7 +160,8 @@ def mlx(bits: int, group: int) -> Scheme:
         codes = weight.reshape(*lead, in_ // values, values * bits // WORD)
         return Affine(codes, scales, None, biases, None, None, bits, group, 0, "MLX")
 
-    return Scheme(f"MLX {bits}-bit", {"scales": ".scales", "weight": ".weight", "biases": ".biases"}, build)
+    parts = {"scales": Part(".scales", FLOATS), "weight": Part(".weight", WORDS), "biases": Part(".biases", FLOATS)}
+    return Scheme(f"MLX {bits}-bit", parts, build)
 
 
 def pack_quantized(bits: int, group_size: int | None) -> Scheme:
@@ -171,7 +174,7 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
         weight_zero_point: HostArray | None = None,
         weight_g_idx: HostArray | None = None,
     ) -> Weight:
-        out, in_ = np.asarray(weight_shape).tolist()
+        out, in_ = sizes(weight_shape)
         groups = weight_scale.shape[-1]
         group = group_size or -(-in_ // groups)
         expect("weight_scale", weight_scale, out, -(-in_ // group))
@@ -191,6 +194,9 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
             words = weight_packed.view(np.uint32).reshape(out, in_ // values, values * bits // WORD)
         zeros = None
         if weight_zero_point is not None:
+            if weight_zero_point.shape[0] not in (-(-out * bits // WORD), -(-out // (WORD // bits))):
+                raise InputError(f"weight_zero_point has shape {[*weight_zero_point.shape]} for {out} rows")
+            expect("weight_zero_point", weight_zero_point, weight_zero_point.shape[0], groups)
             zeros = derived(
                 (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(mapped(weight_zero_point).T), out).T
             )
@@ -203,9 +209,24 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
         index = None if weight_g_idx is None else np.asarray(weight_g_idx)
         return grouped(weight, index, (out, in_), groups, group)
 
-    parts = {name: f".{name}" for name in ("weight_packed", "weight_scale", "weight_shape")}
-    optional = {name: f".{name}" for name in ("weight_zero_point", "weight_g_idx")}
-    return Scheme(f"INT {bits}-bit", parts, build, optional)
+    parts = _flat({"weight_packed": Part(".weight_packed", WORDS), "weight_scale": Part(".weight_scale", FLOATS)})
+    optional = _flat({"weight_zero_point": Part(".weight_zero_point", WORDS)})
+    optional |= {"weight_g_idx": Part(".weight_g_idx", INTEGERS, 1, 1)}
+    shape = {"weight_shape": Part(".weight_shape", INTEGERS, 1, 1)}
+    return Scheme(f"INT {bits}-bit", parts | shape, build, optional)
+
+
+def _flat(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The parts, matrices and never stacks of them."""
+    return {name: replace(part, most=2) for name, part in parts.items()}
+
+
+def sizes(shape: HostArray) -> tuple[int, int]:
+    """`[out, in]` from a tensor that says so."""
+    values = np.asarray(shape)
+    if values.shape != (2,) or values.min() < 1 or values.max() >= 2**31:
+        raise InputError(f"its shape is said to be {values.tolist()}, expected two sizes")
+    return int(values[0]), int(values[1])
 
 
 _HQQ_UNUSED = ("channel_wise", "optimize", "round_zero", "view_as_float", "quant_scale", "quant_zero", "offload_meta")
@@ -222,15 +243,16 @@ def _hqq(
     axis: HostArray,
 ) -> Weight:
     """Groups along either axis of the matrix reshaped to `[group, -1]` or `[-1, group]`."""
-    bits, group, axis = (int(np.asarray(a).reshape(())) for a in (nbits, group_size, axis))
-    out, in_ = np.asarray(shape).tolist()
+    bits, group, axis = (int(np.asarray(a).reshape(-1)[0]) for a in (nbits, group_size, axis))
+    out, in_ = sizes(shape)
     if bits not in (1, 2, 3, 4, 8) or axis not in (0, 1) or group < 1 or out * in_ % group:
         raise InputError(f"{bits} bits in groups of {group} along axis {axis} of {[out, in_]} are not supported")
     rows = group if axis == 0 else out * in_ // group
+    stored = packed.view(np.int32 if bits == 3 else np.uint8)
+    expect("W_q", stored, -(-rows // (10 if bits == 3 else 8 // bits)), out * in_ // rows)
 
     def codes() -> np.ndarray:
-        stored = np.asarray(packed).view(np.int32 if bits == 3 else np.uint8)
-        return repack.hqq_codes(stored, bits, rows).reshape(out, in_)
+        return repack.hqq_codes(np.asarray(stored), bits, rows).reshape(out, in_)
 
     count = out * in_ // group
     for what, array in (("scale", scale), ("zero", zero)):
@@ -257,7 +279,9 @@ def _across(values: HostArray, group: int, out: int, in_: int) -> np.ndarray:
 
 HQQ = Scheme(
     "HQQ",
-    {"packed": ".W_q", **{name: f".{name}" for name in ("scale", "zero", "shape", "nbits", "group_size", "axis")}},
+    _flat({"packed": Part(".W_q", ANY), "scale": Part(".scale", FLOATS), "zero": Part(".zero", FLOATS)})
+    | {"shape": Part(".shape", INTEGERS, 1, 1)}
+    | {name: Part(f".{name}", INTEGERS, 0, 1) for name in ("nbits", "group_size", "axis")},
     _hqq,
     unused=tuple(f".{name}" for name in _HQQ_UNUSED),
 )

@@ -44,8 +44,9 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
             known = [scheme for scheme in found.schemes(module) if scheme.key == key]
             if not name.endswith(key) or not known:
                 continue
-            if (entry := found.excluded(module)) is not None:
-                complaints.append(f"'{module}' is left out of the quantization by {entry!r}, but has '{name}'")
+            owner = (module + known[0].result).removesuffix(".weight")
+            if (entry := found.excluded(owner)) is not None:
+                complaints.append(f"'{owner}' is left out of the quantization by {entry!r}, but has '{name}'")
                 continue
             scheme = next((s for s in known if not _missing(s, module, tensors)), known[0])
             if missing := _missing(scheme, module, tensors):
@@ -54,10 +55,10 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
             if module + scheme.result in joined:
                 complaints.append(f"'{module + scheme.result}' is there in two ways; one is '{name}'")
                 continue
-            parts = scheme.parts | {part: s for part, s in scheme.optional.items() if module + s in tensors}
-            used.update(module + suffix for suffix in (*parts.values(), *scheme.unused))
+            parts = scheme.parts | {k: part for k, part in scheme.optional.items() if module + part.suffix in tensors}
+            used.update(module + suffix for suffix in (*(part.suffix for part in parts.values()), *scheme.unused))
             try:
-                arrays = {part: tensors[module + suffix].values for part, suffix in parts.items()}
+                arrays = {k: part.check(tensors[module + part.suffix].values) for k, part in parts.items()}
                 joined[module + scheme.result] = scheme.build(**arrays)
             except InputError as error:
                 complaints.append(f"'{module + scheme.result}': {error}")
@@ -71,7 +72,7 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
 
 
 def _missing(scheme: Scheme, module: str, tensors: Mapping[str, Weight]) -> list[str]:
-    return [module + suffix for suffix in scheme.parts.values() if module + suffix not in tensors]
+    return [module + part.suffix for part in scheme.parts.values() if module + part.suffix not in tensors]
 
 
 def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
@@ -80,8 +81,8 @@ def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
         return []
     for scheme in found.schemes(name):
         values = scheme.parts.get("values")
-        if values is not None and name.endswith(values):
-            return [f"'{name}' is FP8, but '{name.removesuffix(values) + scheme.key}' is missing"]
+        if values is not None and name.endswith(values.suffix):
+            return [f"'{name}' is FP8, but '{name.removesuffix(values.suffix) + scheme.key}' is missing"]
     return [f"'{name}' is FP8, but its scales are missing"]
 
 

@@ -6,13 +6,16 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint import repack
-from jaxllm.checkpoint.integer_schemes import affine, grouped
+from jaxllm.checkpoint.integer_schemes import affine, grouped, sizes
 from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import Scheme, expect, mapped
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, mapped
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.fp8 import BlockFP8
+
+FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
+SCALES = FLOATS | {"float8_e8m0fnu"}
 
 
 def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_inv") -> Scheme:
@@ -26,14 +29,15 @@ def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_in
         expect("the grid of scales", scales, *lead, *grid)
         return BlockFP8(values, scales, block, None)
 
-    return Scheme("blockwise FP8", {"scales": scales, "values": values}, build, result=values)
+    parts = {"scales": Part(scales, SCALES, most=4), "values": Part(values, FP8)}
+    return Scheme("blockwise FP8", parts, build, result=values)
 
 
-def scaled(name: str, scale: str = ".weight_scale", parts: Callable[[int], list[int]] | None = None) -> Scheme:
+def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[int]] | None = None) -> Scheme:
     """One scale for the whole of `.weight`, for each row, or for each of the parts that a fused matrix consists of.
 
     Args:
-        parts: given how many scales there are, how many rows each of them has.
+        fused: given how many scales there are, how many rows each of them has.
     """
 
     def build(
@@ -46,13 +50,15 @@ def scaled(name: str, scale: str = ".weight_scale", parts: Callable[[int], list[
         if input_scale is not None and activation_scale is not None:
             raise InputError("both 'input_scale' and 'activation_scale', which mean the same")
         input_scale = activation_scale if input_scale is None else input_scale
+        if input_scale is not None and int(np.prod(input_scale.shape)) != 1:
+            raise InputError(f"an input scale of shape {[*input_scale.shape]}, expected one number")
         *lead, out, in_ = values.shape
         size = int(np.prod(scales.shape))
         if size == int(np.prod(lead)):
             scales, block = scales.reshape(*lead, 1, 1), (None, None)
         elif size == int(np.prod(lead)) * out:
             scales, block = scales.reshape(*lead, out, 1), (1, None)
-        elif not lead and parts is not None and sum(rows := parts(size)) == out:
+        elif not lead and fused is not None and sum(rows := fused(size)) == out:
             few = scales
             scales = derived((out, 1), few.dtype, lambda: np.repeat(np.asarray(few).reshape(-1), rows)[:, None])
             block = (1, None)
@@ -70,9 +76,10 @@ def scaled(name: str, scale: str = ".weight_scale", parts: Callable[[int], list[
         weight = affine("INT", lambda: mapped(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
         return grouped(weight, None, (out, in_), 1, in_)
 
-    optional = {"zero_point": ".weight_zero_point", "input_scale": ".input_scale"}
-    optional |= {"activation_scale": ".activation_scale"}
-    return Scheme(name, {"scales": scale, "values": ".weight"}, build, optional)
+    optional = {n: Part(f".{n}", FLOATS, 0, 2) for n in ("input_scale", "activation_scale")}
+    optional |= {"zero_point": Part(".weight_zero_point", frozenset({"int8", "int32"}), 0, 2)}
+    parts = {"scales": Part(scale, SCALES, 0), "values": Part(".weight", FP8 | {"int8"})}
+    return Scheme(name, parts, build, optional)
 
 
 def _mxfp8(scales: HostArray, values: HostArray) -> BlockFP8:
@@ -84,8 +91,11 @@ def _mxfp8(scales: HostArray, values: HostArray) -> BlockFP8:
     return BlockFP8(values, scales.view(ml_dtypes.float8_e8m0fnu), (1, 32), None)
 
 
-MXFP8 = Scheme("MXFP8", {"scales": ".weight_scale", "values": ".weight"}, _mxfp8, {}, (".input_scale",))
-MXFP8_MLX = Scheme("MXFP8", {"scales": ".scales", "values": ".weight"}, _mxfp8)
+_ONE_BYTE = frozenset({"uint8", "float8_e8m0fnu"})
+_MXFP8_VALUES = {"values": Part(".weight", frozenset({"uint8", "uint32", "float8_e4m3fn"}))}
+_MXFP8_SCALES = {"scales": Part(".weight_scale", _ONE_BYTE)}
+MXFP8 = Scheme("MXFP8", _MXFP8_SCALES | _MXFP8_VALUES, _mxfp8, unused=(".input_scale",))
+MXFP8_MLX = Scheme("MXFP8", {"scales": Part(".scales", _ONE_BYTE)} | _MXFP8_VALUES, _mxfp8)
 
 
 def llm_int8(threshold: float) -> Scheme:
@@ -96,19 +106,19 @@ def llm_int8(threshold: float) -> Scheme:
     """
 
     def build(scales: HostArray, values: HostArray, weight_format: HostArray | None = None) -> BlockFP8:
-        if weight_format is not None and np.asarray(weight_format).reshape(()) != 0:
+        if weight_format is not None and np.asarray(weight_format).any():
             raise InputError("weight_format is not 0: only rows as they are can be read, not tiles for one kind of GPU")
         out = values.shape[0]
         expect("SCB", scales, out)
         return BlockFP8(values, scales.reshape(out, 1), (1, None), None, factor=1 / 127, threshold=threshold)
 
-    parts = {"scales": ".SCB", "values": ".weight"}
-    return Scheme("LLM.int8", parts, build, {"weight_format": ".weight_format"})
+    parts = {"scales": Part(".SCB", frozenset({"float32"}), 1, 1), "values": Part(".weight", frozenset({"int8"}), 2, 2)}
+    return Scheme("LLM.int8", parts, build, {"weight_format": Part(".weight_format", ANY, 0, 1)})
 
 
 def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
     """mistral.rs's blocks over the flat matrix: a float8 scale, then 32 signed bytes."""
-    out, in_ = np.asarray(shape).tolist()
+    out, in_ = sizes(shape)
     expect("blocks", blocks, -(-out * in_ // 32), 33)
     step = derived(
         (blocks.shape[0],),
@@ -121,4 +131,5 @@ def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
     return BlockFP8(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)), None)
 
 
-F8Q8 = Scheme("F8Q8", {"blocks": ".blocks", "shape": ".shape"}, _f8q8)
+_F8Q8_PARTS = {"blocks": Part(".blocks", frozenset({"uint8"}), 2, 2), "shape": Part(".shape", INTEGERS, 1, 1)}
+F8Q8 = Scheme("F8Q8", _F8Q8_PARTS, _f8q8)

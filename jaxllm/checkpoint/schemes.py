@@ -18,6 +18,31 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 
+WORDS = frozenset({"int32", "uint32"})
+INTEGERS = frozenset({"int32", "int64"})
+FLOATS = frozenset({"float16", "bfloat16", "float32"})
+BYTES = frozenset({"uint8", "uint32", "float8_e8m0fnu", "float8_e4m3fn"})  # whatever they are said to be
+ANY = frozenset({"uint8", "int8", "uint32", *INTEGERS, *FLOATS})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors: what follows the matrix's name in its name, of which dtype and of how many dimensions it
+    may be."""
+
+    suffix: str
+    dtypes: frozenset[str]
+    least: int = 2
+    most: int = 3
+
+    def check(self, array: HostArray) -> HostArray:
+        """The array itself. Raises InputError if it cannot be this part."""
+        if array.dtype.name not in self.dtypes:
+            raise InputError(f"'{self.suffix}' is of {array.dtype.name}, expected {' or '.join(sorted(self.dtypes))}")
+        if not self.least <= len(array.shape) <= self.most or 0 in array.shape:
+            raise InputError(f"'{self.suffix}' has the impossible shape {[*array.shape]}")
+        return array
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -25,8 +50,8 @@ class Scheme:
 
     Attributes:
         name: as its users write it.
-        parts: what each argument of `build` is called: the matrix's name followed by this. The first is the one by
-            which a matrix in this scheme is recognised.
+        parts: for each argument of `build`, its tensor. The first is the one by which a matrix in this scheme is
+            recognised.
         build: makes the weight, raising InputError (without names) if the tensors do not fit together.
         optional: arguments of `build` that a matrix may do without.
         unused: what follows the names of tensors that may be there and mean nothing for the matrix.
@@ -34,15 +59,15 @@ class Scheme:
     """
 
     name: str
-    parts: Mapping[str, str]
+    parts: Mapping[str, Part]
     build: Callable[..., Weight]
-    optional: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, Part] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     result: str = ".weight"
 
     @property
     def key(self) -> str:
-        return next(iter(self.parts.values()))
+        return next(iter(self.parts.values())).suffix
 
 
 def expect(what: str, array: HostArray, *shape: int) -> None:

@@ -67,6 +67,12 @@ class BlockFP8(Weight):
         values, scales = (leaf.swapaxes(-1, -2) for leaf in (self.values, self.scales))
         return replace(self, values=values, scales=scales, block=self.block[::-1])
 
+    def take(self, ids: jax.Array) -> Self:
+        """As `Weight.take`; each row gets a scale of its own."""
+        rows, cols = self.block
+        scales = self.scales if rows is None else self.scales[ids // rows]
+        return replace(self, values=self.values[ids], scales=scales, block=(rows and 1, cols))
+
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         scales = jnp.asarray(self.scales).astype(jnp.float32)
         for axis, block in ((-2, self.block[0]), (-1, self.block[1])):
