@@ -92,7 +92,14 @@ class Tiles:
             """What is the expert's, `[experts, ...]`, as what is the row's."""
             return jnp.repeat(values[jnp.maximum(self.expert, 0)], tile, axis=0)
 
-        y = grouped_matmul(seen(rows, stack, peak, of_rows), stack, self.expert)
+        def columns(outlier: jax.Array) -> jax.Array:
+            """Whether a column has an outlier in any of an expert's rows, for each row."""
+            real = jnp.zeros(len(rows), bool).at[self.row.reshape(-1)].set(True, mode="drop")
+            of_tile = jnp.any((outlier & real[:, None]).reshape(len(self.expert), tile, -1), axis=1)
+            expert = jnp.where(self.expert < 0, stack.shape[0], self.expert)
+            return of_rows(jnp.zeros((stack.shape[0], rows.shape[1]), bool).at[expert].max(of_tile, mode="drop"))
+
+        y = grouped_matmul(seen(rows, stack, peak, of_rows, columns), stack, self.expert)
         return y if bias is None else y + of_rows(bias.dequantize()[..., 0])
 
 

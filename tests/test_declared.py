@@ -37,9 +37,9 @@ Q, K, GATE, HEAD = (
 )
 
 
-def outcome(config, module, sibling=None):
+def outcome(config, module, **siblings):
     """The scheme of a module, or what leaves it out, or that nothing is said of it."""
-    found = declared(config, sibling or {})
+    found = declared(config, {name.replace("_json", ".json"): content for name, content in siblings.items()})
     if (entry := found.excluded(module)) is not None:
         return f"out by {entry}"
     schemes = found.schemes(module)
@@ -559,3 +559,50 @@ def test_anything_loads_or_is_refused_in_one_line(quantized, pieces, tmp_path, s
     except Exception as error:
         error.add_note(f"{name}: {what}")
         raise
+
+
+# As they are found in the wild, and read wrongly at first.
+
+MIXED = {"group_size": 32, "bits": 4, "mode": "mxfp4", Q: {"group_size": 64, "bits": 8}}
+GROUPS = {
+    "group_0": {"targets": ["lm_head"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+    "group_1": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": -1}},
+}
+COMPRESSED = entry("compressed-tensors", format="pack-quantized", config_groups=GROUPS)
+DYNAMIC = {"+:.*gate": {"bits": 8}, "-:.*k_proj": {}, "+:.*k_proj": {"bits": 2}}
+IN_THE_WILD = {
+    "MLX's overrides have MLX's defaults": ({"quantization": MIXED}, {GATE: "MXFP4", Q: "MLX 8-bit"}),
+    "a target that is a module is not a class": (COMPRESSED, {HEAD: "INT 8-bit", Q: "INT 4-bit"}),
+    "GPTQ's patterns are beginnings, the first counts": (
+        entry("gptq", bits=4, group_size=32, dynamic=DYNAMIC),
+        {Q: "GPTQ 4-bit", GATE: "GPTQ 8-bit", K: "out by .*k_proj"},
+    ),
+    "only a cache is quantized": (entry("modelopt", quant_algo=None, kv_cache_quant_algo="FP8"), {Q: "plain"}),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_WILD)
+def test_configs_in_the_wild(case):
+    config, expected = IN_THE_WILD[case]
+    assert {module: outcome(config, module) for module in expected} == expected
+
+
+def test_older_tools_wrote_a_file_beside():
+    gptq = {"bits": 4, "group_size": 128, "desc_act": True}
+    assert outcome({}, Q, quantize_config_json=gptq) == "GPTQ 4-bit"
+    awq = {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
+    assert outcome({}, Q, quant_config_json=awq) == "AWQ"
+
+
+def test_biases_that_older_gptq_files_have_everywhere(quantized, tmp_path):
+    source = quantized("gptq-4")
+    tensors, config = read_safetensors(source / "model.safetensors")[0], (source / "config.json").read_text()
+    out = {n.removesuffix(".qweight"): t.shape[1] for n, t in tensors.items() if n.endswith(".qweight")}
+    (tmp_path / "config.json").write_text(config)
+    tensors |= {f"{module}.bias": np.full(size, 0.5, np.float16) for module, size in out.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with_biases = jaxllm.load(tmp_path, dtype="float32", progress=False)
+    assert {p.name for p in with_biases.placed} >= {"layers.0.self_attn.o_proj.bias", "layers.0.mlp.down_proj.bias"}
+    plain = jaxllm.load(source, dtype="float32", progress=False)
+    tokens = np.arange(5)[None]
+    assert np.abs(with_biases.logits(tokens) - plain.logits(tokens)).max() > 1e-2

@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 from jaxllm.kernels.activations import seen
 from jaxllm.kernels.dispatch import matmul
-from quantized_writers import read_safetensors
+from jaxllm.kernels.experts import Gated
+from quantized_writers import dequantize, hqq, read_safetensors
 
-from jaxllm.checkpoint.quantized import assemble
+from jaxllm import parallel
+from jaxllm.checkpoint import repack
+from jaxllm.checkpoint.declared import declared
+from jaxllm.checkpoint.placing import Source, place
+from jaxllm.checkpoint.quantized import assemble, join
 from jaxllm.checkpoint.safetensors import HFDirectory, read_header
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
+from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.layers.parameter import Declaration
+from jaxllm.parallel import COLUMN, ROW, make_mesh
 
 GOLDEN = Path(__file__).parent / "golden" / "quantized"
+HQQ = {"quant_method": "hqq"}
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 
@@ -80,3 +89,64 @@ def test_what_is_searched_for_is_not_encoded_again(name):
     weight, expected = opened(name)
     with pytest.raises(InputError, match="cannot be encoded"):
         on_device(weight).add_delta(expected)
+
+
+@pytest.mark.parametrize(("bits", "axis"), [(4, 0), (4, 1), (3, 1)])
+def test_rows_that_no_words_fit(bits, axis):
+    """Rows of 6 codes are decoded while they are read."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 6)).astype(np.float32)
+    tensors = hqq(w, rng, 64, bits, axis)
+    joined = join({f"m.{n}": Dense(a) for n, a in tensors.items()}, declared({"quantization_config": HQQ}, {}))
+    np.testing.assert_array_equal(on_device(joined["m.weight"]).dequantize(), dequantize(tensors, HQQ))
+
+
+def test_gradients_pass_as_if_activations_were_not_rounded():
+    weight = on_device(opened("fp8_channel")[0])
+    out, in_ = weight.shape
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, in_)), jnp.float32)
+    rounding = replace(weight, activation_group=-1)
+    with jax.set_mesh(make_mesh("tp=2")):
+        for spec in (COLUMN, ROW):
+            got = jax.jit(jax.grad(lambda x, spec=spec: parallel.linear(x, rounding, spec).sum()))(x)
+            expected = np.broadcast_to(np.asarray(weight.dequantize()).sum(0), (3, in_))
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["tp=1", "ep=2", "tp=2,ep=2"])
+def test_outliers_are_those_of_an_experts_own_tokens(mesh):
+    """Only one token of four has outliers: the columns of other experts are rounded, on any mesh."""
+    rng = np.random.default_rng(2)
+
+    def stack(out, in_):
+        w = rng.normal(size=(2, out, in_)).astype(np.float32)
+        scale = np.abs(w).max(-1, keepdims=True)
+        codes = np.rint(w / scale * 127).astype(np.int8)
+        return BlockFP8(codes, scale, (1, None), -1, factor=1 / 127, threshold=6.0)
+
+    gate, up, down = stack(8, 16), stack(8, 16), stack(16, 8)
+    x = rng.normal(size=(4, 16)).astype(np.float32)
+    x[3, 5] = 20
+    chosen, scores = np.array([[0], [0], [0], [1]], np.int32), np.ones((4, 1), np.float32)
+    with jax.set_mesh(make_mesh(mesh)):
+        run = jax.jit(lambda *args: parallel.experts(*args, 2, lambda g, u: g + u))
+        got = np.asarray(run(x, scores, chosen, Gated(gate, up, down)))
+
+    def rounded(rows):
+        alone = (np.abs(rows) >= 6).any(0)
+        peak = np.where(np.abs(rows) < 6, np.abs(rows), 0).max(1, keepdims=True)
+        return np.where(alone, rows, np.rint(rows / peak * 127) * peak / 127)
+
+    for e, rows in ((0, x[:3]), (1, x[3:])):
+        g, u, d = (np.asarray(w.dequantize())[e] for w in (gate, up, down))
+        expected = rounded(rounded(rows) @ (g + u).T) @ d.T
+        np.testing.assert_allclose(got[:3] if e == 0 else got[3:], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_computed_is_computed_once(monkeypatch):
+    calls, columns = [], repack.awq_columns
+    monkeypatch.setattr(repack, "awq_columns", lambda words: calls.append(1) or columns(words))
+    weight, expected = opened("awq_32")
+    placed = place(Source("m", (weight,)), Declaration(weight.shape, COLUMN), make_mesh("tp=8"))
+    assert len(calls) == 2  # codes and zeros
+    np.testing.assert_array_equal(jax.jit(lambda w: w.dequantize())(placed), expected)

@@ -32,8 +32,14 @@ class Declared:
     excluded: Callable[[str], str | None] = lambda module: None
 
 
-def declared(config: Mapping[str, object], sibling: Mapping[str, object]) -> Declared | None:
-    """What config.json, or ModelOpt's file beside it, declares; None if nothing.
+SIBLINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ, AutoAWQ
+
+
+def declared(config: Mapping[str, object], siblings: Mapping[str, Mapping[str, object]]) -> Declared | None:
+    """What config.json declares, or else a file beside it that older tools wrote instead; None if nothing.
+
+    Args:
+        siblings: those of SIBLINGS that there are.
 
     Raises:
         InputError: it makes no sense, or is not supported.
@@ -42,10 +48,9 @@ def declared(config: Mapping[str, object], sibling: Mapping[str, object]) -> Dec
         if given := config.get(name):
             break
     else:
-        name, given = "hf_quant_config.json", sibling.get("quantization")
-        if not given:
-            return None
-        given = {"quant_method": "modelopt", **given} if isinstance(given, Mapping) else given
+        name, given = _sibling(siblings)
+    if given is None:
+        return None
     if not isinstance(given, Mapping):
         raise InputError(f"{name} is {given!r}, expected an object")
     entries = Entries(given, name)
@@ -53,6 +58,25 @@ def declared(config: Mapping[str, object], sibling: Mapping[str, object]) -> Dec
     if method not in _READERS:
         raise InputError(f"quantization '{method}' is not supported; supported: {METHODS}")
     return _READERS[method](entries, config)
+
+
+def _sibling(siblings: Mapping[str, Mapping[str, object]]) -> tuple[str, object]:
+    """The name of the first file that there is, and its content in today's words."""
+    for name in SIBLINGS:
+        if not (given := siblings.get(name)):
+            continue
+        if name == "hf_quant_config.json":
+            inner = given.get("quantization")
+            return name, {"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else inner
+        if "w_bit" in given:
+            return name, {
+                "quant_method": "awq",
+                "bits": given["w_bit"],
+                "group_size": given.get("q_group_size"),
+                **given,
+            }
+        return name, {"quant_method": "gptq", **given}
+    return "", None
 
 
 def _constant(*known: Scheme, excluded: Callable[[str], str | None] = lambda module: None) -> Declared:
@@ -72,16 +96,16 @@ def _left_out(patterns: list[str]) -> Callable[[str], str | None]:
     """As transformers: an entry is the beginning of a name, perhaps a regular expression, or its end."""
 
     def excluded(module: str) -> str | None:
-        return next((p for p in patterns if _matches(p, module) or module.endswith(p)), None)
+        return next((p for p in patterns if _matches(p, module, r"(?:\.|$)") or module.endswith(p)), None)
 
     return excluded
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, end: str = "") -> bool:
     try:
-        return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
+        return re.match(f"(?:{pattern}){end}", name) is not None
     except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}") from error
+        raise InputError(f"its quantization config: {pattern!r} is no regular expression: {error}") from error
 
 
 def _bits(entries: Entries, *allowed: int, default: int | None = None) -> int:
@@ -104,17 +128,21 @@ def _gptq(entries: Entries, config: Mapping[str, object]) -> Declared:
 
     usual = scheme(entries)
     dynamic = entries.get("dynamic", {}, lambda value: isinstance(value, Mapping), "an object")
-    others = {
-        pattern.removeprefix("+:"): scheme(Entries({**entries.values, **value}, f"{entries.where}: {pattern}"))
-        for pattern, value in dynamic.items()
-        if not pattern.startswith("-:") and isinstance(value, Mapping)
-    }
-    out = [pattern.removeprefix("-:") for pattern in dynamic if pattern.startswith("-:")]
+    rules = []  # of a regular expression, and the scheme of what it matches, or None to leave that out
+    for pattern, value in dynamic.items():
+        given = Entries(
+            {**entries.values, **(value if isinstance(value, Mapping) else {})}, f"{entries.where}: {pattern}"
+        )
+        rules.append((pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, pattern[:2] != "-:" and scheme(given)))
 
-    def of(module: str) -> list[Scheme]:
-        return [next((s for pattern, s in others.items() if _matches(pattern, module)), usual)]
+    def first(module: str) -> tuple[str, Scheme | bool] | None:
+        return next(((p, s) for p, s in rules if _matches(p, module)), None)
 
-    return Declared(of, frozenset({usual.key}), lambda module: next((p for p in out if _matches(p, module)), None))
+    def excluded(module: str) -> str | None:
+        found = first(module)
+        return found[0] if found and not found[1] else None
+
+    return Declared(lambda m: [(first(m) or ("", usual))[1] or usual], frozenset({usual.key}), excluded)
 
 
 def _awq(entries: Entries, config: Mapping[str, object]) -> Declared:
@@ -160,13 +188,14 @@ def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, Scheme]:
 
 def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
     """Rows of the parts of a fused matrix: gate and up, or q, k and v."""
+    given = Entries(config, "config.json")
 
     def parts(count: int) -> list[int]:
         if count == 2:
-            return [int(config.get("intermediate_size") or 0)] * 2
-        heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
-        dim = config.get("head_dim") or hidden // heads
-        kv = config.get("num_key_value_heads") or heads
+            return [given.whole("intermediate_size")] * 2
+        heads = given.whole("num_attention_heads")
+        dim = given.whole("head_dim", given.whole("hidden_size") // heads)
+        kv = given.whole("num_key_value_heads", heads)
         return [heads * dim, kv * dim, kv * dim] if count == 3 else []
 
     return parts
@@ -200,8 +229,9 @@ def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
         return integer_schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
 
     usual = scheme(entries)
+    # What an override leaves out is MLX's own default, not what the others have.
     others = {
-        path: scheme(Entries({**entries.values, **value}, f"{entries.where}: {path}"))
+        path: scheme(Entries({"group_size": 64, "bits": 4, **value}, f"{entries.where}: {path}"))
         for path, value in entries.values.items()
         if isinstance(value, Mapping)
     }
@@ -226,11 +256,11 @@ def _compressed_tensors(entries: Entries, config: Mapping[str, object]) -> Decla
     ignored = _listed(entries, "ignore")
 
     def of(module: str) -> list[Scheme]:
-        """A name counts more than a regular expression, and that more than "Linear"."""
+        """A name counts more than a regular expression, and that more than a class, such as "Linear"."""
         for strength in (
             lambda t: t == module,
             lambda t: _is_regex(t, module),
-            lambda t: ":" not in t and "." not in t,
+            lambda t: t[:1].isupper(),
         ):
             for targets, scheme in known:
                 if any(strength(target) for target in targets):
@@ -257,7 +287,8 @@ def _compressed(form: object, weights: Entries, config: Mapping[str, object]) ->
         return scaled_schemes.MXFP8
     bits = weights.whole("num_bits", most=8)
     if form == "pack-quantized":
-        return integer_schemes.pack_quantized(bits, weights.whole("group_size", 0, 0) or None)
+        group = _group(weights)
+        return integer_schemes.pack_quantized(bits, None if group == -1 else group)
     if form in ("int-quantized", "float-quantized", "naive-quantized") and bits == 8:
         if strategy == "block":
             return scaled_schemes.block_fp8(_block(weights, "block_structure"), ".weight", ".weight_scale")
@@ -288,7 +319,9 @@ def _modelopt(entries: Entries, config: Mapping[str, object]) -> Declared:
     def excluded(module: str) -> str | None:
         return next((p for p in patterns if fnmatch.fnmatchcase(module, p)), None)
 
-    if entries.values.get("quant_algo") != "MIXED_PRECISION":
+    if "quant_algo" not in entries:  # only a cache is quantized, which ours is not
+        return _constant()
+    if entries.values["quant_algo"] != "MIXED_PRECISION":
         return _constant(scheme(entries), excluded=excluded)
     layers = entries.get("quantized_layers", None, lambda value: isinstance(value, Mapping), "an object")
     of = {

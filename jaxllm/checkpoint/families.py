@@ -99,9 +99,9 @@ def _from_directory(folder: HFDirectory) -> Checkpoint:
         model, rules, ignored = deepseek, deepseek_names.HF_RULES, deepseek_names.hf_ignored(config)
     elif kind in gpt_oss_config.MODEL_TYPES:
         config = GptOssConfig.from_hf(folder.config)
-        model, rules, ignored = gpt_oss, gpt_oss_names.HF_RULES, ()
+        model, rules, ignored = gpt_oss, gpt_oss_names.HF_RULES, llama_names.HF_IGNORED
     else:
-        config = LlamaConfig.from_hf(folder.config)
+        config = LlamaConfig.from_hf(folder.config).with_biases(tensors)
         model, rules, ignored = llama, llama_names.HF_RULES, llama_names.HF_IGNORED
     if "lm_head.weight" in tensors:  # as in transformers, where a head that is there counts more than being tied
         config = replace(config, tie_word_embeddings=False)

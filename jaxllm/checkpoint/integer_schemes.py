@@ -36,16 +36,16 @@ def affine(
     if held is None:
 
         def padded() -> Affine:
-            wide = np.pad(codes(), ((0, 0), (0, -in_ % 4)))
-            packed = repack.into_stream(wide, 8)
-            rest = [None if a is None else np.asarray(a) for a in (scales, zeros)]
-            whole = Affine(packed, *rest, None, None, out_groups, 8, group, zero, name)
+            extra = -in_ % 4
+            packed = repack.into_stream(np.pad(codes(), ((0, 0), (0, extra))), 8)
+            wide = [None if a is None else np.pad(np.asarray(a), ((0, 0), (0, extra))) for a in (scales, zeros)]
+            whole = Affine(packed, wide[0], 8, group, name, zero, zeros=wide[1], out_groups=out_groups)
             return Dense(np.asarray(whole.dequantize())[:, :in_])
 
         return decoded(padded, shape)
     if words is None or held != bits:
         words = derived(repack.words_shape(out, in_, held), np.uint32, lambda: repack.into_stream(codes(), held))
-    return Affine(words, scales, zeros, None, None, out_groups, held, group, zero, name)
+    return Affine(words, scales, held, group, name, zero, zeros=zeros, out_groups=out_groups)
 
 
 def _indexed(weight: Affine, index: np.ndarray) -> Affine:
@@ -57,9 +57,12 @@ def _indexed(weight: Affine, index: np.ndarray) -> Affine:
         shape = (array.shape[0], array.shape[1] + 1)
         return derived(shape, array.dtype, lambda: np.pad(np.asarray(array), ((0, 0), (1, 0))))
 
-    index = (index + 1).astype(np.int32)
-    scales, zeros = behind_nothing(weight.scales), behind_nothing(weight.zeros)
-    return Affine(weight.codes, scales, zeros, None, index, None, weight.bits, weight.group, weight.zero, weight.name)
+    return replace(
+        weight,
+        scales=behind_nothing(weight.scales),
+        zeros=behind_nothing(weight.zeros),
+        in_groups=(index + 1).astype(np.int32),
+    )
 
 
 def grouped(weight: Weight, index: np.ndarray | None, shape: tuple[int, int], groups: int, group: int) -> Weight:
@@ -158,7 +161,7 @@ def mlx(bits: int, group: int) -> Scheme:
         expect("biases", biases, *lead, in_ // group)
         values = word_values(bits)
         codes = weight.reshape(*lead, in_ // values, values * bits // WORD)
-        return Affine(codes, scales, None, biases, None, None, bits, group, 0, "MLX")
+        return Affine(codes, scales, bits, group, "MLX", biases=biases)
 
     parts = {"scales": Part(".scales", FLOATS), "weight": Part(".weight", WORDS), "biases": Part(".biases", FLOATS)}
     return Scheme(f"MLX {bits}-bit", parts, build)
@@ -207,6 +210,8 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
         half = 2 ** (bits - 1)
         weight = affine("INT", codes, (out, in_), bits, group, weight_scale, zeros, half, words)
         index = None if weight_g_idx is None else np.asarray(weight_g_idx)
+        if index is not None and (index == -1).all():  # the library's own word for "in order"
+            index = None
         return grouped(weight, index, (out, in_), groups, group)
 
     parts = _flat({"weight_packed": Part(".weight_packed", WORDS), "weight_scale": Part(".weight_scale", FLOATS)})

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -185,9 +185,10 @@ def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
         in_ = finest(first.unit("in"), first.shape[-1], n_in, declaration.cols)
         source = dataclasses.replace(source, parts=tuple(part.refined(out, in_) for part in source.parts))
         first = source.parts[0]
-    kinds = {(jax.tree.structure(p), *(leaf.shape for leaf in jax.tree.leaves(p))) for p in source.parts}
-    if len(kinds) > 1:
-        raise InputError(f"{source.name}: experts of one layer differ in format or shape")
+    for i, part in enumerate(source.parts):
+        if _kind(part) != _kind(first):
+            said = ", expert ".join(f"{n} is {p.format} {[*p.shape]}" for n, p in ((0, first), (i, part)))
+            raise InputError(f"{source.name}: experts of one layer differ in format or shape: expert {said}")
 
     index, shapes = {}, {}
     for name, axes in first.axes.items():
@@ -205,6 +206,10 @@ def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
     return Layout(source, index, dataclasses.replace(first, **placed))
 
 
+def _kind(weight: Weight) -> tuple:
+    return jax.tree.structure(weight), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weight))
+
+
 def _place_of(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding | layouts.Format:
     """Where a leaf lies. TPUs would transpose an array where that saves padding, and transpose it back before every
     kernel that reads it; so there the order of axes is said as well."""
@@ -219,6 +224,8 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
 
     def read(name: str) -> jax.Array:
         leaf, parts = getattr(plan.weight, name), [getattr(part, name) for part in plan.source.parts]
+        # A computed array is computed once, for all the devices that hold a part of it.
+        parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name])
         return jax.make_array_from_callback(leaf.shape, leaf.format, part)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxllm.checkpoint.declared import Declared, declared
+from jaxllm.checkpoint.declared import SIBLINGS, Declared, declared
 from jaxllm.checkpoint.safetensors import HFDirectory
 from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
@@ -22,7 +22,7 @@ def assemble(folder: HFDirectory) -> dict[str, Weight]:
         InputError: the quantization is not supported, a matrix lacks a part or has parts that do not fit, or one is
             quantized that the config leaves out.
     """
-    found = declared(folder.config, folder.json("hf_quant_config.json").values)
+    found = declared(folder.config, {name: folder.json(name).values for name in SIBLINGS})
     return dict(folder.tensors) if found is None else join(folder.tensors, found)
 
 
@@ -67,7 +67,7 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
             joined[name] = tensor
             complaints += _alone(name, tensor, found)
     if complaints:
-        raise InputError("; ".join(complaints[:8]))
+        raise InputError("; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if complaints[8:] else ""))
     return joined
 
 
@@ -100,6 +100,8 @@ def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weig
     """
     dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
     fits = {name for name, w in tensors.items() if isinstance(w, BlockFP8) and w.values.dtype.name == dtype}
+    if kind == "int8":  # in blocks, there is nothing to say how activations should be
+        fits = {name for name in fits if tensors[name].block[1] is None}
     if not fits:
         raise InputError(f"matmul '{kind}' needs a checkpoint with {kind.upper()} weights")
     return {name: replace(w, activation_group=w.block[1] or -1) if name in fits else w for name, w in tensors.items()}

@@ -8,10 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxllm.checkpoint.placing import DerivedArray, FileArray
+from jaxllm.checkpoint.placing import DerivedArray, HostArray
 from jaxllm.formats.affine import WORD, word_values
-
-Array = FileArray | DerivedArray | np.ndarray
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble of a word that each of its 8 columns is in
 
@@ -32,6 +30,9 @@ def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def into_stream(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes `[rows, in]` as the words of `Affine`: uint32 `[rows, in / values, words]`."""
+    if bits in (4, 8):
+        stream = codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+        return np.ascontiguousarray(stream).view(np.uint32)[..., None]
     values = word_values(bits)
     bit = codes.reshape(len(codes), -1, values)[..., None] >> np.arange(bits, dtype=np.uint8) & np.uint8(1)
     stream = np.packbits(bit.reshape(*bit.shape[:2], -1), axis=-1, bitorder="little")
@@ -43,10 +44,13 @@ def words_shape(out: int, in_: int, bits: int) -> tuple[int, int, int]:
     return out, in_ // values, values * bits // WORD
 
 
-def awq_columns(words: Array) -> np.ndarray:
+def awq_columns(words: HostArray) -> np.ndarray:
     """Codes of AWQ's words `[rows, out / 8]`: uint8 `[rows, out]`."""
-    words = np.asarray(words).view(np.uint32)
-    return (words[..., None] >> (4 * AWQ_ORDER).astype(np.uint32) & 15).astype(np.uint8).reshape(len(words), -1)
+    stored = np.asarray(words)
+    pairs = stored.view(np.uint8).reshape(*stored.shape, 4)
+    nibbles = np.empty((*stored.shape, 8), np.uint8)
+    nibbles[..., ::2], nibbles[..., 1::2] = pairs & 15, pairs >> 4
+    return nibbles[..., AWQ_ORDER].reshape(len(stored), -1)
 
 
 def hqq_codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
@@ -62,9 +66,14 @@ def group_size(in_: int, block: int) -> int:
     return math.gcd(in_, block)
 
 
-def by_rows(values: Array, shape: tuple[int, int], block: int) -> DerivedArray:
+def by_rows(values: HostArray, shape: tuple[int, int], block: int) -> DerivedArray:
     """A value for every block of a matrix `[out, in]` laid out flat, as one for every group of its rows."""
     out, in_ = shape
     group = group_size(in_, block)
-    places = np.arange(out * in_ // group) * group // block
-    return derived((out, in_ // group), values.dtype, lambda: np.asarray(values).reshape(-1)[places].reshape(out, -1))
+
+    def compute() -> np.ndarray:
+        flat = np.asarray(values).reshape(-1)
+        places = slice(None) if group == block else np.arange(out * in_ // group) * group // block
+        return flat[places].reshape(out, -1)
+
+    return derived((out, in_ // group), values.dtype, compute)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -233,9 +233,15 @@ def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
     """The `convert` of `fill` that holds matrices as they were placed, but for the order of bits that kernels want."""
     if not isinstance(weight, GGML) or weight.type != "MXFP4":
         return weight
-    specs = jax.eval_shape(MXFP4.from_ggml, weight).shard_specs(sharding.spec, sharding.mesh)
+    return _ordered(weight, sharding)
+
+
+@partial(jax.jit, static_argnums=1)
+def _ordered(weight: GGML, sharding: NamedSharding) -> MXFP4:
+    ordered = MXFP4.from_ggml(weight)
+    specs = ordered.shard_specs(sharding.spec, sharding.mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
-    return jax.jit(MXFP4.from_ggml, out_shardings=shardings)(weight)
+    return jax.lax.with_sharding_constraint(ordered, shardings)
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:

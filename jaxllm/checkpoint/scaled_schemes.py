@@ -79,7 +79,7 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
     optional = {n: Part(f".{n}", FLOATS, 0, 2) for n in ("input_scale", "activation_scale")}
     optional |= {"zero_point": Part(".weight_zero_point", frozenset({"int8", "int32"}), 0, 2)}
     parts = {"scales": Part(scale, SCALES, 0), "values": Part(".weight", FP8 | {"int8"})}
-    return Scheme(name, parts, build, optional)
+    return Scheme(name, parts, build, optional, unused=(".input_zero_point",))
 
 
 def _mxfp8(scales: HostArray, values: HostArray) -> BlockFP8:

@@ -32,23 +32,23 @@ class Affine(Weight):
         codes: uint32 `[*batch, out, in / values, words]`: so many words hold so many values, the first in the lowest
             bits, some across two words where `bits` does not divide 32.
         scales: any floating dtype `[*batch, out, groups]`; with `out_groups` `[*batch, groups, in]`.
+        name: of the kind of checkpoint.
         zeros: like scales, whole numbers or floats, or None where all are `zero`.
         biases: like scales, or None.
         in_groups: int32 `[*batch, in]` or None.
         out_groups: int32 `[*batch, out]` or None.
-        name: of the kind of checkpoint.
     """
 
     codes: jax.Array
     scales: jax.Array
-    zeros: jax.Array | None
-    biases: jax.Array | None
-    in_groups: jax.Array | None
-    out_groups: jax.Array | None
     bits: int = static_field()
     group: int = static_field()
-    zero: int = static_field()
     name: str = static_field()
+    zero: int = static_field(0)
+    zeros: jax.Array | None = None
+    biases: jax.Array | None = None
+    in_groups: jax.Array | None = None
+    out_groups: jax.Array | None = None
 
     @property
     def format(self) -> str:
@@ -123,7 +123,7 @@ class Affine(Weight):
         bias = jnp.where(steps == 0, 0.0, edge)
         codes = jnp.clip(jnp.round((grid - bias[..., None]) / scale[..., None]), 0, 2**bits - 1)
         words = pack(codes.reshape(w.shape).astype(jnp.uint32), bits)
-        return cls(words, scale, None, bias, None, None, bits, group, 0, "MLX")
+        return cls(words, scale, bits, group, "MLX", biases=bias)
 
     def like(self, w: jax.Array) -> Self:
         if self.biases is None:  # what GPTQ and its kin search for is not found by rounding

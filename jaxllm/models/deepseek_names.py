@@ -7,6 +7,7 @@ import numpy as np
 from jaxllm.checkpoint.rules import Rule
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.deepseek_config import DeepseekConfig
+from jaxllm.models.llama_names import HF_IGNORED
 
 
 def _query_rows(config: DeepseekConfig, m: re.Match) -> np.ndarray:
@@ -79,9 +80,8 @@ HF_RULES = [
 
 
 def hf_ignored(config: DeepseekConfig) -> list[str]:
-    """The layer after the last, which predicts a second token (MTP), and buffers that older checkpoints hold."""
-    after = rf"model\.layers\.{config.num_hidden_layers}\..*"
-    return [after, r"model\.layers\.\d+\.self_attn\.(?:rotary_emb\.inv_freq|[kv]_scale)"]
+    """The layer after the last, which predicts a second token (MTP), and what all families ignore."""
+    return [rf"model\.layers\.{config.num_hidden_layers}\..*", *HF_IGNORED]
 
 
 # DeepSeek's inference demo: for each of Hugging Face's names, its own, and the axis along which it cuts the tensor.

@@ -1,7 +1,7 @@
 """Sizes and constants of the Llama family, from a GGUF file's metadata or a Hugging Face config.json."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from jaxllm.checkpoint.safetensors import Entries
@@ -145,6 +145,19 @@ class LlamaConfig:
                 LayerConfig(heads, *layer, window, sparse(i)) for i, window in enumerate(_hf_windows(entries, kind))
             ),
             moe=moe,
+        )
+
+    def with_biases(self, tensors: Mapping[str, Weight]) -> Self:
+        """With the biases that a checkpoint has besides: older GPTQ files have some (of zeros) everywhere."""
+
+        def has(name: str) -> bool:
+            return f"model.layers.0.{name}.bias" in tensors
+
+        return replace(
+            self,
+            qkv_bias=self.qkv_bias or has("self_attn.q_proj"),
+            o_bias=self.o_bias or has("self_attn.o_proj"),
+            mlp_bias=self.mlp_bias or has("mlp.down_proj"),
         )
 
 

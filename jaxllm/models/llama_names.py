@@ -108,7 +108,7 @@ HF_RULES = [
     Rule(_M + r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
     Rule(_M + r"mlp\.shared_expert_gate\.weight", _L + "mlp.shared_expert_gate.weight"),
 ]
-# Buffers that older checkpoints hold, because frequencies are computed from the configuration; and what some quantizers
-# say of a cache in FP8, which ours is not.
+# Frequencies, which are computed from the configuration, and what some quantizers say of a cache in FP8, which ours is
+# not.
 HF_IGNORED = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"]
 HF_IGNORED += [r"model\.layers\.\d+\.self_attn\.(?:[kv]_scale|[kv]_proj\.(?:[kv]|output)_scale)"]
