@@ -75,9 +75,9 @@ def compiled(op: str, shape: Shape, group: int | None, chip: Chip) -> tuple[str,
         seconds = made["optimal_seconds"]
         estimate = f"{seconds * 1e6:.1f}" if seconds and seconds > 0 else "none"
         return f"{made['tile']} x {made['block']}", f"{made['vmem_bytes'] / 2**20:.1f} MiB VMEM", "", estimate
-    from jaxllm.kernels import gpu
+    from jaxllm.kernels import gpu_report
 
-    made = gpu.compile_report(op, shape, chip.target, group=group)
+    made = gpu_report.compile_report(op, shape, chip.target, group=group)
     tile = " x ".join(map(str, made["tile"]))
     more = f"{', '.join(made['instructions'])}; {made['registers']} registers, {made['spills']} bytes spilled"
     return tile, f"{made['shared'] / 2**10:.0f} KiB shared", more, "none"
@@ -86,7 +86,7 @@ def compiled(op: str, shape: Shape, group: int | None, chip: Chip) -> tuple[str,
 def measured(op: str, shape: Shape, group: int | None) -> float:
     """Seconds of a run on this machine's first device, the median of many."""
     kind, name = op.split(".")
-    weight = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), tpu_report.abstract_weight(kind, shape, group))
+    weight = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.abstract_weight(kind, shape, group))
     f: Callable = getattr(dispatch, name)
     rows = tile_size(shape.m, shape.experts) if shape.experts else shape.m
     tiles = shape.m // rows + min(shape.experts, shape.m) if shape.experts else 1

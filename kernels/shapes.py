@@ -2,6 +2,13 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from jaxllm.formats.base import Weight
+from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+
 
 class Shape(NamedTuple):
     """A matmul `[m, k] @ [n, k].T`; with `experts`, of tiles of rows that choose among so many matrices."""
@@ -63,3 +70,16 @@ def _with_rows(matrices: dict[str, tuple[int, int]], experts: int = 0) -> dict[s
     return {
         f"{name} x {m}": Shape(m, n, k, experts) for name, (n, k) in matrices.items() for m in (DECODE, BATCH, PREFILL)
     }
+
+
+def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weight:
+    """A weight of `shape` without values."""
+    batch = (shape.experts,) if shape.experts else ()
+
+    def leaf(columns: int, dtype: jax.typing.DTypeLike, rows: int = shape.n) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, rows, columns), dtype)
+
+    if format == "mxfp4":
+        return MXFP4(leaf(shape.k // 2, jnp.uint8), leaf(shape.k // BLOCK, jnp.uint8))
+    scales = leaf(-(-shape.k // 128), jnp.float32, rows=-(-shape.n // 128))
+    return BlockFP8(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)

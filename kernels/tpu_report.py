@@ -11,11 +11,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxllm.kernels.shapes import Shape
+from jaxllm.kernels.shapes import Shape, abstract_weight
 
-from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import BlockFP8
-from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+from jaxllm.formats.mxfp4 import BLOCK
 
 # The last two bring operands to VMEM ahead of time, as they are.
 NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
@@ -88,19 +86,6 @@ def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtyp
     """
     format = Format(Layout(tuple(range(len(leaf.shape)))), sharding)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=format)
-
-
-def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weight:
-    """A weight of `shape` without values."""
-    batch = (shape.experts,) if shape.experts else ()
-
-    def leaf(columns: int, dtype: jax.typing.DTypeLike, rows: int = shape.n) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*batch, rows, columns), dtype)
-
-    if format == "mxfp4":
-        return MXFP4(leaf(shape.k // 2, jnp.uint8), leaf(shape.k // BLOCK, jnp.uint8))
-    scales = leaf(-(-shape.k // 128), jnp.float32, rows=-(-shape.n // 128))
-    return BlockFP8(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)
 
 
 def weight_copies(text: str, shape: Shape) -> list[str]:

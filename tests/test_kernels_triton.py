@@ -16,11 +16,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxllm[gpu]'")
-pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxllm[plan]'")
+pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from jaxllm.kernels import gpu  # noqa: E402
+from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import reference  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
@@ -123,7 +123,7 @@ def interpret(kernel, *args, out_type, grid, warps=4, stages=3, **constants):
 
 def pointer(array):
     """What the interpreter takes for a tensor."""
-    return types.SimpleNamespace(data_ptr=lambda: array.ctypes.data, dtype=gpu.TYPE_NAMES[str(array.dtype)])
+    return types.SimpleNamespace(data_ptr=lambda: array.ctypes.data, dtype=gpu_report.TYPE_NAMES[str(array.dtype)])
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ class TestMXFP4(MXFP4Cases):
         """Few programs share the sum over k, the last one has fewer steps, and the last step is ragged."""
         for dtype, k in ((np.float32, 1120), (ml_dtypes.bfloat16, 2336)):
             x, weight = numbers(3, k).astype(dtype), mxfp4_weight(40, k)
-            (launch,) = gpu.launches(mxfp4.matmul, x, weight)
+            (launch,) = gpu_report.launches(mxfp4.matmul, x, weight)
             assert launch.grid[2] > 1
             self.check_matmul(x, weight)
 
@@ -161,7 +161,7 @@ class TestBlockFP8(BlockFP8Cases):
     def test_matmul_of_split_sums(self, group):
         for dtype in self.dtypes:
             x, weight = numbers(3, 1120).astype(dtype), block_fp8_weight(40, 1120, activation_group=group)
-            assert gpu.launches(block_fp8.matmul, x, weight)[-1].grid[2] > 1
+            assert gpu_report.launches(block_fp8.matmul, x, weight)[-1].grid[2] > 1
             self.check_seen(x, weight, group)
 
     @pytest.mark.parametrize("group", [64, 128])

@@ -21,7 +21,7 @@ for module in ("triton", "jax_triton", "jax_plugins.xla_cuda13"):
 
 import jax_triton  # noqa: E402
 import triton  # noqa: E402
-from jaxllm.kernels import gpu  # noqa: E402
+from jaxllm.kernels import gpu_report as report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
@@ -65,32 +65,32 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("call", CALLS)
 def test_matmul_in_machine_code(call, arch):
     op, shape, dtype, group, tile = CALLS[call]
-    report = gpu.compile_report(op, shape, arch, dtype, group)
-    assert report["tile"] == tile[:3] and report["warps"] == tile.warps and report["stages"] == tile.stages
-    assert report["shared"] <= SHARED
-    assert report["spills"] == 0
+    made = report.compile_report(op, shape, arch, dtype, group)
+    assert made["tile"] == tile[:3] and made["warps"] == tile.warps and made["stages"] == tile.stages
+    assert made["shared"] <= SHARED
+    assert made["spills"] == 0
     if dtype == jnp.float32:
-        assert report["instructions"] == []  # none of them multiplies float32
+        assert made["instructions"] == []  # none of them multiplies float32
     else:
-        assert all(name.startswith(INSTRUCTION[arch]) for name in report["instructions"]) and report["instructions"]
+        assert all(name.startswith(INSTRUCTION[arch]) for name in made["instructions"]) and made["instructions"]
     if arch == 90 and dtype == jnp.bfloat16:
         # What is decoded goes on to the instruction. Nothing is, when codes are multiplied as they are.
-        assert report["from_registers"] == (group is None)
+        assert made["from_registers"] == (group is None)
 
 
 @pytest.mark.parametrize("arch", INSTRUCTION)
 def test_products_of_codes_keep_subnormals(arch):
     """MXFP4's decoder multiplies subnormal numbers, which `.ftz` would flush to zero."""
     for dtype, multiply in ((jnp.bfloat16, "mul.bf16x2"), (jnp.float32, "mul.f32")):
-        args = gpu.arguments("mxfp4.matmul", shapes.Shape(1, 64, 256), dtype)
-        ptx = gpu.launches(mxfp4.matmul, *args)[0].compile(arch).asm["ptx"]
+        args = report.arguments("mxfp4.matmul", shapes.Shape(1, 64, 256), dtype)
+        ptx = report.launches(mxfp4.matmul, *args)[0].compile(arch).asm["ptx"]
         assert multiply in ptx and ".ftz" not in ptx
 
 
 @pytest.mark.parametrize("op", ["block_fp8.grouped_matmul", "mxfp4.grouped_matmul"])
 def test_experts_are_64_bits_apart(op):
     """A stack is larger than 2^31."""
-    (launch,) = gpu.launches(gpu.function(op), *gpu.arguments(op, shapes.Shape(4, 2048, 7168, 256)))
+    (launch,) = report.launches(report.function(op), *report.arguments(op, shapes.Shape(4, 2048, 7168, 256)))
     assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64", launch.compile(90).asm["ttir"])
 
 
@@ -98,9 +98,9 @@ def test_experts_are_64_bits_apart(op):
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_act_quant_in_machine_code(arch, power_of_two):
     x = jax.ShapeDtypeStruct((16, 7168), jnp.bfloat16)
-    (launch,) = gpu.launches(lambda x: block_fp8.act_quant(x, 128, power_of_two), x)
+    (launch,) = report.launches(lambda x: block_fp8.act_quant(x, 128, power_of_two), x)
     compiled = launch.compile(arch)
-    assert gpu.resources(compiled)["spills"] == 0
+    assert report.resources(compiled)["spills"] == 0
     assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"] and "div.rn.f32" in compiled.asm["ptx"]
 
 
@@ -108,11 +108,11 @@ def test_act_quant_in_machine_code(arch, power_of_two):
 @pytest.mark.parametrize("scales", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e8m0fnu])
 @pytest.mark.parametrize("values", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
 def test_every_dtype_of_codes_and_scales(values, scales, arch):
-    x, weight = gpu.arguments("block_fp8.matmul", shapes.Shape(1, 256, 1024))
+    x, weight = report.arguments("block_fp8.matmul", shapes.Shape(1, 256, 1024))
     dtypes = {"values": values, "scales": scales}
     weight = dataclasses.replace(weight, **{name: getattr(weight, name).update(dtype=d) for name, d in dtypes.items()})
-    launches = [*gpu.launches(block_fp8.matmul, x, weight), *gpu.launches(block_fp8.weight_dequant, weight)]
-    assert [gpu.resources(launch.compile(arch))["spills"] for launch in launches] == [0, 0]
+    launches = [*report.launches(block_fp8.matmul, x, weight), *report.launches(block_fp8.weight_dequant, weight)]
+    assert [report.resources(launch.compile(arch))["spills"] for launch in launches] == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_xla_compiles_for_eight_gpus(eight_h100, name):
     """One device's share is the named shape; the kernel is all there is, and no decoded matrix is anywhere."""
     op, shape = SHAPES[name]
     group = 128 if op.startswith("block_fp8") and "DeepSeek" in name else None
-    local = gpu.arguments(op, shape, group=group)
+    local = report.arguments(op, shape, group=group)
     # Rows of the matrix or experts are divided; so are the tiles of experts, and x is the same everywhere otherwise.
     specs = jax.tree.map(lambda _: P("tp"), local)
     specs = specs if shape.experts else (P(), *specs[1:])
@@ -135,14 +135,14 @@ def test_xla_compiles_for_eight_gpus(eight_h100, name):
         first = leaf.shape[0] * (8 if spec else 1)
         return leaf.update(shape=(first, *leaf.shape[1:]), sharding=NamedSharding(eight_h100, spec))
 
-    f = jax.shard_map(gpu.function(op), mesh=eight_h100, in_specs=specs, out_specs=out)
+    f = jax.shard_map(report.function(op), mesh=eight_h100, in_specs=specs, out_specs=out)
     compiled = jax.jit(f).lower(*jax.tree.map(everywhere, local, specs)).compile(compiler_options=h100.WITHOUT_A_GPU)
     text = compiled.as_text()
     assert text.count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"') == (2 if group else 1)
     floats = re.findall(r"\b(?:f32|f16|bf16)\[([\d,]+)\]", text)
     assert not [dims for dims in floats if dims.endswith(f"{shape.n},{shape.k}")]
     # x once more (as codes, or with its columns in another order), and the splits' sums.
-    splits = gpu.launches(gpu.function(op), *local)[-1].grid[2]
+    splits = report.launches(report.function(op), *local)[-1].grid[2]
     x = local[0]
     sums = 4 * splits * x.shape[0] * shape.n if splits > 1 else 0
     allowed = 2 * x.size + sums + 64 * 1024
@@ -152,7 +152,7 @@ def test_xla_compiles_for_eight_gpus(eight_h100, name):
 @pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
 def test_results_differ_between_devices(eight_h100, op):
     """`shard_map` knows, and so does not take them for everyone's."""
-    args = gpu.arguments(op, shapes.Shape(16, 1024, 1024))
-    f = jax.shard_map(gpu.function(op), mesh=eight_h100, in_specs=(P(), P("tp")), out_specs=P())
+    args = report.arguments(op, shapes.Shape(16, 1024, 1024))
+    f = jax.shard_map(report.function(op), mesh=eight_h100, in_specs=(P(), P("tp")), out_specs=P())
     with pytest.raises(ValueError, match="replicated"):
         jax.eval_shape(f, *args)

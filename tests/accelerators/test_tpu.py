@@ -91,7 +91,7 @@ def test_blocks_of_other_sizes(block, group, topology):
 
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
 def test_decoding_to_memory(topology):
-    weight = tpu_report.abstract_weight("block_fp8", shapes.Shape(1, 576, 7168, experts=4))
+    weight = shapes.abstract_weight("block_fp8", shapes.Shape(1, 576, 7168, experts=4))
     for dtype in (jnp.float32, jnp.bfloat16):
         text = compiled_for(topology, functools.partial(block_fp8.weight_dequant, dtype=dtype), weight)
         assert "block_fp8_weight_dequant" in text
