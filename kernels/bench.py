@@ -5,6 +5,7 @@ With `--compile-only` nothing runs: the compilers of the chips are asked, and me
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -17,6 +18,9 @@ from jaxllm.kernels import dispatch, shapes, tpu_report
 from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape
 from tqdm import tqdm
+
+from jaxllm.cli import Parser, main
+from jaxllm.errors import InputError
 
 NOT_MEASURED = "not measured"
 REPEATS = 20
@@ -94,12 +98,12 @@ def measured(op: str, shape: Shape, group: int | None) -> float:
     if shape.experts:
         used = min(tiles, max(shape.m // rows, min(shape.experts, shape.m)))
         args.append(jnp.where(jnp.arange(tiles) < used, jnp.arange(tiles) % shape.experts, -1).astype(jnp.int32))
-    run = jax.jit(f)
-    jax.block_until_ready(run(*args))
+    f = jax.jit(f)
+    jax.block_until_ready(f(*args))
     times = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
-        jax.block_until_ready(run(*args))
+        jax.block_until_ready(f(*args))
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
 
@@ -117,13 +121,13 @@ def rows(name: str, chip: Chip, measure: bool) -> list[tuple]:
         nbytes, flops = bytes_and_flops(op, shape)
         reading, multiplying = nbytes / chip.bandwidth, flops / (chip.flops_fp8 if group else chip.flops)
         limit, bound = max((reading, "memory"), (multiplying, "compute"))
-        run = NOT_MEASURED
+        speed = NOT_MEASURED
         if measure:
             seconds = measured(op, shape, group)
-            run = f"{seconds * 1e6:.1f} us, {limit / seconds:.0%} of the limit"
+            speed = f"{seconds * 1e6:.1f} us, {limit / seconds:.0%} of the limit"
         published = PUBLISHED.get(label, "") if group and name == "H100" else ""
         sizes = f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{limit * 1e6:.1f} ({bound})"
-        out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, chip), published, run))
+        out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, chip), published, speed))
     return out
 
 
@@ -142,20 +146,24 @@ HEADERS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jaxllm.kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--compile-only", action="store_true", help="ask the compilers alone; needs none of the chips")
-    args = parser.parse_args()
+def parser() -> Parser:
+    p = Parser("jaxllm.kernels.bench", "What the kernels are compiled to, and how far they go.")
+    p.add_argument("--compile-only", action="store_true", help="ask the compilers alone; needs none of the chips")
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    if missing := [name for name in ("libtpu", "triton", "jax_triton") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{missing[0]} is not installed: pip install 'jaxllm[plan]'")
     if args.compile_only:
         jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU, since there is a compiler for it
     kind = jax.devices()[0].device_kind
-    here = {name for name, chip in CHIPS.items() if not args.compile_only and any(k in kind for k in chip.kinds)}
+    here = [name for name, chip in CHIPS.items() if any(k in kind for k in chip.kinds)]
     if not here and not args.compile_only:
-        sys.exit(f"error: {kind} is none of {', '.join(CHIPS)}; --compile-only needs none of them")
-    for name, chip in CHIPS.items():
-        if here and name not in here:
-            continue
-        table = rows(name, chip, name in here)
+        raise InputError(f"{kind} is none of {', '.join(CHIPS)}; --compile-only needs none of them")
+    for name in CHIPS if args.compile_only else here:
+        chip = CHIPS[name]
+        table = rows(name, chip, not args.compile_only)
         keep = [i for i in range(len(HEADERS)) if any(row[i] for row in table)]
         print(f"\n### {name}: {chip.bandwidth / 1e12:.2f} TB/s, {chip.flops / 1e12:.0f} TFLOPS in bfloat16\n")
         for row in (HEADERS, ["---"] * len(HEADERS), *table):
@@ -163,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(parser(), run))

@@ -1,0 +1,45 @@
+"""The benchmark of the kernels, as far as it goes without their chips."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jaxllm.kernels import bench
+from jaxllm.kernels.shapes import Shape, named
+
+README = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "nbytes", "flops"),
+    [
+        ("mxfp4.matmul", Shape(1, 32, 64), 32 * 64 // 2 + 32 * 2 + 2 * 64 + 4 * 32, 2 * 32 * 64),
+        ("mxfp4.grouped_matmul", Shape(2, 32, 64, 8), 2 * (32 * 64 // 2 + 32 * 2) + 2 * 128 + 4 * 64, 4 * 32 * 64),
+        ("block_fp8.matmul", Shape(16, 128, 256), 128 * 256 + 2 * 4 + 2 * 16 * 256 + 4 * 16 * 128, 2 * 16 * 128 * 256),
+    ],
+)
+def test_what_an_op_has_to_move_and_multiply(op, shape, nbytes, flops):
+    assert bench.bytes_and_flops(op, shape) == (nbytes, flops)
+
+
+@pytest.mark.parametrize("op", named())
+def test_runs_are_timed(op, monkeypatch):
+    monkeypatch.setattr(bench, "REPEATS", 2)
+    shape = Shape(2, 128, 128, 4) if "grouped" in op else Shape(2, 128, 128)
+    assert 0 < bench.measured(op, shape, None) < 5
+
+
+@pytest.mark.parametrize("chip", bench.CHIPS)
+def test_the_readme_has_every_shape_and_claims_no_measurement(chip):
+    table = README.split(f"### {chip}:")[1].split("###")[0]
+    assert all(f"| {label} |" in table for shapes in named().values() for label in shapes)
+    rows = [line for line in table.splitlines() if line.startswith(("| block_fp8", "| mxfp4"))]
+    assert len(rows) > 50 and all(line.endswith("| not measured |") for line in rows)
+
+
+def test_without_a_chip_it_says_what_it_needs():
+    got = subprocess.run([sys.executable, "-m", "jaxllm.kernels.bench"], capture_output=True, text=True)
+    assert got.returncode == 2
+    assert got.stderr.count("\n") == 1 and got.stderr.startswith("error: ")
+    assert "is none of TPU v5e" in got.stderr or "is not installed: pip install" in got.stderr
