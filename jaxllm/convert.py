@@ -29,7 +29,7 @@ from jaxllm.checkpoint.writing import pieces as _pieces
 from jaxllm.cli import Parser, main
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 
 TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("demo", "huggingface")
@@ -148,7 +148,7 @@ def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, obj
 
 
 def _is_fp8_matrix(weight: Weight) -> bool:
-    return isinstance(weight, BlockFP8) and len(weight.shape) == 2 and weight.values.dtype.itemsize == 1
+    return isinstance(weight, Scaled) and len(weight.shape) == 2 and weight.values.dtype.itemsize == 1
 
 
 def _quantized(folder: HFDirectory) -> str | None:
@@ -183,14 +183,14 @@ def _with_dtype(config: Mapping[str, object], to: str) -> dict[str, object]:
 
 
 def _converted(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
-    if isinstance(weight, BlockFP8):
+    if isinstance(weight, Scaled):
         return Tensor(name, dtype, weight.shape, _dequantized(name, weight, dtype))
     array: FileArray = weight.values
     dtype = dtype if array.dtype in _FLOATS else array.dtype
     return Tensor(name, dtype, array.shape, (_cast(piece, dtype) for piece in _pieces(name, array)))
 
 
-def _dequantized(name: str, weight: BlockFP8, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
     """In bands of whole blocks."""
     (rows, cols), (_, width) = weight.block, weight.shape
     scales = np.concatenate([np.empty(0, weight.scales.dtype), *_pieces(f"the scales of {name}", weight.scales)])

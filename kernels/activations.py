@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import E4M3_MAX, BlockFP8
+from jaxllm.formats.scaled import E4M3_MAX, Scaled
 
 LIMITS = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
 
@@ -35,7 +35,7 @@ def seen(
         columns: given whether each value reaches the threshold, whether one of its column does, among the rows that
             meet the same matrix; by default all.
     """
-    if not isinstance(weight, BlockFP8) or weight.activation_group != -1:
+    if not isinstance(weight, Scaled) or weight.activation_group != -1:
         return x
     given, limit = x.astype(jnp.float32), LIMITS[weight.values.dtype.name]
     wide = lax.stop_gradient(given)

@@ -20,11 +20,11 @@ from jaxllm.kernels import dense
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Scaled
 
 REFERENCE = "reference"
-OPS = {BlockFP8: "block_fp8", MXFP4: "mxfp4"}  # packages here, each with a module for every backend
+OPS = {Scaled: "block_fp8", MXFP4: "mxfp4"}  # packages here, each with a module for every backend
 BACKENDS = {"tpu": "pallas_tpu", "gpu": "triton_gpu", "cuda": "triton_gpu"}  # by platform
 
 _named: ContextVar[str | None] = ContextVar("backend", default=None)
@@ -122,7 +122,7 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
 
 def _as_seen(weight: Weight) -> Weight:
     """Where whole rows of x are rounded, they are already (`activations.seen`)."""
-    if isinstance(weight, BlockFP8) and weight.activation_group == -1:
+    if isinstance(weight, Scaled) and weight.activation_group == -1:
         return replace(weight, activation_group=None, input_scale=None)
     return weight
 

@@ -73,7 +73,7 @@ def arguments(op: str, shape: Shape, dtype: jax.typing.DTypeLike = jnp.bfloat16,
     """ShapeDtypeStructs for an op of `shapes.named()`: x and a weight, for grouped ones as many tiles as there may be.
 
     Args:
-        group: `BlockFP8.activation_group`.
+        group: `Scaled.activation_group`.
     """
     weight, struct = abstract_weight(op.split(".")[0], shape, group), jax.ShapeDtypeStruct
     if not shape.experts:

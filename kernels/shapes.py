@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+from jaxllm.formats.scaled import Scaled
 
 
 class Shape(NamedTuple):
@@ -82,4 +82,4 @@ def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weig
     if format == "mxfp4":
         return MXFP4(leaf(shape.k // 2, jnp.uint8), leaf(shape.k // BLOCK, jnp.uint8))
     scales = leaf(-(-shape.k // 128), jnp.float32, rows=-(-shape.n // 128))
-    return BlockFP8(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)
+    return Scaled(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)

@@ -1,5 +1,6 @@
 """Eight emulated CPU devices, strict dtypes, and a compilation cache that stays inside the checkout."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,9 +17,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(scope="session")
-def load_once():
-    """`jaxllm.load`, but the same arguments give the same model: compiled programs are shared between tests."""
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each compiled program is several mappings of memory, of which a process may have some ten thousands: without
+    this, a worker that runs many files dies of a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def load_once(forget_programs):
+    """`jaxllm.load`, but the same arguments give the same model, and compiled programs, to all tests of a file."""
     loaded = {}
 
     def load(path, **options):

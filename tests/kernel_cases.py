@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Scaled
 
 # [m, n, k]; k is whole blocks of 32, which MXFP4 needs.
 SHAPES = {
@@ -37,8 +37,8 @@ def block_fp8(*shape, block=(128, 128), activation_group=None):
     """A weight with scales of many sizes, its last block all zeros."""
     w = numbers(*shape, seed=1) * np.exp(numbers(*shape[:-1], 1, seed=2))
     w[..., -block[0] :, -block[1] :] = 0 if shape[-1] > block[1] else w[..., -block[0] :, -block[1] :]
-    weight = BlockFP8.from_dense(w, block)
-    return BlockFP8(weight.values, weight.scales, block, activation_group)
+    weight = Scaled.from_dense(w, block)
+    return Scaled(weight.values, weight.scales, block, activation_group)
 
 
 def mxfp4(*shape):

@@ -14,7 +14,7 @@ from jaxllm.kernels.block_fp8 import reference as block_fp8
 from safetensors.numpy import save_file
 
 import jaxllm
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.experts import grouped_top_k
 from jaxllm.models.deepseek import deepseek
 from jaxllm.plan import collectives
@@ -82,7 +82,7 @@ def test_a_block_sums_twice(load_once, mesh):
 @pytest.mark.parametrize("mesh", ["tp=8", "tp=2,ep=4"])
 def test_scales_are_cut_with_their_weights(load_once, mesh):
     model = load_once(CHECKPOINTS / "v3_fp8_small_blocks", mesh=mesh, dtype="float32", weights="packed")
-    fp8 = [p for p in model.placed if isinstance(p.weight, BlockFP8)]
+    fp8 = [p for p in model.placed if isinstance(p.weight, Scaled)]
     assert len(fp8) > 20
     for p in fp8:
         for leaf in (p.weight.values, p.weight.scales):
@@ -199,7 +199,7 @@ def test_block_fp8_decodes_bit_for_bit(shape, block, dtype):
     expected = np.empty(shape, np.float32)
     for i in np.ndindex(shape):
         expected[i] = np.float32(values[i]) * np.float32(scales[(*i[:-2], i[-2] // block[0], i[-1] // block[1])])
-    weight = BlockFP8(values, scales, block, None)
+    weight = Scaled(values, scales, block, None)
     assert (weight.shape, weight.format) == (shape, f"FP8 {block[0]}x{block[1]}")
     np.testing.assert_array_equal(np.asarray(decoded(weight)).view(np.uint32), expected.view(np.uint32))
     np.testing.assert_array_equal(decoded(weight.refined(1, 1)), expected)
@@ -208,7 +208,7 @@ def test_block_fp8_decodes_bit_for_bit(shape, block, dtype):
 def test_block_fp8_from_dense_keeps_seven_significant_percent():
     w = np.random.default_rng(1).normal(size=(200, 300)).astype(np.float32)
     w[:128, :128] = 0
-    weight = BlockFP8.from_dense(w)
+    weight = Scaled.from_dense(w)
     back = np.asarray(weight.dequantize())
     assert (back[:128, :128] == 0).all()
     assert np.abs(back - w).max() < 0.07 * np.abs(w).max()

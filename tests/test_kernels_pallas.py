@@ -150,7 +150,7 @@ SMALL = jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
 
 
 def fp8(*shape, block=(128, 128), group=None):
-    return block_fp8.BlockFP8(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), None, block, group)
+    return block_fp8.Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), None, block, group)
 
 
 @pytest.mark.parametrize(

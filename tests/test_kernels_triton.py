@@ -30,8 +30,8 @@ from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from jaxllm.formats.fp8 import BlockFP8  # noqa: E402
 from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
+from jaxllm.formats.scaled import Scaled  # noqa: E402
 
 # XLA's threads, which run callbacks, flush subnormal numbers to zero, and a new thread does what its parent does.
 THREAD = ThreadPoolExecutor(1)
@@ -176,7 +176,7 @@ class TestBlockFP8(BlockFP8Cases):
         n, k = 40, 96
         values = jnp.asarray(10 * numbers(n, k)).astype(dtype)
         scales = jnp.abs(numbers(-(-n // (block[0] or n)), -(-k // (block[1] or k)), seed=1)).astype(jnp.float16)
-        weight = BlockFP8(values, scales, block, None, factor=0.75)
+        weight = Scaled(values, scales, block, None, factor=0.75)
         for x in (numbers(3, k), numbers(3, k).astype(ml_dtypes.bfloat16)):
             self.check_matmul(x, weight)
         got = self.run(lambda w: block_fp8.weight_dequant(w, jnp.float32), weight)

@@ -40,7 +40,7 @@ import dataclasses, json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 256)
 import jax.numpy as jnp
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 from jaxllm.models.deepseek import deepseek
 from jaxllm.models.deepseek_config import PRESETS, DeepseekConfig
 from jaxllm.parallel import make_mesh
@@ -51,7 +51,7 @@ def fp8(name, shape):
         return dense(jnp.bfloat16)(name, shape)
     *stack, out, in_ = shape
     scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
-    return BlockFP8(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), None)
+    return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), None)
 
 config = DeepseekConfig.from_demo(PRESETS["671B"])
 one_of_each = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)

@@ -21,7 +21,7 @@ from jaxllm.checkpoint.quantized import assemble, join
 from jaxllm.checkpoint.safetensors import HFDirectory, read_header
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.parameter import Declaration
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 
@@ -122,7 +122,7 @@ def test_outliers_are_those_of_an_experts_own_tokens(mesh):
         w = rng.normal(size=(2, out, in_)).astype(np.float32)
         scale = np.abs(w).max(-1, keepdims=True)
         codes = np.rint(w / scale * 127).astype(np.int8)
-        return BlockFP8(codes, scale, (1, None), -1, factor=1 / 127, threshold=6.0)
+        return Scaled(codes, scale, (1, None), -1, factor=1 / 127, threshold=6.0)
 
     gate, up, down = stack(8, 16), stack(8, 16), stack(16, 8)
     x = rng.normal(size=(4, 16)).astype(np.float32)

@@ -27,7 +27,7 @@ from jaxllm.checkpoint.quantized import join
 from jaxllm.checkpoint.rules import Rule, either_way, match, parameters
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.experts import Experts
 from jaxllm.layers.mlp import swiglu
 from jaxllm.layers.parameter import Declaration
@@ -368,7 +368,7 @@ def test_a_block_that_lies_across_gate_and_up_scales_both(mesh_name, transposed)
     expected = {"gate_proj": gate_up[:, :INNER], "up_proj": gate_up[:, INNER:], "down_proj": down}
     for name, matrix in expected.items():
         weight = placed[f"experts.{name}"]
-        assert isinstance(weight, BlockFP8) and weight.shape == matrix.shape
+        assert isinstance(weight, Scaled) and weight.shape == matrix.shape
         np.testing.assert_array_equal(np.asarray(weight.dequantize()), matrix)
         assert not weight.values.sharding.is_fully_replicated or mesh.size == 1
 

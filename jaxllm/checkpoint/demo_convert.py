@@ -29,7 +29,7 @@ from jaxllm.checkpoint.safetensors import HFDirectory, read_json
 from jaxllm.checkpoint.writing import Tensor, pieces
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 from jaxllm.models.deepseek_config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekConfig
 from jaxllm.models.deepseek_names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
 
@@ -80,7 +80,7 @@ def to_demo(
     weights = assemble(folder)
     config = DeepseekConfig.from_hf(folder.config, weights)
     _check_counts(config, count, n_experts)
-    if blocks := {w.block for w in weights.values() if isinstance(w, BlockFP8)} - {BLOCK}:
+    if blocks := {w.block for w in weights.values() if isinstance(w, Scaled)} - {BLOCK}:
         raise InputError(f"FP8 with blocks of {min(blocks)}; the demo's are {BLOCK}")
     files: list[list[Tensor]] = [[] for _ in range(count)]
     names = []
@@ -153,7 +153,7 @@ def _parts(
         for i in range(count):
             yield i, Tensor(new, array.dtype, array.shape, pieces(name, array))
         return
-    if isinstance(whole, BlockFP8):
+    if isinstance(whole, Scaled):
         check_blocks(f"tensor '{name.removesuffix('_scale_inv')}'", axis, whole.shape[axis], count)
     if axis >= array.ndim or array.shape[axis] % count:
         raise InputError(f"tensor '{name}' of shape {list(array.shape)}: {count} parts do not divide dimension {axis}")
@@ -183,7 +183,7 @@ def _args(
     yarn = rope.get("rope_type", rope.get("type")) == "yarn"
     args["original_seq_len"] = config.max_position_embeddings
     args |= {arg: rope[key] for arg, key in _YARN.items() if yarn and rope.get(key)}
-    args["dtype"] = "fp8" if any(isinstance(w, BlockFP8) for w in weights.values()) else "bf16"
+    args["dtype"] = "fp8" if any(isinstance(w, Scaled) for w in weights.values()) else "bf16"
     if unlike := _unlike(demo_config(args, names), config):
         said = ", ".join(unlike)
         warnings.warn(f"the demo's ModelArgs cannot say this model's {said}; none are written", stacklevel=4)
@@ -206,7 +206,7 @@ def _hf_config(given: Mapping[str, object], weights: Mapping[str, Weight], names
     if args["max_seq_len"] > args["original_seq_len"]:
         yarn = {key: args[arg] for arg, key in _YARN.items()}
         config["rope_scaling"] = {"type": "yarn", **yarn, "mscale": args["mscale"]}
-    if any(isinstance(w, BlockFP8) for w in weights.values()):
+    if any(isinstance(w, Scaled) for w in weights.values()):
         fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
         config["quantization_config"] = fp8
     if unlike := _unlike(DeepseekConfig.from_hf(config, dict.fromkeys(names)), model):

@@ -9,7 +9,7 @@ from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 
 
 def assemble(folder: HFDirectory) -> dict[str, Weight]:
@@ -99,7 +99,7 @@ def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weig
         InputError: there are no such tensors.
     """
     dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
-    fits = {name for name, w in tensors.items() if isinstance(w, BlockFP8) and w.values.dtype.name == dtype}
+    fits = {name for name, w in tensors.items() if isinstance(w, Scaled) and w.values.dtype.name == dtype}
     if kind == "int8":  # in blocks, there is nothing to say how activations should be
         fits = {name for name in fits if tensors[name].block[1] is None}
     if not fits:

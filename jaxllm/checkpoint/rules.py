@@ -22,9 +22,9 @@ from jaxllm.checkpoint.placing import Source, place
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.parameter import Declaration
 
 READERS = 4  # threads: parameters that are read at the same time
@@ -54,7 +54,7 @@ def either_way(weight: Weight, shape: tuple[int, ...]) -> Weight:
 
 def plain_transposed(weight: Weight, shape: tuple[int, ...]) -> Weight:
     """For `Rule.present`: stored as `[in, out]`, unless it is packed."""
-    return weight.swapped() if isinstance(weight, Dense | BlockFP8) else weight
+    return weight.swapped() if isinstance(weight, Dense | Scaled) else weight
 
 
 def column(weight: Weight, shape: tuple[int, ...]) -> Weight:

@@ -16,14 +16,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxllm.kernels import tpu
 from jaxllm.kernels.block_fp8.reference import next_power_of_two
 
-from jaxllm.formats.fp8 import E4M3_MAX, BlockFP8
+from jaxllm.formats.scaled import E4M3_MAX, Scaled
 
 GROUP = 32  # rows that are decoded together: as many as a register of bytes has
 QUANTIZED = 1 << 21  # values of x that are rounded in one step
 LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
 
 
-def refuses(op: str, x: jax.Array, weight: BlockFP8) -> str | None:
+def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
     """Why `op` cannot be done here, in words for the user; None: it can."""
     if weight.values.dtype != jnp.float8_e4m3fn or weight.factor != 1:
         return f"codes of {weight.values.dtype.name}, the kernel takes float8_e4m3fn"
@@ -44,7 +44,7 @@ def refuses(op: str, x: jax.Array, weight: BlockFP8) -> str | None:
     return None
 
 
-def matmul(x: jax.Array, weight: BlockFP8, *, interpret: tpu.Interpret = False) -> jax.Array:
+def matmul(x: jax.Array, weight: Scaled, *, interpret: tpu.Interpret = False) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
     rows = x.reshape(-1, x.shape[-1])
     tile = tile_sizes(len(rows), weight, x.dtype).tile
@@ -54,21 +54,21 @@ def matmul(x: jax.Array, weight: BlockFP8, *, interpret: tpu.Interpret = False) 
     return y.reshape(-1, y.shape[-1])[: len(rows)].reshape(*x.shape[:-1], y.shape[-1])
 
 
-def grouped_matmul(x: jax.Array, stack: BlockFP8, expert: jax.Array, *, interpret: tpu.Interpret = False) -> jax.Array:
+def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array, *, interpret: tpu.Interpret = False) -> jax.Array:
     """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
     tiles = x.reshape(len(expert), -1, x.shape[-1])
     y = _multiply(tiles, stack, expert, "block_fp8_grouped_matmul", interpret)
     return y.reshape(-1, y.shape[-1])
 
 
-def tile_sizes(m: int, weight: BlockFP8, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
+def tile_sizes(m: int, weight: Scaled, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
     """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
     *_, n, k = weight.shape
     itemsize = 2 if weight.activation_group else jnp.dtype(dtype).itemsize
     return tpu.sizes(m, n, k, row_bytes=k, itemsize=itemsize, unit=math.lcm(weight.block[0], tpu.LANES))
 
 
-def _multiply(tiles: jax.Array, stack: BlockFP8, expert: jax.Array, name: str, interpret: tpu.Interpret) -> jax.Array:
+def _multiply(tiles: jax.Array, stack: Scaled, expert: jax.Array, name: str, interpret: tpu.Interpret) -> jax.Array:
     """`tiles[tiles, tile, in]` times their experts: `[tiles, tile, out]`."""
     _, n, k = stack.shape
     block = tile_sizes(tiles.shape[1], stack, tiles.dtype).block
@@ -86,7 +86,7 @@ def _multiply(tiles: jax.Array, stack: BlockFP8, expert: jax.Array, name: str, i
     return tpu.multiply(operands, leaves, expert, n, block, scratch, decode, product, name, interpret)
 
 
-def _scales_of_blocks(stack: BlockFP8, block: int) -> jax.Array:
+def _scales_of_blocks(stack: Scaled, block: int) -> jax.Array:
     """float32 `[experts, blocks, scales of a block's rows, ceil(in / columns)]`: few, and they fit any tiling."""
     scales, rows = stack.scales.astype(jnp.float32), block // stack.block[0]
     pad = -scales.shape[1] % rows
@@ -194,7 +194,7 @@ def act_quant(
 
 
 def weight_dequant(
-    weight: BlockFP8, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, interpret: tpu.Interpret = False
+    weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, interpret: tpu.Interpret = False
 ) -> jax.Array:
     """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
     *batch, n, k = weight.shape

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxllm.kernels import dense
 
-from jaxllm.formats.fp8 import E4M3_MAX, BlockFP8
+from jaxllm.formats.scaled import E4M3_MAX, Scaled
 
 
 def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -43,12 +43,12 @@ def act_dequant(values: jax.Array, scales: jax.Array, group: int) -> jax.Array:
     return values.astype(jnp.float32) * jnp.repeat(scales, group, axis=-1)[..., : values.shape[-1]]
 
 
-def weight_dequant(weight: BlockFP8, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+def weight_dequant(weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
     """The matrix `[*batch, out, in]`: decoded in float32, then rounded once. Blocks of any size, ragged at edges."""
     return weight.dequantize(dtype)
 
 
-def matmul(x: jax.Array, weight: BlockFP8) -> jax.Array:
+def matmul(x: jax.Array, weight: Scaled) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`.
 
     With `weight.activation_group` (W8A8), x is rounded to FP8 first, and both are multiplied as the floats they stand
@@ -57,12 +57,12 @@ def matmul(x: jax.Array, weight: BlockFP8) -> jax.Array:
     return dense.matmul(_rounded(x, weight), weight)
 
 
-def grouped_matmul(x: jax.Array, stack: BlockFP8, expert: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array) -> jax.Array:
     """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
     return dense.grouped_matmul(_rounded(x, stack), stack, expert)
 
 
-def _rounded(x: jax.Array, weight: BlockFP8) -> jax.Array:
+def _rounded(x: jax.Array, weight: Scaled) -> jax.Array:
     """`x[..., in]` as a W8A8 matmul sees it: through FP8 and back to float32."""
     group = weight.activation_group
     return x if group is None else act_dequant(*act_quant(x, group), group)

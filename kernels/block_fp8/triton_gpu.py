@@ -15,7 +15,7 @@ from jax import lax
 from jaxllm.kernels import gpu
 from jaxllm.kernels.gpu import Tile
 
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 
 # Steps, each one waits for the matrix instruction: so two or more programs should fit on a multiprocessor, whose
 # 227 KB of shared memory hold `stages` times `n * k` codes and `m * k` numbers. Small n for few rows: that makes more
@@ -27,7 +27,7 @@ TILES_FLOAT32 = (Tile(16, 32, 32, 4, 3), Tile(64, 32, 32, 4, 3))
 SMALLEST_K = 16, 32  # that the matrix instructions of bfloat16 and of FP8 multiply at once
 
 
-def refuses(op: str, x: jax.Array, weight: BlockFP8) -> str | None:
+def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
     """Why `op` cannot be served here, or None.
 
     Args:
@@ -47,13 +47,13 @@ def refuses(op: str, x: jax.Array, weight: BlockFP8) -> str | None:
     return None
 
 
-def matmul(x: jax.Array, weight: BlockFP8) -> jax.Array:
+def matmul(x: jax.Array, weight: Scaled) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`; W8A8 with `weight.activation_group`."""
     rows = x.reshape(-1, x.shape[-1])
     return _matmul(rows, weight, None).reshape(*x.shape[:-1], weight.shape[-2])
 
 
-def grouped_matmul(x: jax.Array, stack: BlockFP8, expert: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array) -> jax.Array:
     """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
     return _matmul(x, stack, expert)
 
@@ -78,7 +78,7 @@ def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tup
     )
 
 
-def weight_dequant(weight: BlockFP8, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+def weight_dequant(weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
     """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
     *batch, n, k = weight.shape
     return gpu.launch(
@@ -95,7 +95,7 @@ def weight_dequant(weight: BlockFP8, dtype: jax.typing.DTypeLike = jnp.bfloat16)
     )
 
 
-def _matmul(x: jax.Array, weight: BlockFP8, expert: jax.Array | None) -> jax.Array:
+def _matmul(x: jax.Array, weight: Scaled, expert: jax.Array | None) -> jax.Array:
     """`x[rows, in]` times one matrix, or tiles of rows times the matrices `expert[tiles]` of a stack."""
     table = TILES_FLOAT32 if x.dtype == jnp.float32 and weight.activation_group is None else TILES
     tiles = 1 if expert is None else expert.shape[0]
@@ -124,18 +124,18 @@ def _matmul(x: jax.Array, weight: BlockFP8, expert: jax.Array | None) -> jax.Arr
     return jnp.sum(y, axis=0)
 
 
-def _step(weight: BlockFP8) -> int:
+def _step(weight: Scaled) -> int:
     """The most columns, up to 128, that a step over k can have such that its scales are constant."""
     return math.gcd(128, weight.block[1] or 0, weight.activation_group or 0)
 
 
-def _constants(weight: BlockFP8) -> dict[str, int | float]:
+def _constants(weight: Scaled) -> dict[str, int | float]:
     """How many rows and columns share a scale, and the factor of all of them."""
     (rows, columns), (n, k) = weight.block, weight.shape[-2:]
     return {"SCALED_N": rows or n, "SCALED_K": columns or k, "FACTOR": weight.factor}
 
 
-def _scales(weight: BlockFP8) -> jax.Array:
+def _scales(weight: Scaled) -> jax.Array:
     """Scales as Triton knows them: float8_e8m0fnu as its bits."""
     is_power = weight.scales.dtype == jnp.float8_e8m0fnu
     return lax.bitcast_convert_type(weight.scales, jnp.uint8) if is_power else weight.scales

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.formats.fp8 import BlockFP8
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Scaled
 from jaxllm.models.deepseek import deepseek
 from jaxllm.models.deepseek_config import PRESETS as DEEPSEEK
 from jaxllm.models.deepseek_config import DeepseekConfig
@@ -58,7 +58,7 @@ def fp8(activation_group):
             return dense(jnp.bfloat16)(name, shape)
         *stack, out, in_ = shape
         scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
-        return BlockFP8(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), activation_group)
+        return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), activation_group)
 
     return format
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.kernels import shapes, tpu_report
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 
-from jaxllm.formats.fp8 import BlockFP8
+from jaxllm.formats.scaled import Scaled
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install 'jaxllm[plan]'"
@@ -83,7 +83,7 @@ def compiled_for(topology, f, *arguments):
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
 def test_blocks_of_other_sizes(block, group, topology):
     scales = jax.ShapeDtypeStruct((-(-1152 // block[0]), -(-2880 // block[1])), jnp.bfloat16)
-    weight = BlockFP8(jax.ShapeDtypeStruct((1152, 2880), jnp.float8_e4m3fn), scales, block, group)
+    weight = Scaled(jax.ShapeDtypeStruct((1152, 2880), jnp.float8_e4m3fn), scales, block, group)
     x = jax.ShapeDtypeStruct((4, 2880), jnp.bfloat16)
     assert block_fp8.refuses("matmul", x, weight) is None
     assert "tpu_custom_call" in compiled_for(topology, block_fp8.matmul, x, weight)

@@ -16,7 +16,7 @@ NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BlockFP8(Weight):
+class Scaled(Weight):
     """`W[o, i] = values[o, i] * scales[o // block[0], i // block[1]] * factor`, in this order.
 
     Attributes:
@@ -41,8 +41,10 @@ class BlockFP8(Weight):
     @property
     def format(self) -> str:
         name = NAMES.get(self.values.dtype.name, self.values.dtype.name)
-        rows, cols = ("all" if size is None else size for size in self.block)
-        return f"{name} {rows}x{cols}"
+        rows, cols = self.block
+        if cols is None:
+            return name if rows is None else f"{name} per row"
+        return f"{name} {rows or self.shape[-2]}x{cols}"
 
     @property
     def axes(self) -> dict[str, Axes]:
