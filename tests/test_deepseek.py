@@ -125,7 +125,7 @@ def test_act_quant_of_a_ragged_row():
 
 
 def test_fp8_activations_need_fp8_weights():
-    with pytest.raises(jaxllm.InputError, match="needs a checkpoint with blockwise FP8 weights"):
+    with pytest.raises(jaxllm.InputError, match="needs a checkpoint with FP8 weights"):
         jaxllm.load(CHECKPOINTS / "v3", matmul="fp8")
     with pytest.raises(jaxllm.InputError, match="weights 'bfloat16': choose one of packed"):
         jaxllm.load(CHECKPOINTS / "v3_fp8", matmul="fp8", weights="bfloat16")

@@ -41,8 +41,6 @@ SPECS = {"matmul": REPLICATED, "column": COLUMN, "row": ROW, "awkward row": ROW,
 LINEAR_KINDS = (*SPECS, "decode", "lookup")
 EXPERT_KINDS = ("experts", "gather_forward")
 
-# Scales of blocks of rows: a row cannot be looked up on its own.
-NOT_LOOKED_UP = ("fp8-block", "ct-fp8-block")
 # Schemes that read tensors of a whole stack as well as those of single experts.
 STACKABLE = [name for name in FORMATS if name.startswith(("mlx", "mxfp4", "fp8-block"))]
 
@@ -63,7 +61,6 @@ class Kind:
     odd: int = 224
     padded: int = 256
     inner: int = 96  # of the experts
-    looked_up: bool = True
 
 
 def tensors_of(name, shape, seed, module="m"):
@@ -85,7 +82,7 @@ def made(name, shape, seed):
     return read(name, tensors), dequantized
 
 
-KINDS = {name: Kind(partial(made, name), looked_up=name not in NOT_LOOKED_UP) for name in FORMATS}
+KINDS = {name: Kind(partial(made, name)) for name in FORMATS}
 
 
 # ---- the case table ------------------------------------------------------------------------------------------------
@@ -135,8 +132,6 @@ def placed_linears(kind: Kind, mesh) -> tuple[dict[str, Weight], dict[str, np.nd
         spec = SPECS.get(name, COLUMN)
         declaration = Declaration(weight.shape, spec, rows.get(name), cols.get(name))
         weights[name] = place(Source(name, (weight,)), declaration, mesh)
-    if not kind.looked_up:
-        del weights["lookup"]
     return weights, {name: w for name, (_, w) in made.items()}, cols
 
 
@@ -144,8 +139,7 @@ def placed_linears(kind: Kind, mesh) -> tuple[dict[str, Weight], dict[str, np.nd
 def run_linears(weights, xs):
     out = {name: parallel.linear(xs[name], weights[name], spec) for name, spec in SPECS.items()}
     out["decode"] = weights["column"].dequantize()
-    if "lookup" in weights:
-        out["lookup"] = parallel.lookup(IDS, weights["lookup"], jnp.float32)
+    out["lookup"] = parallel.lookup(IDS, weights["lookup"], jnp.float32)
     return out
 
 
@@ -171,8 +165,7 @@ def linears(kind: Kind, mesh_name: str) -> dict[str, Case]:
     matrix = matrices["column"]
     rows = weights["column"].shape[0]
     cases["decode"] = Case(got["decode"], np.pad(matrix, ((0, rows - len(matrix)), (0, 0))), None)
-    if "lookup" in got:
-        cases["lookup"] = Case(got["lookup"], matrices["lookup"][IDS], None)
+    cases["lookup"] = Case(got["lookup"], matrices["lookup"][IDS], None)
     return cases
 
 
@@ -242,10 +235,7 @@ def stack_cases(name, mesh):
 @pytest.mark.parametrize("mesh", LINEAR_MESHES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh, kind):
-    if kind == "lookup" and name in NOT_LOOKED_UP:
-        assert "lookup" not in linear_cases(name, mesh)
-    else:
-        linear_cases(name, mesh)[kind].check()
+    linear_cases(name, mesh)[kind].check()
 
 
 @pytest.mark.parametrize(("mesh", "kind"), [*((mesh, "experts") for mesh in EXPERT_MESHES), ("tp=1", "gather_forward")])
