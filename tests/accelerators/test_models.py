@@ -3,6 +3,7 @@ twice."""
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import jax
@@ -91,6 +92,12 @@ CASES = {
 }
 
 
+def moved(text):
+    """Instructions that make another array of packed bytes, which a kernel would read them from."""
+    made = re.findall(r"= (?:u8|f8e4m3fn)\[([\d,]+)\]\S* (copy|transpose|fusion)\(", text)
+    return [(op, dims) for dims, op in made if math.prod(map(int, dims.split(","))) > 2**20]
+
+
 def sums(mesh):
     """Two a layer and one for the embedding; where nothing is cut over tp, those of experts remain."""
     return 2 if "tp=1" in mesh else 2 * 2 + 1
@@ -115,6 +122,7 @@ def test_a_step_on_eight_tpus(name, mesh, topology):
     if name.startswith("DeepSeek"):
         assert found.count("block_fp8_matmul") >= 2 * 4 + 3 + 3  # latents, q, o; the dense block; the shared expert
     assert not decoded_matrices(text, packed)
+    assert not moved(text)
     assert collectives(text)["all-reduce"] == sums(mesh)
 
 
