@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -198,6 +199,9 @@ def fill(
         track: wraps the results, of which there will be so many, to show progress.
     """
 
+    # Two programs of several devices, started by two threads at once, can each wait for a device that the other has.
+    starting = Lock()
+
     def load(item: tuple[str, nnx.Param]) -> Placed:
         name, declaration, source = item[0], item[1].get_value(), sources[item[0]]
         vector = len(declaration.shape) == 1
@@ -207,7 +211,8 @@ def fill(
         if vector:
             weight = weight.dequantize()
         elif not kept:
-            weight = convert(weight, NamedSharding(mesh, declaration.spec))
+            with starting:
+                weight = convert(weight, NamedSharding(mesh, declaration.spec))
         return Placed(name, declaration, _shapes(source), _shapes(encoded), weight)
 
     declared = parameters(model)
