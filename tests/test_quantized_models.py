@@ -6,10 +6,9 @@ import tiny_hf
 from quantized_writers import FORMATS, quantized_checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
-# Every format in the plain model; those of each kind, one, in the other two.
-KINDS = ("gptq-4", "gptq-act-order", "awq", "bnb-nf4-nested", "bnb-int8", "mlx-4", "mlx-mxfp4", "hqq-4-axis0")
-KINDS += ("hqq-4-axis1", "fp8-tensor", "fp8-channel", "fp8-block", "nvfp4-modelopt", "ct-pack-4-asym", "ct-nvfp4")
-CASES = [("llama", name) for name in FORMATS] + [(m, name) for m in ("qwen3_moe", "deepseek") for name in KINDS]
+# Words of three-bit codes do not fit 80 rows, which DeepSeek's latents with their rotary keys have.
+UNFIT = {("deepseek", "gptq-3")}
+CASES = [(model, name) for model in tiny_hf.MODELS for name in FORMATS if (model, name) not in UNFIT]
 MESHES = {"llama": ("tp=1", "tp=8"), "qwen3_moe": ("tp=1", "tp=2,ep=4"), "deepseek": ("tp=1", "tp=2,ep=4")}
 
 
