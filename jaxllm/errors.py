@@ -1,8 +1,23 @@
 """The one exception for what a user can mend: a bad file, a bad argument, a missing package."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Input that cannot be used. The message is one line: what is wrong, where, and what to do.
 
     The command line prints it on stderr and exits with code 2; everything else that is raised is a bug of ours.
     """
+
+
+@contextmanager
+def located(path: os.PathLike) -> Iterator[None]:
+    """What is wrong inside is said with the path that it is about, once."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.rules import Placed
+from jaxllm.checkpoint.filling import Placed
 from jaxllm.decoding import SMALLEST, Memory, bucket, generate_tokens, pieces
 from jaxllm.errors import InputError
 from jaxllm.programs import Programs

@@ -17,10 +17,10 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxllm.checkpoint import rules
-from jaxllm.checkpoint.families import Checkpoint, open_checkpoint
+from jaxllm.checkpoint import filling, matching
+from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
 from jaxllm.parallel import make_mesh
@@ -77,14 +77,13 @@ def load(
     use_compilation_cache()
     mesh = make_mesh(mesh)
     file = find_checkpoint(path)
-    checkpoint = open_checkpoint(file, gqa, None if config is None else Path(config))
-    try:
+    options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
+    checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
+    with located(file):
         if matmul != "dequant":
             weights = _choose("weights", weights or "packed", ("packed",))
             checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
         return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
 
 
 def _build(
@@ -97,23 +96,23 @@ def _build(
     progress: bool,
 ) -> LanguageModel:
     begun, config = time.perf_counter(), checkpoint.config
-    encode, planned = (rules.keep, rules.keep) if quantize is None else (quantize, quantize.planned)
+    encode, planned = (filling.keep, filling.keep) if quantize is None else (quantize, quantize.planned)
     # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
-    sketch = checkpoint.model(config, mesh, 1)
-    sources = rules.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
-    model = checkpoint.model(config, mesh, rules.row_block(sketch, sources, planned))
+    sketch = checkpoint.family.model(config, mesh, 1)
+    sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
+    model = checkpoint.family.model(config, mesh, matching.row_block(sketch, sources, planned))
     weights = weights or default_weights(checkpoint.tensors, dtype, mesh)
-    convert = rules.as_packed if weights == "packed" else rules.as_dense(weights)
+    convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)
 
     progress = progress and sys.stderr.isatty()
 
     def track(results: Iterable, count: int) -> tqdm:
         return tqdm(results, "loading", count, unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
 
-    placed = rules.fill(model, sources, mesh, encode, convert, track)
+    placed = filling.fill(model, sources, mesh, encode, convert, track)
     context = max_seq_len or config.max_position_embeddings
     loaded = LanguageModel(
-        model, placed, checkpoint.tokenizer, mesh, dtype, context, checkpoint.name, checkpoint.sampling
+        model, placed, checkpoint.texts.tokenizer, mesh, dtype, context, checkpoint.name, checkpoint.texts.sampling
     )
     if progress:
         nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun

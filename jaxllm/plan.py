@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.placing import Source, layout
-from jaxllm.checkpoint.rules import parameters
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
+from jaxllm.layers.parameter import parameters
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from tabulate import tabulate
 
-from jaxllm.checkpoint.rules import Placed
+from jaxllm.checkpoint.filling import Placed
 from jaxllm.parallel import COLUMN, ROW
 
 HEADERS = ("parameter", "file format", "bits", "held as", "shape", "cut", "on each device", "bytes", "note")

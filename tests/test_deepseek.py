@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import jaxllm
 from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.experts import grouped_top_k
-from jaxllm.models.deepseek import deepseek
+from jaxllm.models.deepseek.model import deepseek
 from jaxllm.plan import collectives
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
@@ -54,7 +54,7 @@ def test_token_by_token_equals_all_at_once(load_once, name):
 
 
 def test_every_heads_keys_and_values_can_be_kept_instead(monkeypatch):
-    monkeypatch.setattr("jaxllm.checkpoint.families.deepseek", partial(deepseek, per_head_cache=True))
+    monkeypatch.setattr("jaxllm.checkpoint.opening.deepseek", partial(deepseek, per_head_cache=True))
     expected = golden("v3")
     model = jaxllm.load(CHECKPOINTS / "v3", mesh="tp=8", dtype="float32", progress=False)
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-3)

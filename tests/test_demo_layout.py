@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import jaxllm.generate
 from jaxllm.checkpoint.demo import demo_tensors
-from jaxllm.checkpoint.families import open_checkpoint
+from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.placing import FileArray, JoinedArray, _read
 from jaxllm.cli import main
 from jaxllm.convert import DEMO_CONFIG, convert
@@ -327,7 +327,7 @@ LOAD = {  # a damaged directory, the arguments of generate, and what is said
     "a config for another kind": (
         lambda p: CHECKPOINTS / "v3",
         ["--config", "x.json"],
-        "only files of DeepSeek's demo",
+        "only for files of DeepSeek's demo",
     ),
     "a tensor is missing": (
         lambda p: damaged(p, spoil("model1-mp2.safetensors", without("layers.0.attn.wo.weight"))),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hf_to_gguf import convert
 from safetensors.numpy import save_file
 
 import jaxllm
-from jaxllm.checkpoint.families import open_checkpoint
+from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.errors import InputError
-from jaxllm.models.deepseek import deepseek
+from jaxllm.models.deepseek.family import DEEPSEEK
+from jaxllm.models.deepseek.model import deepseek
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 # A file cannot say that halves are paired (v3_half_rope), nor have another mscale than mscale_all_dim (v3_unlike_demo).
@@ -89,7 +91,8 @@ def test_files_that_do_not_say_how_experts_are_scored(tmp_path, name, scoring):
 
 @pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=8"])
 def test_every_heads_keys_and_values_can_be_kept_instead(monkeypatch, file, mesh):
-    monkeypatch.setattr("jaxllm.checkpoint.families.deepseek", partial(deepseek, per_head_cache=True))
+    naive = replace(DEEPSEEK, model=partial(deepseek, per_head_cache=True))
+    monkeypatch.setattr("jaxllm.checkpoint.opening.FAMILIES", [naive])
     assert_golden(jaxllm.load(file("v3", "split"), mesh=mesh, dtype="float32", progress=False), "v3")
 
 

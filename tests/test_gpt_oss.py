@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 import jaxllm
 from jaxllm.checkpoint.placing import Source, place
-from jaxllm.checkpoint.rules import parameters
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.layers.experts import MoE, softmax_top_k
 from jaxllm.layers.mlp import clamped_swiglu
-from jaxllm.models.gpt_oss import gpt_oss
-from jaxllm.models.gpt_oss_config import PRESETS, GptOssConfig
+from jaxllm.layers.parameter import parameters
+from jaxllm.models.gpt_oss.config import PRESETS, GptOssConfig
+from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import collectives, dense, fill_with_shapes
 from jaxllm.tokenizer import Tokenizer

@@ -20,12 +20,12 @@ from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
 
 import jaxllm
-from jaxllm.checkpoint import rules
-from jaxllm.checkpoint.families import open_checkpoint
+from jaxllm.checkpoint import filling
+from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.errors import InputError
-from jaxllm.models.llama_config import LlamaConfig
+from jaxllm.models.llama.config import LlamaConfig
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 INDEX, SINGLE, PART = "model.safetensors.index.json", "model.safetensors", "model-00002-of-00003.safetensors"
@@ -271,8 +271,8 @@ BAD = {
     "config without end": ("llama", text("config.json", 10**5 * "["), "config.json: not JSON"),
     "no model_type": ("llama", config(model_type=...), "config.json: no 'model_type'"),
     "model_type is a list": ("llama", config(model_type=["llama"]), "config.json: no 'model_type'"),
-    "unknown model_type": ("llama", config(model_type="mamba"), "model_type 'mamba' is not supported; .*llama"),
-    "model_type of two lines": ("llama", config(model_type="a\nb"), r"model_type 'a\\nb' is not supported"),
+    "unknown model_type": ("llama", config(model_type="mamba"), "models of type 'mamba' are not supported; .*llama"),
+    "model_type of two lines": ("llama", config(model_type="a\nb"), r"models of type 'a\\nb' are not supported"),
     "no hidden_size": ("llama", config(hidden_size=...), "'hidden_size' is missing"),
     "hidden_size null": ("llama", config(hidden_size=None), "'hidden_size' is missing"),
     "layers in words": ("llama", config(num_hidden_layers="two"), "'num_hidden_layers' is 'two', not a whole number"),
@@ -568,7 +568,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_chat_template_is_found(tmp_path, name):
     damage, mark = TEMPLATES[name]
-    tokenizer = open_checkpoint(copied("llama", tmp_path, damage)).tokenizer
+    tokenizer = open_checkpoint(copied("llama", tmp_path, damage)).texts.tokenizer
     assert tokenizer.encode_chat(HELLO) == ids("<s>", mark, "<|user|>", "hello", "<|end|>")  # one <s>
     assert ID["<|end|>"] in tokenizer.eos_ids
 
@@ -576,19 +576,19 @@ def test_the_chat_template_is_found(tmp_path, name):
 def test_a_template_that_writes_no_bos_gets_none(tmp_path):
     tokenizer = open_checkpoint(
         copied("llama", tmp_path, settings(chat_template="{{ messages[0].content }}"))
-    ).tokenizer
+    ).texts.tokenizer
     assert tokenizer.encode_chat(HELLO) == ids("hello")
 
 
 def test_templates_know_the_end_token_of_the_tokenizer(tmp_path):
     """Not another of those that end answers."""
     damage = both(settings(chat_template="{{ eos_token }}"), generation(eos_token_id=[1, 7]))
-    tokenizer = open_checkpoint(copied("llama", tmp_path, damage)).tokenizer
+    tokenizer = open_checkpoint(copied("llama", tmp_path, damage)).texts.tokenizer
     assert tokenizer.encode_chat(HELLO) == ids("</s>")
 
 
 def test_raw_text_gets_what_the_post_processor_adds(tmp_path):
-    tokenizer = open_checkpoint(copied("llama", tmp_path, settings())).tokenizer
+    tokenizer = open_checkpoint(copied("llama", tmp_path, settings())).texts.tokenizer
     assert tokenizer.encode("hello ab<tool>c") == ids("<s>", "hello", "Ġ", "a", "b", "<tool>", "c")
     assert tokenizer.encode("hello<|end|>") == ids("<s>", "hello", "<|end|>")
     assert tokenizer.decode(ids("<s>", "hello", "Ġ", "a", "<tool>", "</s>")) == "hello a<tool>"
@@ -614,7 +614,7 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_tokens_that_end_answers(tmp_path, name):
     damage, expected = ENDS[name]
-    assert open_checkpoint(copied("llama", tmp_path, damage)).tokenizer.eos_ids == expected
+    assert open_checkpoint(copied("llama", tmp_path, damage)).texts.tokenizer.eos_ids == expected
 
 
 def test_any_end_token_ends_an_answer(tmp_path):
@@ -626,7 +626,7 @@ def test_any_end_token_ends_an_answer(tmp_path):
     answer = jaxllm.load(folder, dtype="float32", progress=False).generate(prompt, 12)
     assert (answer.tokens, answer.finish_reason) == (greedy[:5], "stop")
     known = [token for token in greedy[:4] if token < len(TOKENS)]  # the model has more tokens than the tokenizer
-    assert answer.text == open_checkpoint(folder).tokenizer.decode(known)
+    assert answer.text == open_checkpoint(folder).texts.tokenizer.decode(known)
 
 
 SAMPLING = {
@@ -646,7 +646,7 @@ SAMPLING = {
 @pytest.mark.parametrize("name", SAMPLING)
 def test_what_the_checkpoint_says_of_sampling(tmp_path, name):
     given, expected = SAMPLING[name]
-    assert open_checkpoint(copied("llama", tmp_path, generation(**given))).sampling == expected
+    assert open_checkpoint(copied("llama", tmp_path, generation(**given))).texts.sampling == expected
 
 
 def test_sampling_is_as_the_checkpoint_says_unless_the_caller_does(tmp_path, load_once):
@@ -787,4 +787,4 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
         (folder / SINGLE).unlink()
     peak, placed, largest = json.loads(done.stdout)
     assert placed > 2.5e9
-    assert peak - placed < rules.READERS * largest + 500e6
+    assert peak - placed < filling.READERS * largest + 500e6

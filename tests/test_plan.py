@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.checkpoint.families import open_checkpoint
+from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import plan
 
@@ -23,7 +23,7 @@ def test_a_plan_is_what_loading_gives(load_once, name, mesh):
     checkpoint = open_checkpoint(GOLDEN / name)
     loaded = load_once(GOLDEN / name, mesh=mesh, dtype="float32", weights="packed")
     placed = {p.name: p for p in loaded.placed}
-    model = checkpoint.model(checkpoint.config, make_mesh(mesh), 1)
+    model = checkpoint.family.model(checkpoint.config, make_mesh(mesh), 1)
     got = plan(model, make_mesh(mesh), lambda name, shape: placed[name].source, batch=1, capacity=256)
     held = {
         name: sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -41,8 +41,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 256)
 import jax.numpy as jnp
 from jaxllm.formats.scaled import Scaled
-from jaxllm.models.deepseek import deepseek
-from jaxllm.models.deepseek_config import PRESETS, DeepseekConfig
+from jaxllm.models.deepseek.model import deepseek
+from jaxllm.models.deepseek.config import PRESETS, DeepseekConfig
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import dense, plan
 
@@ -84,8 +84,8 @@ def test_deepseek_v3_on_256_devices():
 
 
 def test_presets_have_the_sizes_in_their_names():
-    from jaxllm.models.deepseek import deepseek
-    from jaxllm.models.deepseek_config import PRESETS, DeepseekConfig
+    from jaxllm.models.deepseek.config import PRESETS, DeepseekConfig
+    from jaxllm.models.deepseek.model import deepseek
     from jaxllm.plan import dense, fill_with_shapes
 
     for name, billions in (("16B", 15.7), ("236B", 235.7), ("671B", 671.0)):

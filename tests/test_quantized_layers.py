@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +21,16 @@ from quantized_writers import CONFIGS, FORMATS, WRITERS
 
 from jaxllm import parallel
 from jaxllm.checkpoint.declared import declared
+from jaxllm.checkpoint.matching import match
 from jaxllm.checkpoint.placing import Source, place
 from jaxllm.checkpoint.quantized import join
-from jaxllm.checkpoint.rules import Rule, either_way, match, parameters
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
 from jaxllm.layers.experts import Experts
 from jaxllm.layers.mlp import swiglu
-from jaxllm.layers.parameter import Declaration
+from jaxllm.layers.parameter import Declaration, parameters
+from jaxllm.models.names import expert_rules
 from jaxllm.parallel import COLUMN, EXPERT_COLUMN, EXPERT_ROW, REPLICATED, ROW, make_mesh
 
 TOKENS, CHOICES, EXPERTS, VOCAB = 3, 2, 8, 96
@@ -307,26 +307,18 @@ def test_bits_per_weight_are_those_of_the_leaves(name):
 
 # ---- fused matrices ------------------------------------------------------------------------------------------------
 
-HIDDEN, INNER, BLOCK = 48, 40, (16, 32)  # gate and up, 80 columns, are blocks of 32, 32 and 16: one lies across
+BLOCK, LAYER = (16, 32), "model.layers.0.mlp."
+# Hidden and intermediate size. The first two have stacks that are square, which do not say how they are stored; and of
+# the last, gate and up, 80 columns, are blocks of 32, 32 and 16: one lies across.
+SIZES = {"down is square": (40, 40), "gate and up are square": (80, 40), "none is square": (48, 40)}
 
 
 class Mixture(nnx.Module):
-    """Experts as a model has them, which rules fill."""
+    """A layer's experts as a model has them, which rules fill."""
 
-    def __init__(self, multiple: int) -> None:
-        self.config = SimpleNamespace(inner=INNER)
-        self.experts = Experts(EXPERTS, HIDDEN, INNER, multiple)
-
-
-def half(which):
-    return lambda config, m: np.arange(config.inner) + which * config.inner
-
-
-FUSED_RULES = [
-    Rule(r"experts\.gate_up_proj", "experts.gate_proj", half(0), present=either_way),
-    Rule(r"experts\.gate_up_proj", "experts.up_proj", half(1), present=either_way),
-    Rule(r"experts\.down_proj", "experts.down_proj", present=either_way),
-]
+    def __init__(self, hidden: int, inner: int, multiple: int) -> None:
+        self.config = None
+        self.layers = nnx.List([nnx.Dict(mlp=nnx.Dict(experts=Experts(EXPERTS, hidden, inner, multiple)))])
 
 
 def fp8_stack(rng, *shape):
@@ -339,25 +331,32 @@ def fp8_stack(rng, *shape):
 
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["in-out", "out-in"])
-@pytest.mark.parametrize("mesh_name", EXPERT_MESHES)
-def test_a_block_that_lies_across_gate_and_up_scales_both(mesh_name, transposed):
+@pytest.mark.parametrize(
+    ("mesh_name", "sizes", "suffix"),
+    [
+        *((mesh, "none is square", "_scale_inv") for mesh in EXPERT_MESHES),
+        (EXPERT_MESHES[-1], "down is square", ".weight_scale_inv"),
+        (EXPERT_MESHES[-1], "gate and up are square", "_scale_inv"),
+    ],
+)
+def test_stacks_of_fp8_experts_in_either_orientation(mesh_name, sizes, suffix, transposed):
     """FP8 experts in one tensor, `[experts, in, 2 * out]` or `[experts, 2 * out, in]`."""
-    rng, mesh = np.random.default_rng(0), make_mesh(mesh_name)
-    both, down = (EXPERTS, HIDDEN, 2 * INNER), (EXPERTS, INNER, HIDDEN)
+    rng, mesh, (hidden, inner) = np.random.default_rng(0), make_mesh(mesh_name), SIZES[sizes]
+    both, down = (EXPERTS, hidden, 2 * inner), (EXPERTS, inner, hidden)
     tensors, matrices = {}, {}
-    for name, (e, a, b) in {"experts.gate_up_proj": both, "experts.down_proj": down}.items():
+    for name, (e, a, b) in {"gate_up_proj": both, "down_proj": down}.items():
         values, scales, matrices[name] = fp8_stack(rng, *((e, a, b) if transposed else (e, b, a)))
-        tensors |= {name: Dense(values), f"{name}_scale_inv": Dense(scales)}
+        tensors |= {f"{LAYER}experts.{name}": Dense(values), f"{LAYER}experts.{name}{suffix}": Dense(scales)}
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)}}
     joined = join(tensors, declared(config, {}))
-    model = Mixture(4 * mesh.shape["tp"])
-    placed = {}
-    for name, source in match(model, joined, FUSED_RULES).items():
+    model = Mixture(hidden, inner, 4 * mesh.shape["tp"])
+    rules, placed = expert_rules(r"model\.layers\.(\d+)\.mlp\.", hidden, inner, joined), {}
+    for name, source in match(model, joined, rules).items():
         placed[name] = place(source, parameters(model)[name].get_value(), mesh)
     gate_up, down = (m.swapaxes(1, 2) if transposed else m for m in matrices.values())
-    expected = {"gate_proj": gate_up[:, :INNER], "up_proj": gate_up[:, INNER:], "down_proj": down}
+    expected = {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
     for name, matrix in expected.items():
-        weight = placed[f"experts.{name}"]
+        weight = placed[f"layers.0.mlp.experts.{name}"]
         assert isinstance(weight, Scaled) and weight.shape == matrix.shape
         np.testing.assert_array_equal(np.asarray(weight.dequantize()), matrix)
         assert not weight.values.sharding.is_fully_replicated or mesh.size == 1

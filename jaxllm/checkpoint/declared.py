@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxllm.checkpoint import fourbit_schemes, integer_schemes, scaled_schemes
-from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.checkpoint.schemes import Scheme
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 
 METHODS = "gptq, awq, bitsandbytes, hqq, fp8, mxfp4, compressed-tensors, modelopt, and MLX's modes"
@@ -175,6 +175,7 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
         return _constant(
             scaled_schemes.block_fp8(block),
             scaled_schemes.block_fp8(block, ".weight", ".weight_scale"),
+            scaled_schemes.block_fp8(block, "", ".weight_scale_inv"),  # of stacks, which have no ".weight"
             excluded=excluded,
         )
     return _constant(*_scaled("FP8", config), excluded=excluded)

@@ -5,19 +5,19 @@ whole, each in one file; what is not cut is in every file, and read from the fir
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.quantized import join, only
-from jaxllm.checkpoint.safetensors import Entries, HFDirectory, read_header, read_json
+from jaxllm.checkpoint.safetensors import read_header
 from jaxllm.checkpoint.scaled_schemes import block_fp8
+from jaxllm.entries import Entries, read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.models.deepseek_config import DEMO_DEFAULTS, DeepseekConfig
-from jaxllm.models.deepseek_names import DEMO_AXES, DEMO_EXPERT
+from jaxllm.models.deepseek.config import DEMO_DEFAULTS
+from jaxllm.models.deepseek.names import DEMO_AXES, DEMO_EXPERT
 
 BLOCK = (128, 128)
 SCHEME = block_fp8(BLOCK, values=".weight", scales=".scale")
@@ -27,21 +27,12 @@ _MAY_BE_NONE = ("n_dense_layers", "n_shared_experts", "q_lora_rank")
 _CHOICES = {"score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8")}
 
 
-@dataclass(frozen=True)
-class DemoDirectory(HFDirectory):
-    """An open directory. `config` has the fields of the demo's `ModelArgs`; `tensors` are as the files name them."""
-
-    def weights(self) -> dict[str, Weight]:
-        """The tensors, FP8 ones joined with their scales."""
-        return join(self.tensors, only(SCHEME))
-
-
 def is_demo(path: Path) -> bool:
     return path.is_dir() and any(_FILE.fullmatch(file.name) for file in path.iterdir())
 
 
-def open_demo(path: Path, config: Path | None = None) -> DemoDirectory:
-    """Open a directory of the demo's files.
+def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, object], dict[str, Weight]]:
+    """Open a directory of the demo's files: fields of its `ModelArgs`, and tensors, FP8 ones joined with their scales.
 
     Args:
         config: a file with fields of `ModelArgs`; by default the one such `config*.json` in the directory.
@@ -49,7 +40,7 @@ def open_demo(path: Path, config: Path | None = None) -> DemoDirectory:
     Raises:
         InputError: files are missing, damaged, or do not fit together, or there is no such config.
     """
-    return DemoDirectory(path, read_args(config or find_config(path)), demo_tensors(path))
+    return read_args(config or find_config(path)), join(demo_tensors(path), only(SCHEME))
 
 
 def demo_tensors(path: Path) -> dict[str, Weight]:
@@ -59,13 +50,6 @@ def demo_tensors(path: Path) -> dict[str, Weight]:
     arrays = {name: _joined(name, [file.get(name) for file in files]) for name in names}
     _refuse_split_blocks(path, arrays)
     return {name: Dense(array) for name, array in arrays.items()}
-
-
-def demo_config(args: Mapping[str, object], tensors: Iterable[str]) -> DeepseekConfig:
-    """The configuration; the demo has the bias by its width alone, here it is what the files hold that counts."""
-    biased = any(name.endswith(".gate.bias") for name in tensors)
-    group_score = "top2" if biased else "max"
-    return replace(DeepseekConfig.from_demo(args), has_correction_bias=biased, group_score=group_score)
 
 
 def read_args(file: Path) -> dict[str, object]:

@@ -18,20 +18,20 @@ from jaxllm.checkpoint.demo import (
     SCHEME,
     check_blocks,
     demo_axis,
-    demo_config,
     demo_tensors,
     find_config,
     read_args,
 )
 from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.quantized import assemble, join, only
-from jaxllm.checkpoint.safetensors import HFDirectory, read_json
+from jaxllm.checkpoint.safetensors import HFDirectory
 from jaxllm.checkpoint.writing import Tensor, pieces
+from jaxllm.entries import read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Scaled
-from jaxllm.models.deepseek_config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekConfig
-from jaxllm.models.deepseek_names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
+from jaxllm.models.deepseek.config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekConfig
+from jaxllm.models.deepseek.names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
 
 _FIELDS = {  # of ModelArgs, and what they are called in a config.json
     "vocab_size": "vocab_size",
@@ -184,7 +184,7 @@ def _args(
     args["original_seq_len"] = config.max_position_embeddings
     args |= {arg: rope[key] for arg, key in _YARN.items() if yarn and rope.get(key)}
     args["dtype"] = "fp8" if any(isinstance(w, Scaled) for w in weights.values()) else "bf16"
-    if unlike := _unlike(demo_config(args, names), config):
+    if unlike := _unlike(DeepseekConfig.from_demo(args, names), config):
         said = ", ".join(unlike)
         warnings.warn(f"the demo's ModelArgs cannot say this model's {said}; none are written", stacklevel=4)
         return None
@@ -193,7 +193,7 @@ def _args(
 
 def _hf_config(given: Mapping[str, object], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, object]:
     """The config.json of the model that ModelArgs are of."""
-    model, args = demo_config(given, weights), DEMO_DEFAULTS | dict(given)
+    model, args = DeepseekConfig.from_demo(given, weights), DEMO_DEFAULTS | dict(given)
     v3 = model.scoring_func == "sigmoid" or model.has_correction_bias
     version = 3 if v3 else 2
     config: dict[str, object] = {"architectures": [f"DeepseekV{version}ForCausalLM"]}

@@ -10,8 +10,8 @@ import numpy as np
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.safetensors import Entries
 from jaxllm.checkpoint.schemes import ANY, Part, Scheme, decoded, expect
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats import mxfp4
 from jaxllm.formats.base import Weight

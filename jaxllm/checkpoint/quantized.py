@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxllm.checkpoint.declared import SIBLINGS, Declared, declared
-from jaxllm.checkpoint.safetensors import HFDirectory
+from jaxllm.checkpoint.safetensors import HFDirectory, optional_json
 from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -22,7 +22,7 @@ def assemble(folder: HFDirectory) -> dict[str, Weight]:
         InputError: the quantization is not supported, a matrix lacks a part or has parts that do not fit, or one is
             quantized that the config leaves out.
     """
-    found = declared(folder.config, {name: folder.json(name).values for name in SIBLINGS})
+    found = declared(folder.config, {name: optional_json(folder.path, name).values for name in SIBLINGS})
     return dict(folder.tensors) if found is None else join(folder.tensors, found)
 
 
@@ -39,22 +39,18 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
     """
     joined, used, complaints = {}, set(), []
     for name in tensors:
-        for key in found.keys:
-            module = name.removesuffix(key)
-            known = [scheme for scheme in found.schemes(module) if scheme.key == key]
-            if not name.endswith(key) or not known:
-                continue
-            owner = (module + known[0].result).removesuffix(".weight")
-            if (entry := found.excluded(owner)) is not None:
-                complaints.append(f"'{owner}' is left out of the quantization by {entry!r}, but has '{name}'")
-                continue
-            scheme = next((s for s in known if not _missing(s, module, tensors)), known[0])
-            if missing := _missing(scheme, module, tensors):
-                complaints.append(f"'{name}' is there, but '{missing[0]}' is missing ({scheme.name})")
-                continue
-            if module + scheme.result in joined:
-                complaints.append(f"'{module + scheme.result}' is there in two ways; one is '{name}'")
-                continue
+        known = _known(name, found)
+        if not known:
+            continue
+        module, scheme = next((pair for pair in known if not _missing(*pair, tensors)), known[0])
+        owner = (module + scheme.result).removesuffix(".weight")
+        if (entry := found.excluded(owner)) is not None:
+            complaints.append(f"'{owner}' is left out of the quantization by {entry!r}, but has '{name}'")
+        elif missing := _missing(module, scheme, tensors):
+            complaints.append(f"'{name}' is there, but '{missing[0]}' is missing ({scheme.name})")
+        elif module + scheme.result in joined:
+            complaints.append(f"'{module + scheme.result}' is there in two ways; one is '{name}'")
+        else:
             parts = scheme.parts | {k: part for k, part in scheme.optional.items() if module + part.suffix in tensors}
             used.update(module + suffix for suffix in (*(part.suffix for part in parts.values()), *scheme.unused))
             try:
@@ -71,7 +67,13 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
     return joined
 
 
-def _missing(scheme: Scheme, module: str, tensors: Mapping[str, Weight]) -> list[str]:
+def _known(name: str, found: Declared) -> list[tuple[str, Scheme]]:
+    """Modules and the schemes in which a tensor of this name would be the one by which they are recognised."""
+    modules = ((key, name.removesuffix(key)) for key in found.keys if name.endswith(key))
+    return [(module, scheme) for key, module in modules for scheme in found.schemes(module) if scheme.key == key]
+
+
+def _missing(module: str, scheme: Scheme, tensors: Mapping[str, Weight]) -> list[str]:
     return [module + part.suffix for part in scheme.parts.values() if module + part.suffix not in tensors]
 
 

@@ -35,3 +35,8 @@ def declare(
 ) -> nnx.Param:
     """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it."""
     return nnx.Param(Declaration(shape, spec, rows, cols, keep, stack))
+
+
+def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
+    """The parameters of a model by dotted path."""
+    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}

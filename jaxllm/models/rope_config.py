@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
-
-POSITIONS = 2**31 - 1  # the most that is believed
+from jaxllm.models.config import POSITIONS
 
 
 @np.errstate(all="ignore")

@@ -12,12 +12,12 @@ import pytest
 
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.scaled import Scaled
-from jaxllm.models.deepseek import deepseek
-from jaxllm.models.deepseek_config import PRESETS as DEEPSEEK
-from jaxllm.models.deepseek_config import DeepseekConfig
-from jaxllm.models.gpt_oss import gpt_oss
-from jaxllm.models.gpt_oss_config import PRESETS as GPT_OSS
-from jaxllm.models.gpt_oss_config import GptOssConfig
+from jaxllm.models.deepseek.config import PRESETS as DEEPSEEK
+from jaxllm.models.deepseek.config import DeepseekConfig
+from jaxllm.models.deepseek.model import deepseek
+from jaxllm.models.gpt_oss.config import PRESETS as GPT_OSS
+from jaxllm.models.gpt_oss.config import GptOssConfig
+from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import collectives, dense, fill_with_shapes, lower_decode
 

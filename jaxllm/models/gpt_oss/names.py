@@ -1,15 +1,15 @@
 """What the tensors of GPT-OSS are called in Hugging Face checkpoints, in MLX's, and in GGUF files."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 
-from jaxllm.checkpoint.rules import Rule, column, plain_transposed
-from jaxllm.models.gpt_oss_config import GptOssConfig
+from jaxllm.formats.base import Weight
+from jaxllm.models.gpt_oss.config import GptOssConfig
+from jaxllm.models.rule import Rows, Rule, column, transposed
 
 
-def _every_other(first: int) -> Callable[[GptOssConfig, re.Match], np.ndarray]:
+def _every_other(first: int) -> Rows:
     """Rows of the gate (0) or the up projection (1), which take turns in `gate_up_proj`."""
     return lambda config, m: np.arange(first, 2 * config.intermediate_size, 2)
 
@@ -17,7 +17,7 @@ def _every_other(first: int) -> Callable[[GptOssConfig, re.Match], np.ndarray]:
 _M, _E = r"model\.layers\.(\d+)\.", r"model\.layers\.(\d+)\.mlp\.experts\."
 _A, _L, _X = r"layers.\1.self_attn.", r"layers.\1.", r"layers.\1.mlp.experts."
 
-HF_RULES = [
+_HF = [
     Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
     Rule(r"model\.norm\.weight", "norm.weight"),
     Rule(r"lm_head\.weight", "lm_head.weight"),
@@ -25,9 +25,9 @@ HF_RULES = [
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.sinks", _A + "sinks"),
     Rule(_M + r"mlp\.router\.(weight|bias)", _L + r"mlp.gate.\2"),
-    Rule(_E + "gate_up_proj", _X + "gate_proj", _every_other(0), plain_transposed),
-    Rule(_E + "gate_up_proj", _X + "up_proj", _every_other(1), plain_transposed),
-    Rule(_E + "down_proj", _X + "down_proj", present=plain_transposed),
+    Rule(_E + "gate_up_proj", _X + "gate_proj", _every_other(0), transposed),
+    Rule(_E + "gate_up_proj", _X + "up_proj", _every_other(1), transposed),
+    Rule(_E + "down_proj", _X + "down_proj", present=transposed),
     Rule(_E + "gate_up_proj_bias", _X + "gate_bias", _every_other(0), column),
     Rule(_E + "gate_up_proj_bias", _X + "up_bias", _every_other(1), column),
     Rule(_E + "down_proj_bias", _X + "down_bias", present=column),
@@ -38,7 +38,7 @@ HF_RULES = [
 
 _G = r"blk\.(\d+)\."
 
-GGUF_RULES = [
+_GGUF = [
     Rule(r"token_embd\.weight", "embed_tokens.weight"),
     Rule(r"output_norm\.weight", "norm.weight"),
     Rule(r"output\.weight", "lm_head.weight"),
@@ -51,3 +51,11 @@ GGUF_RULES = [
     Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _X + r"\2_proj"),
     Rule(_G + r"ffn_(gate|up|down)_exps\.bias", _X + r"\2_bias", present=column),
 ]
+
+
+def hf_rules(config: GptOssConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    return _HF
+
+
+def gguf_rules(config: GptOssConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    return _GGUF

@@ -2,22 +2,22 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
-from jaxllm.models.llama_config import MANY
-from jaxllm.models.rope_config import POSITIONS
+from jaxllm.models.config import MANY, POSITIONS
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 GGUF_ARCHITECTURES = ("deepseek2",)
+DEMO_TYPE = "deepseek_demo"
 GGUF_SCORING = {1: "softmax", 2: "sigmoid"}
 
 DEMO_DEFAULTS = {
@@ -106,7 +106,7 @@ class DeepseekConfig:
     split_kv_b: bool = False
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
+    def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json of one of MODEL_TYPES.
 
         Raises:
@@ -149,7 +149,7 @@ class DeepseekConfig:
             v_head_dim=get("v_head_dim", 128),
             rms_norm_eps=get("rms_norm_eps", 1e-6),
             max_position_embeddings=get("max_position_embeddings", 2048),
-            tie_word_embeddings=get("tie_word_embeddings", False),
+            tie_word_embeddings=get("tie_word_embeddings", False) and "lm_head.weight" not in tensors,
             attention_bias=get("attention_bias", False),
             rope=frequencies,
             interleaved=get("rope_interleave", True),
@@ -215,8 +215,12 @@ class DeepseekConfig:
         )
 
     @classmethod
-    def from_demo(cls, args: Mapping[str, object]) -> Self:
+    def from_demo(cls, args: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration of DeepSeek's own inference demo: the fields of its `ModelArgs`, missing ones as there.
+
+        Args:
+            tensors: names of what is in the files. The demo has the correction bias by the model's width alone; here
+                the files decide.
 
         Raises:
             InputError: a field that `ModelArgs` does not have.
@@ -225,6 +229,7 @@ class DeepseekConfig:
             raise InputError(f"'{unknown[0]}' is not a field of ModelArgs")
         a = DEMO_DEFAULTS | dict(args)
         sigmoid, head = a["score_func"] == "sigmoid", a["qk_nope_head_dim"] + a["qk_rope_head_dim"]
+        biased = any(name.endswith(".gate.bias") for name in tensors) if tensors else sigmoid
         base, theta = rope.frequencies(a["qk_rope_head_dim"], a["rope_theta"]), a["rope_theta"]
         scale = head**-0.5
         if a["max_seq_len"] > a["original_seq_len"]:
@@ -232,7 +237,7 @@ class DeepseekConfig:
             base = rope.yarn(base, a["rope_factor"], theta, a["original_seq_len"], *ramp)
             scale *= rope.yarn_scale(a["rope_factor"], a["mscale"]) ** 2
         return cls(
-            model_type="deepseek_demo",
+            model_type=DEMO_TYPE,
             vocab_size=a["vocab_size"],
             hidden_size=a["dim"],
             intermediate_size=a["inter_dim"],
@@ -246,10 +251,10 @@ class DeepseekConfig:
             n_group=a["n_expert_groups"],
             topk_group=a["n_limited_groups"],
             scoring_func=a["score_func"],
-            group_score="top2" if sigmoid else "max",
+            group_score="top2" if biased else "max",
             norm_topk_prob=sigmoid,
             routed_scaling_factor=a["route_scale"],
-            has_correction_bias=sigmoid,
+            has_correction_bias=biased,
             q_lora_rank=a["q_lora_rank"] or None,
             kv_lora_rank=a["kv_lora_rank"],
             qk_nope_head_dim=a["qk_nope_head_dim"],

@@ -1,20 +1,18 @@
 """Sizes and constants of the Llama family, from a GGUF file's metadata or a Hugging Face config.json."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
-from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import Rope
-from jaxllm.models.rope_config import POSITIONS, gguf_rope, hf_rope
+from jaxllm.models.config import MANY, POSITIONS, typed_windows
+from jaxllm.models.rope_config import gguf_rope, hf_rope
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3")
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
-
-# The most that is believed of a config.json, so that a hostile one cannot keep a machine busy.
-MANY = 2**14  # layers, heads, experts, dimensions of a head
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,12 @@ class LlamaConfig:
         )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, object]) -> Self:
+    def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json whose model_type is one of MODEL_TYPES.
+
+        Args:
+            tensors: names of the checkpoint's tensors. Older GPTQ files have biases (of zeros) everywhere; and a head
+                that is there counts more than being tied, as in transformers.
 
         Raises:
             InputError: a key is missing or has no sensible value, or asks for something that is not supported.
@@ -127,6 +129,10 @@ class LlamaConfig:
         width, bias = entries.whole("intermediate_size"), entries.flag("attention_bias")
         layer = entries.whole("num_key_value_heads", heads, most=MANY), width
         sparse, moe = _hf_experts(entries, kind, width)
+
+        def has(name: str) -> bool:
+            return f"model.layers.0.{name}.bias" in tensors
+
         return cls(
             model_type=kind,
             vocab_size=entries.whole("vocab_size"),
@@ -135,29 +141,16 @@ class LlamaConfig:
             v_head_dim=head_dim,
             rms_norm_eps=entries.number("rms_norm_eps", 1e-6),
             max_position_embeddings=entries.whole("max_position_embeddings", 2048, most=POSITIONS),
-            tie_word_embeddings=entries.flag("tie_word_embeddings"),
-            qkv_bias=bias or kind in ("qwen2", "qwen2_moe"),
-            o_bias=bias,
-            mlp_bias=entries.flag("mlp_bias"),
+            tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
+            qkv_bias=bias or kind in ("qwen2", "qwen2_moe") or has("self_attn.q_proj"),
+            o_bias=bias or has("self_attn.o_proj"),
+            mlp_bias=entries.flag("mlp_bias") or has("mlp.down_proj"),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             rope=hf_rope(entries, head_dim),
             layers=tuple(
                 LayerConfig(heads, *layer, window, sparse(i)) for i, window in enumerate(_hf_windows(entries, kind))
             ),
             moe=moe,
-        )
-
-    def with_biases(self, tensors: Mapping[str, Weight]) -> Self:
-        """With the biases that a checkpoint has besides: older GPTQ files have some (of zeros) everywhere."""
-
-        def has(name: str) -> bool:
-            return f"model.layers.0.{name}.bias" in tensors
-
-        return replace(
-            self,
-            qkv_bias=self.qkv_bias or has("self_attn.q_proj"),
-            o_bias=self.o_bias or has("self_attn.o_proj"),
-            mlp_bias=self.mlp_bias or has("mlp.down_proj"),
         )
 
 
@@ -186,14 +179,6 @@ def _hf_windows(config: Entries, kind: str) -> list[int | None]:
     if kind == "qwen2_moe":
         return [window if i % 2 == 0 and i < bound else None for i in range(count)]
     return [window if i >= bound else None for i in range(count)]
-
-
-def typed_windows(config: Entries, count: int, window: int) -> list[int | None]:
-    """The sliding window of each of `count` layers, from `layer_types`."""
-    types = config.get("layer_types", None, lambda v: isinstance(v, list) and len(v) == count, f"a list of {count}")
-    if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
-        raise InputError(f"{config.where}: 'layer_types' with {unknown[0]!r} are not supported")
-    return [window if entry == "sliding_attention" else None for entry in types]
 
 
 def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int], bool], MoEConfig | None]:

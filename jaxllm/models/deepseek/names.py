@@ -1,13 +1,15 @@
 """What the tensors of DeepSeek-V2 and V3 are called in GGUF files and in Hugging Face checkpoints."""
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
-from jaxllm.checkpoint.rules import Rule
+from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
-from jaxllm.models.deepseek_config import DeepseekConfig
-from jaxllm.models.llama_names import HF_IGNORED
+from jaxllm.models.deepseek.config import DeepseekConfig
+from jaxllm.models.names import HF_IGNORED, expert_rules
+from jaxllm.models.rule import Rule
 
 
 def _query_rows(config: DeepseekConfig, m: re.Match) -> np.ndarray:
@@ -31,7 +33,7 @@ _L, _A = r"layers.\1.", r"layers.\1.self_attn."
 _G = r"blk\.(\d+)\."
 
 # Rotary parts pair neighbours here as well: llama.cpp's converter leaves these rows as they are.
-GGUF_RULES = [
+_GGUF = [
     Rule(r"token_embd\.weight", "embed_tokens.weight"),
     Rule(r"output_norm\.weight", "norm.weight"),
     Rule(r"output\.weight", "lm_head.weight"),
@@ -53,6 +55,10 @@ GGUF_RULES = [
 ]
 
 
+def gguf_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    return _GGUF
+
+
 def gguf_ignored(config: DeepseekConfig) -> list[str]:
     """The layer after the last, for multi-token prediction, and what some forks of llama.cpp add to kv_b: its parts."""
     copies = [] if config.split_kv_b else [r"blk\.\d+\.attn_[kv]_b\.weight"]
@@ -61,7 +67,7 @@ def gguf_ignored(config: DeepseekConfig) -> list[str]:
 
 _M = r"model\.layers\.(\d+)\."
 
-HF_RULES = [
+_HF = [
     Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
     Rule(r"model\.norm\.weight", "norm.weight"),
     Rule(r"lm_head\.weight", "lm_head.weight"),
@@ -74,9 +80,12 @@ HF_RULES = [
     Rule(_M + r"mlp\.gate\.weight", _L + "mlp.gate.weight"),
     Rule(_M + r"mlp\.gate\.e_score_correction_bias", _L + "mlp.e_score_correction_bias"),
     Rule(_M + r"mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
-    Rule(_M + r"mlp\.switch_mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\2_proj"),  # MLX
     Rule(_M + r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
 ]
+
+
+def hf_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    return [*_HF, *expert_rules(_M + r"mlp\.", config.hidden_size, config.moe_intermediate_size, tensors)]
 
 
 def hf_ignored(config: DeepseekConfig) -> list[str]:
@@ -138,7 +147,7 @@ def _split(name: str) -> list[str]:
 _D = r"layers\.(\d+)\."
 _MATRICES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 
-DEMO_RULES = [
+_DEMO = [
     Rule(r"embed\.weight", "embed_tokens.weight"),
     Rule(r"norm\.weight", "norm.weight"),
     Rule(r"head\.weight", "lm_head.weight"),
@@ -157,3 +166,7 @@ DEMO_RULES = [
     *(Rule(_D + rf"ffn\.experts\.(?P<expert>\d+)\.{w}\.weight", _L + f"mlp.experts.{n}") for w, n in _MATRICES),
     *(Rule(_D + rf"ffn\.shared_experts\.{w}\.weight", _L + f"mlp.shared_expert.{n}.weight") for w, n in _MATRICES),
 ]
+
+
+def demo_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    return _DEMO

@@ -1,15 +1,15 @@
 """What the tensors of the Llama family are called in GGUF files and in Hugging Face checkpoints."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 
-from jaxllm.checkpoint.rules import Rule, either_way
+from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
-from jaxllm.models.llama_config import LlamaConfig
-
-Rows = Callable[[LlamaConfig, re.Match], np.ndarray]
+from jaxllm.models.llama.config import LlamaConfig
+from jaxllm.models.names import expert_rules
+from jaxllm.models.rule import Rows, Rule
 
 
 def _attention_rows(part: str, fused: bool, half_split: bool = False) -> Rows:
@@ -66,7 +66,11 @@ _GGUF_FUSED = [
     Rule(_G + r"ffn_down\.weight", _L + "mlp.down_proj.weight"),
 ]
 # Read with the configuration: they change rotary frequencies.
-GGUF_IGNORED = [r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd"]
+_GGUF_IGNORED = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd")
+
+
+def gguf_ignored(config: LlamaConfig) -> tuple[str, ...]:
+    return _GGUF_IGNORED
 
 
 def _gguf_qk(paired: bool) -> list[Rule]:
@@ -75,7 +79,7 @@ def _gguf_qk(paired: bool) -> list[Rule]:
     ]
 
 
-def gguf_rules(config: LlamaConfig) -> list[Rule]:
+def gguf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
     """Files of architecture `llama` pair neighbours in q and k; those of `phi3` fuse matrices."""
     if config.model_type == "phi3":
         return [*_GGUF, *_GGUF_FUSED]
@@ -85,7 +89,7 @@ def gguf_rules(config: LlamaConfig) -> list[Rule]:
 _M = r"model\.layers\.(\d+)\."
 _SPARSE = _M + r"(?:mlp|block_sparse_moe)\."
 
-HF_RULES = [
+_HF = [
     Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
     Rule(r"model\.norm\.weight", "norm.weight"),
     Rule(r"lm_head\.weight", "lm_head.weight"),
@@ -101,14 +105,12 @@ HF_RULES = [
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w1\.weight", _L + "mlp.experts.gate_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w3\.weight", _L + "mlp.experts.up_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w2\.weight", _L + "mlp.experts.down_proj"),
-    Rule(_SPARSE + r"switch_mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\2_proj"),  # MLX
-    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.gate_proj", _half(0, expert=True), present=either_way),
-    Rule(_SPARSE + r"experts\.gate_up_proj", _L + "mlp.experts.up_proj", _half(1, expert=True), present=either_way),
-    Rule(_SPARSE + r"experts\.down_proj", _L + "mlp.experts.down_proj", present=either_way),
     Rule(_M + r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
     Rule(_M + r"mlp\.shared_expert_gate\.weight", _L + "mlp.shared_expert_gate.weight"),
 ]
-# Frequencies, which are computed from the configuration, and what some quantizers say of a cache in FP8, which ours is
-# not.
-HF_IGNORED = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"]
-HF_IGNORED += [r"model\.layers\.\d+\.self_attn\.(?:[kv]_scale|[kv]_proj\.(?:[kv]|output)_scale)"]
+
+
+def hf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
+    if config.moe is None:
+        return _HF
+    return [*_HF, *expert_rules(_SPARSE, config.hidden_size, config.moe.moe_intermediate_size, tensors)]

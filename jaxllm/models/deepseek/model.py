@@ -8,7 +8,7 @@ from jaxllm.layers.experts import MoE, grouped_top_k
 from jaxllm.layers.heads import place_heads
 from jaxllm.layers.mla import LatentAttention
 from jaxllm.layers.mlp import MLP
-from jaxllm.models.deepseek_config import DeepseekConfig
+from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.parallel import CACHE, EP, TP
 
 

@@ -8,7 +8,7 @@ from jaxllm.layers.decoder import Block, Decoder
 from jaxllm.layers.experts import MoE, softmax_top_k
 from jaxllm.layers.heads import place_heads
 from jaxllm.layers.mlp import MLP
-from jaxllm.models.llama_config import LayerConfig, LlamaConfig
+from jaxllm.models.llama.config import LayerConfig, LlamaConfig
 from jaxllm.parallel import EP, TP
 
 

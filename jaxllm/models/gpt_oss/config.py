@@ -1,14 +1,14 @@
 """Sizes and constants of GPT-OSS, from a Hugging Face config.json or a GGUF file's metadata."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from jaxllm.checkpoint.safetensors import Entries
+from jaxllm.entries import Entries
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import Rope
-from jaxllm.models.llama_config import MANY, typed_windows
-from jaxllm.models.rope_config import POSITIONS, gguf_rope, hf_rope
+from jaxllm.models.config import MANY, POSITIONS, typed_windows
+from jaxllm.models.rope_config import gguf_rope, hf_rope
 
 MODEL_TYPES = ("gpt_oss",)
 GGUF_ARCHITECTURES = ("gpt-oss",)
@@ -55,7 +55,7 @@ class GptOssConfig:
     rope: Rope
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, object]) -> Self:
+    def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json of one of MODEL_TYPES.
 
         Raises:
@@ -86,7 +86,7 @@ class GptOssConfig:
             sliding_windows=tuple(windows),
             rms_norm_eps=entries.number("rms_norm_eps", 1e-5),
             max_position_embeddings=entries.whole("max_position_embeddings", 131072, most=POSITIONS),
-            tie_word_embeddings=entries.flag("tie_word_embeddings"),
+            tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             attention_bias=entries.flag("attention_bias", True),
             swiglu_alpha=entries.number("swiglu_alpha", SWIGLU_ALPHA),
             swiglu_limit=entries.number("swiglu_limit", SWIGLU_LIMIT),

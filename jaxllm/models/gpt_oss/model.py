@@ -8,7 +8,7 @@ from jaxllm.layers.decoder import Block, Decoder
 from jaxllm.layers.experts import MoE, softmax_top_k
 from jaxllm.layers.heads import place_heads
 from jaxllm.layers.mlp import clamped_swiglu
-from jaxllm.models.gpt_oss_config import GptOssConfig
+from jaxllm.models.gpt_oss.config import GptOssConfig
 from jaxllm.parallel import EP, TP
 
 

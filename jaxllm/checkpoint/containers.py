@@ -1,0 +1,105 @@
+"""The kinds of files that checkpoints come in. Each says how it is recognised and opened; the first that fits is taken.
+
+What is opened looks alike, whatever it came in: a description in some dialect, tensors as weights, and texts. What the
+description means is the business of the families of models.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxllm.checkpoint.demo import is_demo, open_demo
+from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
+from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
+from jaxllm.checkpoint.quantized import assemble
+from jaxllm.checkpoint.safetensors import open_directory
+from jaxllm.checkpoint.texts import Texts, read_texts
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.models.deepseek.config import DEMO_TYPE
+from jaxllm.models.family import DEEPSEEK_DEMO, GGUF, HUGGING_FACE
+from jaxllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened checkpoint, of which only headers have been read.
+
+    Attributes:
+        dialect, kind: in whose words it describes itself, and what it calls its architecture; see `models.family`.
+        description: config.json, GGUF metadata, or the demo's ModelArgs.
+        tensors: by the file's own names, the parts of a quantized matrix joined.
+    """
+
+    name: str
+    dialect: str
+    kind: str
+    description: Mapping[str, Any]
+    tensors: Mapping[str, Weight]
+    texts: Texts = field(default_factory=Texts)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A kind of file or directory.
+
+    Attributes:
+        name: as people call it.
+        detects: whether a path is one.
+        opens: opens it, given those of `options` that the user set.
+        options: what it can be told besides its path.
+    """
+
+    name: str
+    detects: Callable[[Path], bool]
+    opens: Callable[..., Opened]
+    options: frozenset[str] = frozenset()
+
+
+def open_container(path: Path, options: Mapping[str, object]) -> Opened:
+    """Open a path as what it is.
+
+    Raises:
+        InputError: it cannot be read, or is of a kind that an option means nothing for.
+    """
+    container = next(c for c in CONTAINERS if c.detects(path))
+    for option, value in options.items():
+        if option not in container.options:
+            takers = ", ".join(c.name for c in CONTAINERS if option in c.options)
+            raise InputError(f"{option} '{value}' means nothing for {container.name}, only for {takers}")
+    return container.opens(path, **options)
+
+
+def _open_demo(path: Path, config: Path | None = None) -> Opened:
+    args, tensors = open_demo(path, config)
+    return Opened(path.resolve().name, DEEPSEEK_DEMO, DEMO_TYPE, args, tensors, read_texts(path, args))
+
+
+def _open_directory(path: Path) -> Opened:
+    folder = open_directory(path)
+    texts, kind = read_texts(path, folder.config), str(folder.config["model_type"])
+    return Opened(path.resolve().name, HUGGING_FACE, kind, folder.config, assemble(folder), texts)
+
+
+def _open_ggml(path: Path, gqa: int = 1) -> Opened:
+    return _as_gguf(open_ggml(path, gqa))
+
+
+def _open_gguf(path: Path) -> Opened:
+    return _as_gguf(open_gguf(path))
+
+
+def _as_gguf(file: GGUFFile | GGMLFile) -> Opened:
+    tokenizer = Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None
+    eos = frozenset() if tokenizer is None else tokenizer.eos_ids
+    texts = Texts(tokenizer, eos)
+    return Opened(file.path.name, GGUF, file.architecture, file.metadata, file.tensors, texts)
+
+
+CONTAINERS: list[Container] = [
+    Container("files of DeepSeek's demo (model*-mp*.safetensors)", is_demo, _open_demo, frozenset({"config"})),
+    Container("a Hugging Face directory", Path.is_dir, _open_directory),
+    Container("a GGML file from before GGUF", is_ggml, _open_ggml, frozenset({"gqa"})),
+    Container("a GGUF file", lambda path: True, _open_gguf),  # last: what is nothing else is refused as one
+]

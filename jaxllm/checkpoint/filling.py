@@ -1,0 +1,117 @@
+"""Filling a model with its weights: each device's part of each tensor is read, encoded, placed, and perhaps decoded."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Lock
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.checkpoint.placing import Source, place
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.layers.parameter import Declaration, parameters
+
+READERS = 4  # threads: parameters that are read at the same time
+
+Encode = Callable[[str, Weight], Weight]
+Convert = Callable[[Weight, NamedSharding], Weight]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One parameter as it was loaded.
+
+    source: what the checkpoint holds (shapes only).
+    encoded: what was made of that before it was placed (shapes only); the same unless it was quantized anew.
+    weight: what lies on the devices.
+    """
+
+    name: str
+    declaration: Declaration
+    source: Weight
+    encoded: Weight
+    weight: Weight | jax.Array
+
+
+def fill(
+    model: nnx.Module,
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    encode: Encode,
+    convert: Convert,
+    track: Callable[[Iterable, int], Iterable],
+) -> list[Placed]:
+    """Replace every Declaration in `model` by its weight, placed on the mesh.
+
+    Args:
+        sources: from `match`.
+        encode: applied to each matrix, with the parameter's name, before it is placed.
+        convert: applied to each placed matrix, with the sharding of the whole matrix.
+        track: wraps the results, of which there will be so many, to show progress.
+    """
+
+    # Two programs of several devices, started by two threads at once, can each wait for a device that the other has.
+    starting = Lock()
+
+    def load(item: tuple[str, nnx.Param]) -> Placed:
+        name, declaration, source = item[0], item[1].get_value(), sources[item[0]]
+        vector = len(declaration.shape) == 1
+        kept = vector or declaration.keep
+        encoded = source if kept else dataclasses.replace(source, parts=tuple(encode(name, p) for p in source.parts))
+        weight = place(encoded, declaration, mesh)
+        if vector:
+            weight = weight.dequantize()
+        elif not kept:
+            with starting:
+                weight = convert(weight, NamedSharding(mesh, declaration.spec))
+        return Placed(name, declaration, _shapes(source), _shapes(encoded), weight)
+
+    declared = parameters(model)
+    with ThreadPoolExecutor(READERS) as pool:
+        placed = list(track(pool.map(load, declared.items()), len(declared)))
+    for p in placed:
+        declared[p.name].set_value(p.weight)
+    return placed
+
+
+def _shapes(source: Source) -> Weight:
+    """The source as one weight, of shapes only."""
+    lead = (len(source.parts),) if source.stacked else ()
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), source.parts[0])
+
+
+def keep(name: str, weight: Weight) -> Weight:
+    """The `encode` of `fill` that leaves matrices in the checkpoint's format."""
+    return weight
+
+
+def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
+    """The `convert` of `fill` that holds matrices as they were placed, but for the order of bits that kernels want."""
+    if not isinstance(weight, GGML) or weight.type != "MXFP4":
+        return weight
+    return _ordered(weight, sharding)
+
+
+@partial(jax.jit, static_argnums=1)
+def _ordered(weight: GGML, sharding: NamedSharding) -> MXFP4:
+    ordered = MXFP4.from_ggml(weight)
+    specs = ordered.shard_specs(sharding.spec, sharding.mesh)
+    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
+    return jax.lax.with_sharding_constraint(ordered, shardings)
+
+
+def as_dense(dtype: jax.typing.DTypeLike) -> Convert:
+    """A `convert` of `fill`: decode each matrix where it lies, rounding once to `dtype`."""
+
+    @cache  # like matrices share a program
+    def decoder(sharding: NamedSharding) -> Callable[[Weight], Weight]:
+        return jax.jit(lambda weight: Dense(weight.dequantize(dtype)), out_shardings=sharding)
+
+    return lambda weight, sharding: decoder(sharding)(weight)

@@ -1,0 +1,107 @@
+"""Which tensors of a checkpoint become which parameters of a model, by its rules, before anything is read."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxllm.checkpoint.placing import Source
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.layers.parameter import parameters
+from jaxllm.models.rule import Rule
+
+
+def match(
+    model: nnx.Module, tensors: Mapping[str, Weight], rules: Sequence[Rule], ignored: Sequence[str] = ()
+) -> dict[str, Source]:
+    """For each parameter of the model, what it is read from.
+
+    Args:
+        tensors: the checkpoint's tensors by name.
+        ignored: patterns of names that checkpoints of this kind may have and that mean nothing here.
+
+    Raises:
+        InputError: lists every unknown, missing, doubly given and mis-shaped tensor.
+    """
+    found: dict[str, dict[int | None, tuple[str, Rule, re.Match]]] = {}
+    complaints = []
+    for name in tensors:
+        if any(re.fullmatch(pattern, name) for pattern in ignored):
+            continue
+        hits = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
+        if not hits:
+            complaints.append(f"unknown tensor '{name}'")
+        for rule, m in hits:
+            target, expert = m.expand(rule.target), m.groupdict().get("expert")
+            slots = found.setdefault(target, {})
+            slot = None if expert is None else int(expert)
+            if slot in slots:
+                complaints.append(f"tensors '{slots[slot][0]}' and '{name}' both stand for {target}")
+            slots[slot] = name, rule, m
+
+    declared = parameters(model)
+    sources = {}
+    for target, param in declared.items():
+        if target not in found:
+            complaints.append(f"missing tensor for {target}")
+            continue
+        slots, shape = found.pop(target), param.get_value().shape
+        stacked = None not in slots
+        if stacked and sorted(slots) != list(range(shape[0])):
+            complaints.append(f"{target} needs experts 0 to {shape[0] - 1}, found {_listed(sorted(slots))}")
+            continue
+        ordered = [slots[i] for i in sorted(slots, key=lambda i: i or 0)]
+        source = _source(model.config, tensors, ordered, stacked)
+        if source.shape != shape:
+            complaints.append(f"tensor '{source.name}' has shape {list(source.shape)}, expected {list(shape)}")
+        for part in source.parts:
+            if isinstance(part, Dense) and not jax.dtypes.issubdtype(part.values.dtype, np.floating):
+                complaints.append(f"tensor '{source.name}' is of {part.format}, not of floating-point numbers")
+        sources[target] = source
+    for target, slots in found.items():
+        complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]
+    complaints += _unused_rows(sources.values())
+    if complaints:
+        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        raise InputError("; ".join(complaints[:8]) + more)
+    return sources
+
+
+def _source(
+    config: object,
+    tensors: Mapping[str, Weight],
+    found: list[tuple[str, Rule, re.Match]],
+    stacked: bool,
+) -> Source:
+    name, rule, m = found[0]
+    parts = [rule.present(tensors[name], m) if rule.present else tensors[name] for name, rule, m in found]
+    return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
+
+
+def _unused_rows(sources: Iterable[Source]) -> list[str]:
+    """A complaint for each tensor of which the parameters made of its rows do not take every row once."""
+    have, want = {}, Counter()
+    for source in sources:
+        if source.rows is not None:
+            have[source.name] = source.parts[0].shape[-2:][0]
+            want[source.name] += len(source.rows)
+    return [f"tensor '{name}' has {n} rows, expected {want[name]}" for name, n in have.items() if n != want[name]]
+
+
+def _listed(numbers: list) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Weight], Weight]) -> int:
+    """The largest block, along its columns, of a matrix whose columns the model cuts, once it is encoded."""
+    cut = [
+        planned(name, sources[name].parts[0]).granularity("in")
+        for name, param in parameters(model).items()
+        if len(spec := param.get_value().spec) >= 2 and spec[-1] is not None
+    ]
+    return max(cut, default=1)

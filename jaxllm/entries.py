@@ -1,0 +1,84 @@
+"""What a file says of itself in keys and values (a config.json, GGUF metadata), read as what it has to be."""
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import InputError
+
+
+def read_json(file: Path, where: str | None = None) -> dict[str, object]:
+    """A JSON object; `where` stands for the file in errors.
+
+    Raises:
+        InputError: there is no such file, or it is something else.
+    """
+    where = where or str(file)
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}") from error
+    return json_object(text, where)
+
+
+def json_object(text: bytes, where: str) -> dict[str, object]:
+    """The JSON object in `text`, which errors call `where`. Raises InputError if it is something else."""
+    try:
+        value = json.loads(text.decode())
+    except RecursionError as error:
+        raise InputError(f"{where}: not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a JSON object, read as what they have to be. A null stands for an entry that is not there.
+
+    Every method raises InputError where an entry without a default is missing or is something else.
+    """
+
+    values: Mapping[str, object]
+    where: str  # for errors
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def get(self, key: str, default: object, good: Callable[[Any], bool], what: str) -> Any:
+        value = self.values[key] if key in self else default
+        if value is None:
+            raise InputError(f"{self.where}: '{key}' is missing")
+        if not good(value):
+            raise InputError(f"{self.where}: '{key}' is {reprlib.repr(value)}, not {what}")
+        return value
+
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 2**24) -> int:
+        what = f"a whole number from {least} to {most}"
+        return self.get(key, default, lambda value: type(value) is int and least <= value <= most, what)
+
+    def number(self, key: str, default: float | None = None, above: float = 0.0, most: float = math.inf) -> float:
+        above_what = f" above {above:g}" if above > -math.inf else ""
+        what = f"a number{above_what}" + (f", at most {most:g}" if most < math.inf else "")
+        return self.get(key, default, lambda value: _is_number(value) and above < value <= most, what)
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        """So many numbers above 0."""
+
+        def good(value: object) -> bool:
+            return isinstance(value, list) and len(value) == count and all(_is_number(n) and n > 0 for n in value)
+
+        return self.get(key, None, good, f"a list of {count} numbers above 0")
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return self.get(key, default, lambda value: isinstance(value, bool), "true or false")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2.0**127

@@ -1,0 +1,65 @@
+"""A family of models as one record: everything that the loader has to know of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.models.rule import Rule
+
+GGUF, HUGGING_FACE, DEEPSEEK_DEMO = "GGUF", "Hugging Face", "DeepSeek's demo"
+
+
+def nothing(config: Any) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The words in which one kind of file describes models of a family.
+
+    Attributes:
+        kinds: the names of its architectures: `model_type` of a config.json, `general.architecture` of a GGUF file.
+        config: from what the file says of itself and its tensors by name to the model's configuration.
+        rules: given the configuration and the tensors, how tensors become parameters.
+        ignored: given the configuration, patterns of names that such files may have and that mean nothing here.
+    """
+
+    kinds: tuple[str, ...]
+    config: Callable[[Mapping[str, object], Mapping[str, Weight]], Any]
+    rules: Callable[[Any, Mapping[str, Weight]], Sequence[Rule]]
+    ignored: Callable[[Any], Sequence[str]] = nothing
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family.
+
+    Attributes:
+        name: as people call it.
+        model: makes a model with its parameters declared, given the configuration, the mesh, and how many columns of a
+            ROW matrix belong to one block of its format.
+        dialects: by the name of the kind of file.
+    """
+
+    name: str
+    model: Callable[..., nnx.Module]
+    dialects: Mapping[str, Dialect]
+
+
+def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
+    """The family whose models files of this dialect call `kind`.
+
+    Raises:
+        InputError: there is none; lists those that there are.
+    """
+    known: list[str] = []
+    for family in families:
+        if dialect in family.dialects:
+            if kind in family.dialects[dialect].kinds:
+                return family
+            known += family.dialects[dialect].kinds
+    raise InputError(f"models of type {kind!r} are not supported; supported in {dialect} files: {', '.join(known)}")
