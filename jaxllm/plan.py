@@ -83,19 +83,8 @@ def lower_decode(
 ) -> jax.stages.Lowered:
     """The decode step of a model whose parameters are shapes, to be compiled for the devices of the mesh."""
     graph, state = nnx.split(model)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def shaped(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    cut = NamedSharding(mesh, model.cache_spec)
-    heads, keys, values = zip(*(layer.self_attn.cache_shape for layer in model.layers), strict=True)
-    cache = KVCache(
-        tuple(shaped((batch, h, capacity, d), dtype, cut) for h, d in zip(heads, keys, strict=True)),
-        tuple(shaped((batch, h, capacity, d), dtype, cut) for h, d in zip(heads, values, strict=True)),
-        shaped((batch,), jnp.int32, whole),
-        shaped((batch,), jnp.int32, whole),
-    )
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    cache = model.cache(batch, capacity, dtype, mesh)
 
     def decode(state: nnx.State, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
         model = nnx.merge(graph, state)
@@ -103,7 +92,7 @@ def lower_decode(
         return model.logits(hidden[:, 0]), cache
 
     with jax.set_mesh(mesh):
-        return jax.jit(decode, donate_argnames="cache").lower(state, cache, shaped((batch, 1), jnp.int32, whole))
+        return jax.jit(decode, donate_argnames="cache").lower(state, cache, tokens)
 
 
 def collectives(program: str) -> Counter[str]:

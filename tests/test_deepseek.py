@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3 against transformers, and against the demo's own mathematics in numpy for what it lacks."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from safetensors.numpy import save_file
 
 import jaxllm
 from jaxllm.formats.scaled import Scaled
-from jaxllm.layers.experts import grouped_top_k
+from jaxllm.layers.experts import TopKRouter
+from jaxllm.models.deepseek.family import DEEPSEEK
 from jaxllm.models.deepseek.model import deepseek
 from jaxllm.plan import collectives
 
@@ -54,7 +56,8 @@ def test_token_by_token_equals_all_at_once(load_once, name):
 
 
 def test_every_heads_keys_and_values_can_be_kept_instead(monkeypatch):
-    monkeypatch.setattr("jaxllm.checkpoint.opening.deepseek", partial(deepseek, per_head_cache=True))
+    naive = replace(DEEPSEEK, model=partial(deepseek, per_head_cache=True))
+    monkeypatch.setattr("jaxllm.checkpoint.opening.FAMILIES", [naive])
     expected = golden("v3")
     model = jaxllm.load(CHECKPOINTS / "v3", mesh="tp=8", dtype="float32", progress=False)
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-3)
@@ -152,7 +155,7 @@ def test_routers_choose_as_the_demos(name, normalize):
     bias = rng.normal(size=16).astype(np.float32) if options.pop("bias", False) else None
     logits = rng.normal(size=(50, 16)).astype(np.float32)
     groups = options.get("n_group", 1), options.get("topk_group", 1)
-    route = grouped_top_k(4, options["scoring_func"], normalize, *groups, "max" if bias is None else "top2", scale=2.5)
+    route = TopKRouter(4, normalize, options["scoring_func"], *groups, "max" if bias is None else "top2", scale=2.5)
     scores, experts = route(jnp.asarray(logits), None if bias is None else jnp.asarray(bias))
     expected_scores, expected = plain_route(logits, bias, options["scoring_func"], *groups, normalize)
     np.testing.assert_array_equal(np.sort(experts, -1), np.sort(expected, -1))

@@ -9,7 +9,7 @@ from jaxllm.kernels.experts import Gated, grouped_mlp, tile_size
 
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
-from jaxllm.layers.experts import softmax_top_k
+from jaxllm.layers.experts import TopKRouter
 from jaxllm.layers.mlp import swiglu
 
 HIDDEN, INTERMEDIATE, EXPERTS = 32, 64, 8
@@ -96,7 +96,7 @@ def test_routing(normalize):
     logits = np.random.default_rng(3).normal(size=(7, 6)).astype(np.float32)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     order = np.argsort(-probs, axis=-1)[:, :2]
-    scores, experts = softmax_top_k(2, normalize)(jnp.asarray(logits), None)
+    scores, experts = TopKRouter(2, normalize)(jnp.asarray(logits), None)
     expected = np.take_along_axis(probs, order, -1)
     np.testing.assert_array_equal(experts, order)
     np.testing.assert_allclose(scores, expected / expected.sum(-1, keepdims=True) if normalize else expected, rtol=1e-5)

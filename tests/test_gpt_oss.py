@@ -19,8 +19,8 @@ import jaxllm
 from jaxllm.checkpoint.placing import Source, place
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.mxfp4 import MXFP4
-from jaxllm.layers.experts import MoE, softmax_top_k
-from jaxllm.layers.mlp import clamped_swiglu
+from jaxllm.layers.experts import MoE, TopKRouter
+from jaxllm.layers.mlp import ClampedSwiGLU
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.gpt_oss.config import PRESETS, GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
@@ -231,7 +231,7 @@ def test_the_published_width_over_any_number_of_devices(tp):
     def outputs(text):
         mesh = make_mesh(text)
         size = mesh.shape["tp"], mesh.shape["ep"]
-        route, activation = softmax_top_k(2, True), clamped_swiglu(1.702, 7.0)
+        route, activation = TopKRouter(2, True), ClampedSwiGLU(1.702, 7.0)
         moe = MoE(hidden, experts, width, route, 32, *size, bias=True, activation=activation)
         for name, param in parameters(moe).items():
             packed = name.startswith("experts") and name.endswith("proj")

@@ -16,7 +16,7 @@ import jaxllm
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
-from jaxllm.layers.mlp import clamped_swiglu
+from jaxllm.layers.mlp import ClampedSwiGLU
 
 RNG = np.random.default_rng
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_encoded(w, message):
 # The three operations: linear, packed linear, gather.
 
 EXPERTS, TOKENS, CHOICES, HIDDEN, INTERMEDIATE = 6, 5, 2, 64, 96
-ACTIVATION = clamped_swiglu(1.702, 7.0)
+ACTIVATION = ClampedSwiGLU(1.702, 7.0)
 
 
 def stack(seed=4):

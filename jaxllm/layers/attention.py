@@ -1,4 +1,7 @@
-"""Grouped-query attention over a cache, heads cut over tp."""
+"""Grouped-query attention over a cache, heads sharded over tp."""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +9,29 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxllm.layers.cache import write
+from jaxllm.layers.cache import CacheShape, LayerCache, ring_positions, write, write_ring
+from jaxllm.layers.context import Context
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear
-from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
+
+
+class _Operands(NamedTuple):
+    """What one device attends with: its own heads of everything but the positions."""
+
+    q: jax.Array
+    k: jax.Array | None
+    v: jax.Array | None
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    counts: jax.Array
+    sinks: jax.Array | None
+
+
+_SPECS = _Operands(HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec(), PartitionSpec(), PartitionSpec(TP))
 
 
 class Attention(nnx.Module):
@@ -22,10 +41,13 @@ class Attention(nnx.Module):
         hidden_size, num_heads, num_kv_heads: as in the checkpoint.
         head_dim, value_dim: size of a query/key head and of a value head.
         heads: where the heads stand on the mesh.
+        scale: of the scores; by default `head_dim ** -0.5`.
+        score_cap: c in `c tanh(scores / c)`, which keeps scores within c; None: they are not capped.
         qkv_bias, o_bias: whether the projections have biases.
-        norm_eps: of an RMSNorm over each query and key head; None: there is none.
+        q_norm, k_norm: norms over each query and each key head.
         sliding_window: how many positions back, its own included, a token sees; None: all of them.
         sinks: whether each head has a score of its own for attending to nothing.
+        own_keys: whether the layer has keys and values of its own; otherwise it is given another layer's cache.
     """
 
     def __init__(
@@ -37,71 +59,115 @@ class Attention(nnx.Module):
         value_dim: int,
         heads: HeadLayout,
         *,
+        scale: float | None = None,
+        score_cap: float | None = None,
         qkv_bias: bool = False,
         o_bias: bool = False,
-        norm_eps: float | None = None,
+        q_norm: nnx.Module | None = None,
+        k_norm: nnx.Module | None = None,
         sliding_window: int | None = None,
         sinks: bool = False,
+        own_keys: bool = True,
     ) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.scale, self.sliding_window = head_dim**-0.5, sliding_window
-        self.cache_shape = len(heads.kv), head_dim, value_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.score_cap, self.sliding_window = score_cap, sliding_window
+        self.cache_shape = CacheShape(len(heads.kv), head_dim, value_dim, sliding_window)
         q_rows, k_rows = heads.rows(heads.query, head_dim), heads.rows(heads.kv, head_dim)
         v_rows, o_cols = heads.rows(heads.kv, value_dim), heads.rows(heads.query, value_dim)
+        k_shape, v_shape = (num_kv_heads * head_dim, hidden_size), (num_kv_heads * value_dim, hidden_size)
         self.q_proj = Linear((num_heads * head_dim, hidden_size), COLUMN, rows=q_rows, bias=qkv_bias)
-        self.k_proj = Linear((num_kv_heads * head_dim, hidden_size), COLUMN, rows=k_rows, bias=qkv_bias)
-        self.v_proj = Linear((num_kv_heads * value_dim, hidden_size), COLUMN, rows=v_rows, bias=qkv_bias)
+        self.k_proj = Linear(k_shape, COLUMN, rows=k_rows, bias=qkv_bias) if own_keys else None
+        self.v_proj = Linear(v_shape, COLUMN, rows=v_rows, bias=qkv_bias) if own_keys else None
         self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols, bias=o_bias)
-        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
-        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.sinks = declare((num_heads,), PartitionSpec(TP), rows=heads.query) if sinks else None
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        cache: tuple[jax.Array, jax.Array],
-        positions: jax.Array,
-        window: int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
         """New tokens attend to the cache and to one another.
 
         Args:
             x: `[batch, time, hidden]`.
-            rope: cosine and sine of the positions.
-            cache: keys and values `[batch, kv_heads, capacity, dim]`, to be donated.
-            positions: `[batch, time]`, consecutive in time.
-            window: how many positions of the cache are looked at; all of `positions` lie below it.
+            cache: keys and values `[batch, kv_heads, length, dim]`, to be donated.
 
         Returns:
             The output `[batch, time, hidden]` and the cache with the new keys and values in it.
         """
-        q, k = _heads(self.q_proj(x), self.head_dim), _heads(self.k_proj(x), self.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, *rope), rotate(k, *rope), _heads(self.v_proj(x), self.value_dim)
-
-        def attend(
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-            keys: jax.Array,
-            values: jax.Array,
-            positions: jax.Array,
-            sinks: jax.Array | None,
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
-            keys, values = lax.optimization_barrier(
-                (write(keys, k, positions[:, 0]), write(values, v, positions[:, 0]))
-            )
-            seen = keys[:, :, :window], values[:, :, :window]
-            y = dot_product_attention(q * self.scale, *seen, positions, self.sliding_window, sinks)
-            return y, keys, values
-
+        q = self._heads(x, self.q_proj, self.head_dim, self.q_norm, context)
+        k = v = None
+        if self.k_proj is not None:
+            k = self._heads(x, self.k_proj, self.head_dim, self.k_norm, context)
+            v = _heads(self.v_proj(x), self.value_dim)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        specs = (HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec(), PartitionSpec(TP))
-        y, *cache = local(attend, specs, (HEADS, CACHE, CACHE))(q, k, v, *cache, positions, sinks)
+        operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
+        attend = partial(self._attend, window=context.window)
+        y, *cache = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
+
+    def _heads(
+        self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
+    ) -> jax.Array:
+        """Queries or keys `[batch, time, heads, dim]`, normalised and rotated where that is asked for."""
+        heads = _heads(projection(x), dim)
+        heads = heads if norm is None else norm(heads)
+        return heads if context.angles is None else rotate(heads, *context.angles)
+
+    def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys, values = given.keys, given.values
+        if given.k is None:
+            seen, at = (keys, values), ring_positions(keys.shape[2], given.positions[:, -1])
+        else:
+            (keys, values), seen, at = _updated((keys, values), (given.k, given.v), given, window)
+        y = dot_product_attention(
+            given.q, *seen, given.positions, at, self.sliding_window, given.sinks, self.score_cap
+        )
+        return y, keys, values
+
+
+def _updated(
+    cache: LayerCache, new: LayerCache, given: _Operands, window: int
+) -> tuple[LayerCache, LayerCache, jax.Array]:
+    """The cache with what is new, the keys and values to attend to, and their positions `[batch or 1, length]`."""
+    start, length = given.positions[:, 0], cache[0].shape[2]
+    if window <= length:  # no ring has come around yet
+        # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
+        cache = lax.optimization_barrier(tuple(write(old, x, start) for old, x in zip(cache, new, strict=True)))
+        return cache, tuple(x[:, :, :window] for x in cache), jnp.arange(window, dtype=jnp.int32)[None]
+    if given.positions.shape[1] == 1:  # what the new position takes the slot of, no layer with such a ring can see
+        cache = tuple(write(old, x, start % length) for old, x in zip(cache, new, strict=True))
+        cache = lax.optimization_barrier(cache)
+        return cache, cache, ring_positions(length, start)
+    seen = tuple(
+        jnp.concatenate([old, x.swapaxes(1, 2).astype(old.dtype)], axis=2) for old, x in zip(cache, new, strict=True)
+    )
+    at = jnp.concatenate([ring_positions(length, start - 1), given.positions], axis=1)
+    pairs = zip(cache, new, strict=True)
+    return tuple(write_ring(old, x, start, given.counts) for old, x in pairs), seen, at
+
+
+def _heads(
+        self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
+    ) -> jax.Array:
+        """Queries or keys `[batch, time, heads, dim]`, normalised and rotated where that is asked for."""
+        heads = _heads(projection(x), dim)
+        heads = heads if norm is None else norm(heads)
+        return heads if context.angles is None else rotate(heads, *context.angles)
+
+    def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys, values, start = given.keys, given.values, given.positions[:, 0]
+        if given.k is not None:
+            # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
+            keys, values = lax.optimization_barrier((write(keys, given.k, start), write(values, given.v, start)))
+        y = dot_product_attention(
+            given.q,
+            keys[:, :, :window],
+            values[:, :, :window],
+            given.positions,
+            self.sliding_window,
+            given.sinks,
+            self.score_cap,
+        )
+        return y, keys, values
 
 
 def _heads(x: jax.Array, head_dim: int) -> jax.Array:
@@ -113,16 +179,20 @@ def dot_product_attention(
     keys: jax.Array,
     values: jax.Array,
     positions: jax.Array,
-    sliding_window: int | None,
+    key_positions: jax.Array,
+    sliding_window: int | None = None,
     sinks: jax.Array | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
 
     Args:
         q: `[batch, time, heads, head_dim]`, the queries of one key/value head together.
-        keys, values: `[batch, kv_heads, positions, dim]`.
+        keys, values: `[batch, kv_heads, length, dim]`.
         positions: `[batch, time]`, that of each query.
+        key_positions: `[batch or 1, length]`, those of the keys; below 0 where there is no key.
         sliding_window: see `Attention`.
+        score_cap: see `Attention`.
         sinks: `[heads]`, the score of a position that every query sees and whose value is zero (GPT-OSS, which follows
             Xiao et al., 2023).
 
@@ -139,8 +209,12 @@ def dot_product_attention(
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
     )
-    back = positions[:, None, None, :, None] - jnp.arange(length)  # [batch, 1, 1, time, length]
-    visible = back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
+    if score_cap is not None:
+        scores = score_cap * jnp.tanh(scores / score_cap)
+    back = positions[:, None, None, :, None] - key_positions[:, None, None, None]  # [batch, 1, 1, time, length]
+    visible = back >= 0
+    if sliding_window is not None:
+        visible &= (back < sliding_window) & (key_positions >= 0)[:, None, None, None]
     scores = scores.reshape(batch, kv_heads, -1, time, length)
     scores = jnp.where(visible, scores, -jnp.inf)
     if sinks is None:

@@ -1,6 +1,10 @@
-"""What attention remembers of a sequence: fixed-capacity buffers that are donated from step to step."""
+"""What attention remembers of a sequence: fixed-capacity buffers that are donated from step to step.
 
-from dataclasses import dataclass
+A layer that looks back a limited distance keeps a ring of about that many positions, whatever the capacity: position p
+stands in slot `p mod length` until a later one takes its place.
+"""
+
+from dataclasses import dataclass, field
 from typing import Self
 
 import jax
@@ -9,55 +13,103 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.parallel import CACHE
 
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [batch, heads, length, dim]
+
+REWIND = 64  # positions more than its window that a ring keeps, so that a conversation can be taken back a little
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one layer caches of a position: `heads` as placed over the mesh, and the sizes of a key and a value.
+
+    window: how many positions back, the newest included, are ever looked at; None: all of them.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def length(self, capacity: int) -> int:
+        """Positions that the layer keeps of a sequence of up to `capacity`."""
+        return capacity if self.window is None else min(capacity, self.window + REWIND)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, each `[batch, kv_heads, capacity, head_dim]`, usually cut over heads.
+    """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads.
 
     `lengths[batch]` is the number of positions that hold a token. Positions from there on are never attended to, so
     they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite. `limits[batch]` is the
-    length that each sequence may grow to, which decides about rotary frequencies (`Rope`).
+    length that each sequence may grow to, which decides about rotary frequencies (`Rope`). `capacity` is the most
+    positions that a sequence may have.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
     limits: jax.Array
+    shapes: tuple[CacheShape, ...] = field(metadata={"static": True})
+    capacity: int = field(metadata={"static": True})
 
     @classmethod
-    def zeros(
+    def abstract(
         cls,
-        shapes: list[tuple[int, int, int]],
+        shapes: tuple[CacheShape, ...],
         batch: int,
         capacity: int,
         dtype: jax.typing.DTypeLike,
         mesh: Mesh,
         spec: PartitionSpec = CACHE,
     ) -> Self:
-        """An empty cache for layers of `(kv_heads, key_dim, value_dim)`, kv_heads as placed over the mesh."""
+        """The cache of these layers as shapes with shardings; `zeros` makes it."""
+        sharded, copied = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec())
+
+        def buffer(shape: CacheShape, dim: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch, shape.heads, shape.length(capacity), dim), dtype, sharding=sharded)
+
+        number = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=copied)
+        keys, values = (buffer(s, s.key_dim) for s in shapes), (buffer(s, s.value_dim) for s in shapes)
+        return cls(tuple(keys), tuple(values), number, number, shapes, capacity)
+
+    def zeros(self) -> Self:
+        """An empty cache of these shapes."""
 
         def make() -> Self:
-            keys = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, dim, _ in shapes)
-            values = tuple(jnp.zeros((batch, heads, capacity, dim), dtype) for heads, _, dim in shapes)
-            return cls(keys, values, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)
 
-        return jax.jit(make, out_shardings=cls.shardings(len(shapes), mesh, spec))()
-
-    @classmethod
-    def shardings(cls, layers: int, mesh: Mesh, spec: PartitionSpec = CACHE) -> Self:
-        """The same tree with the sharding of every array."""
-        cut, whole = (NamedSharding(mesh, spec),) * layers, NamedSharding(mesh, PartitionSpec())
-        return cls(cut, cut, whole, whole)
+        return jax.jit(make, out_shardings=self.shardings)()
 
     @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
+    def shardings(self) -> Self:
+        """The same tree with the sharding of every array."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self)
+
+    def can_rewind(self, length: int, to: int) -> bool:
+        """Whether a sequence of `length` can go on from position `to`: whether all that is seen from there is kept."""
+        rings = ((s.length(self.capacity), s.window) for s in self.shapes if s.window is not None)
+        return all(length <= size or length - to <= size - window for size, window in rings)
 
 
 def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """`new[batch, time, heads, dim]` into `buffer[batch, heads, capacity, dim]` from position `start[batch]` on."""
+    """`new[batch, time, heads, dim]` into `buffer[batch, heads, length, dim]` from slot `start[batch]` on."""
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, which is slower
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
     return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis=1))(buffer, new, start)
+
+
+def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array) -> jax.Array:
+    """As `write`, of the first `counts[batch]` of the new positions those that are the newest of their slots."""
+    newest = ring_positions(ring.shape[2], start + counts - 1)  # [batch, length]
+    fresh = newest >= start[:, None]
+    index = jnp.where(fresh, newest - start[:, None], 0)[:, None, :, None]
+    taken = jnp.take_along_axis(jnp.swapaxes(new, 1, 2).astype(ring.dtype), index, axis=2)
+    return jnp.where(fresh[:, None, :, None], taken, ring)
+
+
+def ring_positions(length: int, last: jax.Array) -> jax.Array:
+    """Which position stands in each slot after position `last[batch]`: int32 `[batch, length]`, below 0 where none."""
+    last = last[:, None]
+    return last - jnp.mod(last - jnp.arange(length, dtype=jnp.int32), length)

@@ -1,63 +1,80 @@
-"""The frame that decoder-only models share: a table of tokens, blocks, a norm, and a head."""
+"""The frame that decoder-only models share: an embedding table, blocks, a norm, and a head.
+
+What a block does is the business of each model, which spells it out in its own file. The frame knows what no block can:
+which layers there are, what rotary angles they need, and whose cache each of them uses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxllm.layers.cache import KVCache
+from jaxllm.layers.cache import CacheShape, KVCache, LayerCache
+from jaxllm.layers.context import Context
 from jaxllm.layers.linear import Embedding
-from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.rope import Rope
 from jaxllm.parallel import CACHE, TP
 
 
-class Block(nnx.Module):
-    """One layer: attention, then a feed-forward block, each on a normalised copy and added to the stream."""
+class Block(Protocol):
+    """What the frame asks of a layer.
 
-    def __init__(self, hidden_size: int, eps: float, attention: nnx.Module, mlp: nnx.Module) -> None:
-        self.input_layernorm = RMSNorm(hidden_size, eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
-        self.mlp = mlp
+    Attributes:
+        rope: its rotary positions, if it has some.
+        cache_shape: what it caches.
+        cache_of: the layer whose cache it reads instead of having one of its own; None: it has one.
+    """
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        cache: tuple[jax.Array, jax.Array],
-        positions: jax.Array,
-        window: int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """See `Attention`, whose arguments and results these are."""
-        y, cache = self.self_attn(self.input_layernorm(x), rope, cache, positions, window)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    rope: Rope | None
+    cache_shape: CacheShape
+    cache_of: int | None
+
+    def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
+        """`x[batch, time, hidden]` -> the same after this layer, and the cache with the new tokens in it."""
 
 
 class Decoder(nnx.Module):
     """A model.
 
     Args:
-        config: has vocab_size, hidden_size, rms_norm_eps, tie_word_embeddings and rope.
-        blocks: the layers; `cache_shape` of their attention is `(heads, key_dim, value_dim)` as placed on the mesh.
-        mesh: what the model is cut over.
+        config: has vocab_size, hidden_size and tie_word_embeddings.
+        blocks: the layers.
+        norm: what the last layer's output goes through.
+        mesh: what the model is sharded over.
         cache_spec: how the cache is.
+        embedding_scale: what embeddings are multiplied by.
+        logit_scale: what logits are.
+        logit_cap: c in `c tanh(logits / c)`, which keeps logits within c; None: they are not capped.
     """
 
-    def __init__(self, config: object, blocks: list[Block], mesh: Mesh, cache_spec: PartitionSpec = CACHE) -> None:
+    def __init__(
+        self,
+        config: Any,
+        blocks: Sequence[Block],
+        norm: nnx.Module,
+        mesh: Mesh,
+        *,
+        cache_spec: PartitionSpec = CACHE,
+        embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_cap: float | None = None,
+    ) -> None:
         vocabulary, tp = (config.vocab_size, config.hidden_size), mesh.shape[TP]
         self.config, self.cache_spec = config, cache_spec
+        self.embedding_scale, self.logit_scale, self.logit_cap = embedding_scale, logit_scale, logit_cap
         self.embed_tokens = Embedding(vocabulary, tp)
         self.layers = nnx.List(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm
         self.lm_head = None if config.tie_word_embeddings else Embedding(vocabulary, tp)
 
-    def empty_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> KVCache:
-        shapes = [layer.self_attn.cache_shape for layer in self.layers]
-        return KVCache.zeros(shapes, batch, capacity, dtype, mesh, self.cache_spec)
-
-    def cache_shardings(self, mesh: Mesh) -> KVCache:
-        return KVCache.shardings(len(self.layers), mesh, self.cache_spec)
+    def cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> KVCache:
+        """The shapes of a cache for so many sequences of up to `capacity` positions."""
+        shapes = tuple(layer.cache_shape for layer in self.layers if layer.cache_of is None)
+        return KVCache.abstract(shapes, batch, capacity, dtype, mesh, self.cache_spec)
 
     def __call__(
         self, tokens: jax.Array, cache: KVCache, counts: jax.Array, window: int, dtype: jax.typing.DTypeLike
@@ -66,22 +83,31 @@ class Decoder(nnx.Module):
 
         Args:
             counts: `[batch]`, how many of each row's tokens are real; the rest is padding on the right.
-            window: see `Attention`.
+            window: see `Context`.
             dtype: of the activations.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        angles = self.config.rope.angles(positions, cache.limits)
-        x = self.embed_tokens(tokens, dtype)
-        updated = []
-        for layer, *old in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, new = layer(x, angles, tuple(old), positions, window)
-            updated.append(new)
-        keys, values = zip(*updated, strict=True)
-        return self.norm(x), KVCache(keys, values, cache.lengths + counts, cache.limits)
+        ropes = dict.fromkeys(layer.rope for layer in self.layers)  # each once: layers of a kind share angles
+        angles = {rope: rope and rope.angles(positions, cache.limits) for rope in ropes}
+        x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
+        own, caches = iter(zip(cache.keys, cache.values, strict=True)), {}
+        for i, layer in enumerate(self.layers):
+            slot = i if layer.cache_of is None else layer.cache_of
+            held = next(own) if layer.cache_of is None else caches[slot]
+            x, caches[slot] = _apply(layer, x, held, Context(positions, counts, angles[layer.rope], window))
+        keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
+        return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`hidden[..., hidden]` -> float32 `[..., vocab]`. A tied head is the same parameter used again."""
-        return (self.lm_head or self.embed_tokens).attend(hidden)
+        logits = (self.lm_head or self.embed_tokens).attend(hidden) * self.logit_scale
+        return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
+
+
+@jax.jit
+def _apply(layer: Block, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
+    """A layer. Being jitted, layers of one kind are traced and lowered once, however many there are."""
+    return layer(x, cache, context)

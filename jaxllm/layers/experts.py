@@ -1,6 +1,7 @@
 """Mixtures of experts: a router, a stack of feed-forward blocks, and perhaps one that every token goes through."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,44 +18,41 @@ from jaxllm.layers.parameter import declare
 Route = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
-def softmax_top_k(k: int, normalize: bool) -> Route:
-    """Softmax over all experts, the k likeliest, and, if `normalize`, their scores brought to a sum of 1."""
-    return grouped_top_k(k, "softmax", normalize)
-
-
-def grouped_top_k(
-    k: int,
-    scoring: str,
-    normalize: bool,
-    groups: int = 1,
-    chosen_groups: int = 1,
-    group_score: str = "max",
-    scale: float = 1.0,
-) -> Route:
-    """The routers of DeepSeek-V2 and V3, of which the plain one is the case of a single group.
+@dataclass(frozen=True)
+class TopKRouter:
+    """The routers of DeepSeek-V2 and V3, of which the plain one, a softmax over all experts, is the case of one group.
 
     Experts are scored by "softmax" or "sigmoid". Selection adds the correction bias, if there is one, and is limited
     to the `chosen_groups` best groups, a group being as good as its best expert ("max") or the sum of its two best
     ("top2"). The scores of the k chosen are without the bias, brought to a sum of 1 if `normalize`, times `scale`.
+
+    A value rather than a closure, so that layers that route alike are alike.
     """
 
-    def route(logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
+    k: int
+    normalize: bool
+    scoring: str = "softmax"
+    groups: int = 1
+    chosen_groups: int = 1
+    group_score: str = "max"
+    scale: float = 1.0
+
+    def __call__(self, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Scores and expert numbers `[tokens, k]` from float32 `[tokens, experts]`."""
+        scores = jax.nn.softmax(logits, axis=-1) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         choice = scores if bias is None else scores + bias
-        if groups > 1:
-            grouped = choice.reshape(len(choice), groups, -1)
-            best = jax.lax.top_k(grouped, 1 if group_score == "max" else 2)[0].sum(axis=-1)
-            kept = jax.lax.top_k(best, chosen_groups)[1]
-            mask = jnp.any(jnp.arange(groups) == kept[..., None], axis=1)
+        if self.groups > 1:
+            grouped = choice.reshape(len(choice), self.groups, -1)
+            best = jax.lax.top_k(grouped, 1 if self.group_score == "max" else 2)[0].sum(axis=-1)
+            kept = jax.lax.top_k(best, self.chosen_groups)[1]
+            mask = jnp.any(jnp.arange(self.groups) == kept[..., None], axis=1)
             # -inf, where the demo has 0: with negative biases an expert of a masked group could win.
             choice = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
-        experts = jax.lax.top_k(choice, k)[1]
+        experts = jax.lax.top_k(choice, self.k)[1]
         scores = jnp.take_along_axis(scores, experts, axis=-1)
-        if normalize:
+        if self.normalize:
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        return scores * scale, experts
-
-    return route
+        return scores * self.scale, experts
 
 
 class Experts(nnx.Module):

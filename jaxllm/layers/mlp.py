@@ -1,5 +1,7 @@
 """The gated feed-forward block."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,11 +13,28 @@ from jaxllm.layers.linear import Linear
 from jaxllm.parallel import COLUMN, ROW
 
 
-class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020), the intermediate dimension cut over the mesh.
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
-    `multiple` is what that dimension is padded to: whole blocks of `down` on every device. A padded position carries
-    silu(0) * 0 = 0 into zero columns.
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`, the gate bounded above by `limit` and `up` on
+    both sides."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+class MLP(nnx.Module):
+    """`down(activation(gate(x), up(x)))` (Shazeer, 2020), the intermediate dimension sharded over the mesh.
+
+    `multiple` is what that dimension is padded to: complete blocks of `down` on every device. A padded position meets
+    zero columns, whatever the activation makes of it.
     """
 
     def __init__(
@@ -24,28 +43,15 @@ class MLP(nnx.Module):
         intermediate_size: int,
         multiple: int,
         bias: bool = False,
+        activation: Activation = swiglu,
         column: PartitionSpec = COLUMN,
         row: PartitionSpec = ROW,
     ) -> None:
+        self.activation = activation
         places = padded_index(intermediate_size, multiple)
         self.gate_proj = Linear((intermediate_size, hidden_size), column, rows=places, bias=bias)
         self.up_proj = Linear((intermediate_size, hidden_size), column, rows=places, bias=bias)
         self.down_proj = Linear((hidden_size, intermediate_size), row, cols=places, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
-
-
-def clamped_swiglu(alpha: float, limit: float) -> Activation:
-    """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`, the gate bounded above by `limit` and `up` on
-    both sides."""
-
-    def activation(gate: jax.Array, up: jax.Array) -> jax.Array:
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
-
-    return activation
+        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))

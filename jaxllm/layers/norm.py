@@ -9,13 +9,16 @@ from jaxllm.layers.parameter import declare
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich, 2019)."""
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last axis (Zhang and Sennrich, 2019).
 
-    def __init__(self, size: int, eps: float) -> None:
-        self.eps = eps
+    An `offset` of 1 is for checkpoints that store how far a weight is from 1.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+        self.eps, self.offset = eps, offset
         self.weight = declare((size,), PartitionSpec(None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * self.weight.get_value()).astype(x.dtype)
+        return (wide * scale * (self.offset + self.weight.get_value())).astype(x.dtype)

@@ -1,13 +1,17 @@
 """DeepSeek-V2 and V3: latent attention, and experts chosen within groups."""
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxllm.layers.decoder import Block, Decoder
-from jaxllm.layers.experts import MoE, grouped_top_k
+from jaxllm.layers.cache import LayerCache
+from jaxllm.layers.context import Context
+from jaxllm.layers.decoder import Decoder
+from jaxllm.layers.experts import MoE, TopKRouter
 from jaxllm.layers.heads import place_heads
-from jaxllm.layers.mla import LatentAttention
+from jaxllm.layers.mla import LatentAttention, LatentSizes
 from jaxllm.layers.mlp import MLP
+from jaxllm.layers.norm import RMSNorm
 from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.parallel import CACHE, EP, TP
 
@@ -16,44 +20,58 @@ def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache:
     """A model of this family, its parameters declared.
 
     Args:
-        mesh: what it is cut over.
+        mesh: what it is sharded over.
         block: positions of a ROW matrix's columns that cannot be cut apart, from the formats of the checkpoint.
         per_head_cache: whether the cache holds every head's keys and values instead of latents.
     """
-    c = config
-    blocks = [
-        Block(c.hidden_size, c.rms_norm_eps, attention(c, mesh, block, per_head_cache), mlp(c, i, mesh, block))
-        for i in range(c.num_hidden_layers)
-    ]
-    return Decoder(c, blocks, mesh, CACHE if per_head_cache else PartitionSpec())
+    blocks = [DeepseekBlock(config, i, mesh, block, per_head_cache) for i in range(config.num_hidden_layers)]
+    spec = CACHE if per_head_cache else PartitionSpec()
+    return Decoder(config, blocks, RMSNorm(config.hidden_size, config.rms_norm_eps), mesh, cache_spec=spec)
 
 
-def attention(config: DeepseekConfig, mesh: Mesh, block: int, per_head_cache: bool) -> LatentAttention:
-    c = config
-    return LatentAttention(
-        c.hidden_size,
-        c.num_attention_heads,
-        c.q_lora_rank,
-        c.kv_lora_rank,
-        c.qk_nope_head_dim,
-        c.qk_rope_head_dim,
-        c.v_head_dim,
-        c.softmax_scale,
-        place_heads(c.num_attention_heads, c.num_attention_heads, mesh.shape[TP], c.v_head_dim, block),
-        bias=c.attention_bias,
-        per_head_cache=per_head_cache,
-        split_kv_b=c.split_kv_b,
-    )
+class DeepseekBlock(nnx.Module):
+    """Latent attention, then a feed-forward block, each on a normalised copy of the stream and added to it."""
+
+    cache_of = None
+
+    def __init__(self, config: DeepseekConfig, index: int, mesh: Mesh, block: int, per_head_cache: bool) -> None:
+        c, heads = config, config.num_attention_heads
+        self.rope = c.rope
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = LatentAttention(
+            LatentSizes(
+                c.hidden_size,
+                heads,
+                c.q_lora_rank,
+                c.kv_lora_rank,
+                c.qk_nope_head_dim,
+                c.qk_rope_head_dim,
+                c.v_head_dim,
+            ),
+            c.softmax_scale,
+            place_heads(heads, heads, mesh.shape[TP], c.v_head_dim, block),
+            bias=c.attention_bias,
+            per_head_cache=per_head_cache,
+            split_kv_b=c.split_kv_b,
+        )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = feed_forward(c, index, mesh, block)
+        self.cache_shape = self.self_attn.cache_shape
+
+    def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), cache, context)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-def mlp(config: DeepseekConfig, index: int, mesh: Mesh, block: int) -> nnx.Module:
+def feed_forward(config: DeepseekConfig, index: int, mesh: Mesh, block: int) -> nnx.Module:
     c, tp = config, mesh.shape[TP]
     if index < c.first_k_dense_replace:
         return MLP(c.hidden_size, c.intermediate_size, block * tp)
-    route = grouped_top_k(
+    route = TopKRouter(
         c.num_experts_per_tok,
-        c.scoring_func,
         c.norm_topk_prob,
+        c.scoring_func,
         c.n_group,
         c.topk_group,
         c.group_score,
