@@ -1,10 +1,45 @@
 """Real, quantized large language models in JAX, on any mesh of devices."""
 
-from jaxllm.errors import InputError
-from jaxllm.language_model import Completion, LanguageModel
-from jaxllm.loading import load
-from jaxllm.parallel import make_mesh
-from jaxllm.quantize import quantize
-from jaxllm.sampling import Sampler
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
 
-__all__ = ["Completion", "InputError", "LanguageModel", "Sampler", "load", "make_mesh", "quantize"]
+if TYPE_CHECKING:
+    from jaxllm.decoding import Memory as Memory
+    from jaxllm.errors import InputError as InputError
+    from jaxllm.language_model import Completion as Completion
+    from jaxllm.language_model import LanguageModel as LanguageModel
+    from jaxllm.loading import load as load
+    from jaxllm.parallel import make_mesh as make_mesh
+    from jaxllm.requantize import quantize as quantize
+    from jaxllm.sampling import Sampler as Sampler
+    from jaxllm.sampling import Sampling as Sampling
+
+    __version__: str
+
+# Imported when they are first used, so that `jaxllm --help` need not wait for JAX. No name is also that of a module,
+# which importing the module would put in its place.
+_MODULES = {
+    "Completion": "language_model",
+    "InputError": "errors",
+    "LanguageModel": "language_model",
+    "Memory": "decoding",
+    "Sampler": "sampling",
+    "Sampling": "sampling",
+    "load": "loading",
+    "make_mesh": "parallel",
+    "quantize": "requantize",
+}
+__all__ = sorted([*_MODULES, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("jaxllm")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxllm' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"jaxllm.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

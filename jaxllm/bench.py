@@ -1,6 +1,6 @@
-"""`python -m jaxllm.bench`: tokens per second, and how near the weights come to the machine's bandwidth.
+"""`jaxllm bench`: tokens per second, and how much of the memory bandwidth decoding reaches.
 
-At batch 1 every new token reads every weight once, so the bandwidth of memory bounds decoding; the share of it that is
+At batch 1 every new token reads every weight once, so memory bandwidth bounds decoding. The fraction of it that is
 reached says how much is left to gain. With `--peers`, other engines run the same file in the same minutes.
 """
 
@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from jaxllm.cli import Parser, main
+from jaxllm.cli import Parser, execute
 from jaxllm.decoding import generate_tokens
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
 from jaxllm.loading import DTYPES, WEIGHTS, find_checkpoint, load
+from jaxllm.parallel import EP
 from jaxllm.sampling import Sampler
 
 PEERS = ("llama.cpp", "mistral.rs")
-PEER_SCRIPT = Path(__file__).parent.parent / "tests" / "reference" / "peer_bench.py"
+PEER_SCRIPT = Path(__file__).with_name("peer_bench.py")
 
 
 def bandwidth(mib: int = 512) -> float:
@@ -58,14 +59,30 @@ def measure(model: LanguageModel, prefill: int, decode: int, repeats: int) -> di
 
 
 def bytes_per_token(model: LanguageModel) -> int:
-    """Bytes of matrices that one decode step reads: all of them, but the table of tokens only where it is the head."""
-    tied = model.config.tie_word_embeddings
-    matrices = [p for p in model.placed if isinstance(p.weight, Weight)]
-    return sum(p.weight.nbytes for p in matrices if tied or p.name != "embed_tokens.weight")
+    """Bytes of weights that one decode step at batch 1 reads.
+
+    These are all matrices as they are held, with two exceptions: of the experts only those that a token is routed to,
+    and the embedding table only if it serves as the head too.
+    """
+    total, moe = 0, getattr(model.config, "moe", model.config)
+    for p in model.placed:
+        if not isinstance(p.weight, Weight) or (
+            p.name == "embed_tokens.weight" and not model.config.tie_word_embeddings
+        ):
+            continue
+        nbytes = p.weight.nbytes
+        if p.declaration.spec[0] == EP:  # a stack of experts
+            nbytes = nbytes * moe.num_experts_per_tok // p.declaration.shape[0]
+        total += nbytes
+    return total
 
 
 def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, object]:
-    """What `tests/reference/peer_bench.py` measures of another engine, run by that engine's own interpreter."""
+    """The speed of another engine, as `peer_bench.py` measures it in a process of the Python that has that engine.
+
+    Raises:
+        InputError: it is not installed there, or fails.
+    """
     command = [python, PEER_SCRIPT, name, file, "--prefill", args.prefill, "--decode", args.decode]
     command += ["--threads", os.cpu_count(), "--repeats", args.repeats]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -76,13 +93,15 @@ def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[s
 
 def parser() -> Parser:
     p = Parser("jaxllm.bench", "Measure tokens per second.")
-    p.add_argument("--model", default="demo", metavar="PATH")
-    p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (512)")
+    p.add_argument("--model", default="demo", metavar="PATH", help="a file, directory or hub id (demo)")
+    p.add_argument("--prefill", type=int, default=512, metavar="N", help="length of the prompt (512)")
     p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens generated after it (64)")
-    p.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of which the median is taken (5)")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument("--weights", choices=WEIGHTS)
-    p.add_argument("--peers", metavar="PYTHON", help="a Python that has llama-cpp-python and mistralrs")
+    p.add_argument("--repeats", type=int, default=5, metavar="N", help="take the median of N runs (5)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (bfloat16)")
+    p.add_argument("--weights", choices=WEIGHTS, help="what matrices are held as")
+    p.add_argument(
+        "--peers", metavar="PYTHON", help="compare with llama.cpp and mistral.rs, run by this Python, which has them"
+    )
     return p
 
 
@@ -115,4 +134,4 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(execute(parser(), run))

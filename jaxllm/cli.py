@@ -1,6 +1,12 @@
-"""What the command lines have in common: an error that the user can mend is one line on stderr and exit code 2."""
+"""The command line: `jaxllm COMMAND ...`, also `python -m jaxllm` and `python -m jaxllm.COMMAND`.
+
+An error that the user can mend is one line on stderr and exit code 2. Modules are imported when their command runs, so
+that `jaxllm --help` need not wait for JAX.
+"""
 
 import argparse
+import importlib
+import importlib.metadata
 import os
 import sys
 import warnings
@@ -8,20 +14,65 @@ from collections.abc import Callable, Sequence
 
 from jaxllm.errors import InputError
 
+# Every command: the module with its `parser` and `run`, and what it does.
+COMMANDS = {
+    "generate": ("jaxllm.generate", "answer prompts, or talk with a model"),
+    "convert": ("jaxllm.convert", "rewrite a checkpoint in another dtype or layout"),
+    "perplexity": ("jaxllm.perplexity", "measure how well a model predicts a text"),
+    "bench": ("jaxllm.bench", "measure tokens per second"),
+    "bench-kernels": ("jaxllm.kernels.bench", "measure the kernels, or ask the compilers about them"),
+}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser with `--debug`, whose complaints are `InputError`s."""
 
     def __init__(self, module: str, description: str) -> None:
-        super().__init__(prog=f"python -m {module}", description=description)
+        command = next((f"jaxllm {name}" for name, (m, _) in COMMANDS.items() if m == module), f"python -m {module}")
+        super().__init__(prog=command, description=description)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the options)")
 
 
-def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn what goes wrong into an exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `jaxllm COMMAND ...` and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+    elif name == "--version":
+        print("jaxllm", importlib.metadata.version("jaxllm"))
+    elif name in COMMANDS:
+        module = importlib.import_module(COMMANDS[name][0])
+        return execute(module.parser(), module.run, rest)
+    else:
+        print(f"error: there is no command '{name}'; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:15}{help}" for name, (_, help) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jaxllm COMMAND [options]",
+            "",
+            "Real, quantized large language models in JAX, on any mesh of devices.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`jaxllm COMMAND --help` lists the options of a command; `jaxllm --version` prints the version.",
+        ]
+    )
+
+
+def execute(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
+) -> int:
+    """Parse the options of one command, run it, and turn what goes wrong into an exit code."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:
@@ -33,6 +84,6 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: Sequen
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

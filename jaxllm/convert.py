@@ -26,7 +26,7 @@ from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
 from jaxllm.checkpoint.writing import GB, Tensor, write_directory, write_files
 from jaxllm.checkpoint.writing import pieces as _pieces
-from jaxllm.cli import Parser, main
+from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Scaled
@@ -254,4 +254,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(execute(parser(), run))

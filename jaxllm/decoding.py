@@ -1,11 +1,12 @@
-"""From prompts to tokens: the prompt in pieces, then one step after another.
+"""From prompts to tokens: the prompt in chunks, then one decode step after another.
 
 Shapes come in few sizes (`bucket`), so that a new prompt length is not a new program: a prompt is padded on the right
-and, beyond CHUNK tokens, fed in pieces; a cache has the capacity that the call needs, rounded up.
+and, beyond CHUNK tokens, processed in several chunks; a cache has the capacity that the call needs, rounded up.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from jaxllm.programs import Programs
 from jaxllm.sampling import Sampler
 
 CHUNK = 512  # the most tokens of a prompt that are processed at once
-SMALLEST = 16  # the least that a prompt is padded to
-SMALLEST_CACHE = 256
+SMALLEST = 16  # a prompt is padded to this length at least
+SMALLEST_CACHE = 256  # the least capacity of a cache
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -27,24 +28,61 @@ def bucket(n: int, smallest: int) -> int:
 
 @dataclass
 class Memory:
-    """The cache of a conversation, kept from one turn to the next: only what is new has to be processed again."""
+    """The cache of a conversation, kept from one turn to the next so that only new tokens have to be processed.
 
-    tokens: list[int] = field(default_factory=list)  # what the cache holds
+    Attributes:
+        tokens: those whose keys and values `cache` holds.
+        cache: None before the first turn, and while an answer is being made (its arrays are donated then).
+        reused: how many tokens of the latest prompt were found in the cache.
+    """
+
+    tokens: list[int] = field(default_factory=list)
     cache: KVCache | None = None
+    reused: int = 0
 
-    def resume(self, prompt: Sequence[int], capacity: int) -> tuple[KVCache | None, int]:
-        """The kept cache and how many tokens of `prompt` it covers, or (None, 0) where it is of no use."""
-        cache, self.cache = self.cache, None  # it will be donated
+    def resume(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
+        """Take out the cache if it has the capacity; `reused` then says how many tokens of `prompt` it covers."""
+        cache, self.cache, self.reused = self.cache, None, 0
         if cache is None or cache.capacity < capacity:
-            return None, 0
+            return None
         same = 0
         while same < min(len(self.tokens), len(prompt) - 1) and self.tokens[same] == prompt[same]:
             same += 1
+        # The last chunk is padded, and the padding has to fit as well.
         padded_end = same + (len(prompt) - same) // CHUNK * CHUNK + bucket((len(prompt) - same) % CHUNK, SMALLEST)
-        return cache, same if padded_end <= cache.capacity else same // CHUNK * CHUNK
+        self.reused = same if padded_end <= cache.capacity else same // CHUNK * CHUNK
+        return cache
 
 
-def pieces(prompts: Sequence[Sequence[int]], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def cache_for(programs: Programs, batch: int, length: int) -> KVCache:
+    """An empty cache for sequences that will have `length` tokens."""
+    cache = programs.empty_cache(batch, bucket(length, SMALLEST))
+    return replace(cache, limits=programs.replicate(np.full(batch, length, np.int32)))
+
+
+class Chunk(NamedTuple):
+    """A part of a text that was processed at once."""
+
+    hidden: jax.Array  # [batch, count or more, hidden]: padding follows the real tokens
+    count: int
+    cache: KVCache  # holds the text up to here
+
+
+def hidden_states(programs: Programs, tokens: np.ndarray, cache: KVCache, start: int) -> Iterator[Chunk]:
+    """Append `tokens[batch, time]` to sequences of `start` tokens, chunk by chunk. The cache is donated."""
+    for begin in range(0, tokens.shape[1], CHUNK):
+        chunk = tokens[:, begin : begin + CHUNK]
+        batch, count = chunk.shape
+        position, padded = start + begin, bucket(count, SMALLEST) if tokens.shape[1] > 1 else 1
+        if position + padded > cache.capacity:  # a write past the end would be moved to the front
+            padded = count
+        chunk = np.pad(chunk, ((0, 0), (0, padded - count))).astype(np.int32)
+        window = min(bucket(position + padded, SMALLEST), cache.capacity)
+        hidden, cache = programs.extend(cache, chunk, np.full(batch, count, np.int32), window)
+        yield Chunk(hidden, count, cache)
+
+
+def chunks(prompts: Sequence[Sequence[int]], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Prompts from position `start` on: padded `tokens[batch, time]`, how many are real, and their first position."""
     longest = max(map(len, prompts))
     while start < longest:
@@ -65,9 +103,9 @@ def prefill(
     Positions before `start` must be in the cache already. `limits` are the lengths that the sequences may grow to.
     """
     lengths = np.full(len(prompts), start, np.int32)
-    cache = replace(cache, lengths=programs.whole(lengths), limits=programs.whole(np.array(limits, np.int32)))
+    cache = replace(cache, lengths=programs.replicate(lengths), limits=programs.replicate(np.array(limits, np.int32)))
     last = None
-    for tokens, counts, position in pieces(prompts, start):
+    for tokens, counts, position in chunks(prompts, start):
         window = min(bucket(position + tokens.shape[1], SMALLEST), cache.capacity)
         hidden, cache = programs.extend(cache, tokens, counts, window)
         newest = hidden[np.arange(len(prompts)), np.maximum(counts - 1, 0)]
@@ -82,26 +120,40 @@ def generate_tokens(
     sampler: Sampler,
     seed: int = 0,
     memory: Memory | None = None,
+    first_stream: int = 0,
 ) -> Iterator[np.ndarray]:
     """Token ids int32 `[batch]`, one step after another, until `max_new_tokens` or until the caller stops asking.
 
-    Each prompt draws from its own random stream, so that its answer does not depend on its neighbours. `memory` is for
-    a batch of one.
+    Where programs run ahead, a step is started before the token of the step before it is read, so that the device
+    never waits for Python (mlx-lm's `async_eval`); a caller who stops early has then wasted one step. The first token
+    is handed out before the decode step is compiled.
+
+    Args:
+        memory: of a conversation, for a batch of one.
+        first_stream: number of the first prompt's random stream. Every prompt has its own, so that its answer does not
+            depend on its neighbours.
     """
     rows = [*prompts, *[[0]] * (bucket(len(prompts), 1) - len(prompts))]  # few batch sizes, few programs
     capacity = bucket(max(map(len, rows)) + max_new_tokens, SMALLEST_CACHE)
-    cache, start = memory.resume(rows[0], capacity) if memory else (None, 0)
+    cache = memory.resume(rows[0], capacity) if memory else None
+    start = memory.reused if memory else 0
     cache = cache or programs.empty_cache(len(rows), capacity)
     # A conversation is told its cache's capacity: what is kept from turn to turn has to stay valid.
     limits = [cache.capacity if memory else len(row) + max_new_tokens for row in rows]
     logits, cache = prefill(programs, rows, cache, limits, start)
-    state = programs.start(logits, rows, seed, sampler)
+    state = programs.start(logits, rows, seed, first_stream, sampler)
     held = list(rows[0])
-    for remaining in reversed(range(max_new_tokens)):
+    for index in range(max_new_tokens):
+        newest, more = state.token, index + 1 < max_new_tokens
+        ahead = more and programs.runs_ahead and index > 0
+        if ahead:
+            cache, state = programs.decode_step(cache, state, sampler)
+        tokens = np.asarray(newest)
         if memory is not None:
-            memory.tokens, memory.cache = list(held), cache
-        tokens = np.asarray(state.token)
+            memory.tokens, memory.cache = [*held, int(tokens[0])] if ahead else list(held), cache
         yield tokens[: len(prompts)]
-        if remaining:
-            held.append(int(tokens[0]))
+        if memory is not None and more:
+            memory.cache = None  # if a step is interrupted, no donated arrays must be found here
+        held.append(int(tokens[0]))
+        if more and not ahead:
             cache, state = programs.decode_step(cache, state, sampler)

@@ -1,6 +1,7 @@
-"""`python -m jaxllm.generate`: answer prompts on the command line.
+"""`jaxllm generate`: answer prompts on the command line.
 
-Answers go to stdout, everything else to stderr. An error that the user can mend is one line and exit code 2.
+Answers go to stdout, everything else to stderr. Prompts and answers are text, or token ids where a checkpoint has no
+tokenizer. An error that the user can mend is one line and exit code 2.
 """
 
 import argparse
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.cli import Parser, main
+from jaxllm.cli import Parser, execute
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
 from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, load
+from jaxllm.sampling import Sampling
+
+TYPES = {"top_k": int}  # of sampling options; the others are float
 
 
 def parser() -> Parser:
@@ -27,42 +31,55 @@ def parser() -> Parser:
     )
 
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--input-file", metavar="FILE", help="one prompt a line, answered in batches")
+    source.add_argument("--prompt", metavar="TEXT", help="answer this text")
+    source.add_argument("--prompt-ids", metavar="IDS", help="answer these token ids, such as 1,2,3")
+    source.add_argument(
+        "--input-file", metavar="FILE", help="answer each line, in batches (token ids if there is no tokenizer)"
+    )
     source.add_argument("--interactive", action="store_true", help="a conversation; /clear forgets it, /exit ends it")
-    p.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
+    p.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
 
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens an answer (256)")
-    p.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest token (as the checkpoint says)")
-    p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    p.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that make up probability P")
-    p.add_argument("--min-p", type=float, metavar="P", help="draw among tokens P times as likely as the likeliest")
-    p.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 discourages tokens seen before")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    for option in dataclasses.fields(Sampling):
+        name, metavar, help = option.name.replace("_", "-"), option.metadata["metavar"], option.metadata["help"]
+        p.add_argument(f"--{name}", type=TYPES.get(option.name, float), metavar=metavar, help=help)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (0)")
 
-    p.add_argument("--tp", type=int, default=1, metavar="N", help="cut every matrix over N devices")
-    p.add_argument("--ep", type=int, default=1, metavar="N", help="spread experts over N groups of devices")
-    p.add_argument("--quantize", metavar="TYPE", help="encode every matrix while loading, for example q4_k")
+    p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
+    p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
+    p.add_argument("--quantize", metavar="TYPE", help="quantize every matrix while loading, for example to q4_k")
     p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
-    p.add_argument("--weights", choices=WEIGHTS, help="hold matrices packed, or as a decoded copy (CPU: a copy)")
+    p.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="keep matrices quantized (packed), or dequantize them once (on a CPU, if memory allows)",
+    )
     p.add_argument(
         "--matmul",
         choices=MATMULS,
         default="dequant",
-        help="activations of FP8 or INT8 weights: as they are, or alike",
+        help="with FP8 or INT8 weights: dequantize them (the default), or quantize activations as well",
     )
-    p.add_argument("--gqa", type=int, default=1, metavar="N", help="query heads to a key head, for files before GGUF")
+    p.add_argument(
+        "--gqa",
+        type=int,
+        default=1,
+        metavar="N",
+        help="query heads per key/value head, for GGML files from before GGUF",
+    )
     p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")
-    p.add_argument("--max-seq-len", type=int, metavar="N", help="positions of the context (the model's own)")
+    p.add_argument("--max-seq-len", type=int, metavar="N", help="length of the context (the model's own)")
 
-    p.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, and nothing else there")
+    p.add_argument("--json", action="store_true", help="print one JSON object per prompt on stdout, and nothing else")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
     if min(args.tp, args.ep) < 1:
         raise InputError("--tp and --ep must be 1 or above")
-    prompts = _read_prompts(args)
+    sampling = Sampling(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)})
+    lines = _read_lines(args.input_file) if args.input_file else []
+    ids = None if args.prompt_ids is None else _parse_ids(args.prompt_ids, "--prompt-ids")
     emulate_devices(args.tp * args.ep)
     model = load(
         args.model,
@@ -75,19 +92,17 @@ def run(args: argparse.Namespace) -> None:
         gqa=args.gqa,
         config=args.config,
     )
-    raw = args.raw or model.tokenizer is None or model.tokenizer.chat_template is None
-    options = {
-        name: getattr(args, name)
-        for name in ("max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    }
+    session = Session(model, args.raw, args.json, args.max_new_tokens, args.seed, sampling)
     if args.interactive:
-        _converse(model, raw, options, args.json)
+        session.converse()
     elif args.input_file:
-        for text, completion in _answer_all(model, prompts, raw, options):
-            _show(completion, text, args.json, streamed=False)
+        session.answer_lines(lines, args.input_file)
+    elif ids is not None:
+        session.answer(ids)
+    elif model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer: give --prompt-ids, or lines of token ids in --input-file")
     else:
-        [text] = prompts
-        _stream(model, text if raw else _user(text), text, options, args.json)
+        session.answer(session.prompt(args.prompt), args.prompt)
 
 
 def emulate_devices(count: int) -> None:
@@ -99,87 +114,120 @@ def emulate_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompt is not None:
-        return [args.prompt]
-    if args.interactive:
-        return []
+def _read_lines(file: str) -> list[str]:
     try:
-        text = Path(args.input_file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.input_file}: {getattr(error, 'strerror', None) or error}") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise InputError(f"{args.input_file}: no prompts in it; one a line is expected")
-    return prompts
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{file}: no prompts in it; one per line is expected")
+    return lines
 
 
-def _user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def _answer_all(
-    model: LanguageModel, texts: list[str], raw: bool, options: dict[str, object]
-) -> Iterator[tuple[str, Completion]]:
-    prompts = [text if raw else _user(text) for text in texts]
-    yield from zip(texts, model.generate(prompts, **options), strict=True)
-
-
-def _stream(
-    model: LanguageModel,
-    prompt: Prompt,
-    text: str,
-    options: dict[str, object],
-    as_json: bool,
-    memory: Memory | None = None,
-) -> Completion:
-    completion = Completion(prompt)
-    for piece in model.stream(prompt, **options, memory=memory, completion=completion):
-        if not as_json:
-            print(piece, end="", flush=True)
-    _show(completion, text, as_json, streamed=True)
-    return completion
-
-
-def _show(completion: Completion, text: str, as_json: bool, streamed: bool) -> None:
-    """The end of a streamed answer, or a whole one."""
-    if as_json:
-        print(json.dumps({**dataclasses.asdict(completion), "prompt": text}, ensure_ascii=False), flush=True)
-        return
-    print("" if streamed else f"> {text}\n{completion.text}\n", flush=True)
-    print(
-        f"[prompt {completion.prompt_tokens} tokens, {completion.prefill_tok_s:.0f} tok/s; "
-        f"answer {len(completion.tokens)} tokens, {completion.decode_tok_s:.1f} tok/s; {completion.finish_reason}]",
-        file=sys.stderr,
-    )
-
-
-def _converse(model: LanguageModel, raw: bool, options: dict[str, object], as_json: bool) -> None:
-    """Turns from stdin until it ends. What does not fit into the context is refused, and the conversation goes on."""
-    messages: list[dict[str, str]] = []
-    memory = Memory()
-    if sys.stdin.isatty():
-        print("/clear forgets the conversation, /exit ends it", file=sys.stderr)
-    while (line := _ask()) is not None and line.strip() != "/exit":
-        if line.strip() == "/clear":
-            messages.clear()
-        elif line.strip():
-            turn = {"role": "user", "content": line}
-            try:
-                answer = _stream(model, line if raw else [*messages, turn], line, options, as_json, memory)
-                messages += [turn, {"role": "assistant", "content": answer.text}]
-            except InputError as error:
-                print(f"error: {error}; /clear starts anew", file=sys.stderr)
-            except KeyboardInterrupt:
-                print(" [stopped]", file=sys.stderr)
-
-
-def _ask() -> str | None:
+def _parse_ids(text: str, where: str) -> list[int]:
+    """Token ids from text such as "1,2,3" or "1 2 3"."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise InputError(f"{where}: {text.strip()[:40]!r} is not a list of token ids such as 1,2,3") from error
+
+
+@dataclasses.dataclass
+class Session:
+    """A model, and how the command line asks it and prints its answers."""
+
+    model: LanguageModel
+    raw: bool
+    json: bool
+    max_new_tokens: int
+    seed: int
+    sampling: Sampling
+
+    def prompt(self, line: str, where: str = "stdin", before: list[dict[str, str]] | None = None) -> Prompt:
+        """The prompt that a line of input stands for, after the turns `before` if there is a chat template."""
+        if self.model.tokenizer is None:
+            return _parse_ids(line, where)
+        if self.raw or self.model.tokenizer.chat_template is None:
+            return line
+        return [*(before or []), _turn("user", line)]
+
+    def answer(self, prompt: Prompt, line: str | None = None, memory: Memory | None = None) -> Completion:
+        """Answer one prompt, printing the text as it comes. `line` is the prompt as it was typed, None for ids."""
+        completion = Completion(prompt)
+        for text in self.model.stream(
+            prompt,
+            self.max_new_tokens,
+            seed=self.seed,
+            memory=memory,
+            completion=completion,
+            sampling=self.sampling,
+        ):
+            if not self.json:
+                print(text, end="", flush=True)
+        if not self.json:
+            print(self._ids(completion), flush=True)
+        self._report(completion, line)
+        return completion
+
+    def answer_lines(self, lines: list[str], where: str) -> None:
+        """Answer many prompts in batches, then print them."""
+        prompts = [self.prompt(line, where) for line in lines]
+        completions = self.model.generate(prompts, self.max_new_tokens, seed=self.seed, sampling=self.sampling)
+        for line, completion in zip(lines, completions, strict=True):
+            if not self.json:
+                print(f"> {line}\n{completion.text}{self._ids(completion)}\n", flush=True)
+            self._report(completion, None if self.model.tokenizer is None else line)
+
+    def converse(self) -> None:
+        """Answer turns from stdin until it ends. A turn that does not fit the context is refused, and it goes on."""
+        turns: list[dict[str, str]] = []
+        memory = Memory()
+        if sys.stdin.isatty():
+            print("/clear forgets the conversation, /exit ends it", file=sys.stderr)
+        for line in _typed():
+            if line.strip() == "/clear":
+                turns.clear()
+            elif line.strip():
+                try:
+                    answer = self.answer(self.prompt(line, before=turns), line, memory)
+                    turns += [_turn("user", line), _turn("assistant", answer.text)]
+                except InputError as error:
+                    print(f"error: {error}; /clear starts a new conversation", file=sys.stderr)
+                except KeyboardInterrupt:
+                    print(" [stopped]", file=sys.stderr)
+
+    def _ids(self, completion: Completion) -> str:
+        """What is printed in place of text where there is no tokenizer."""
+        return "" if self.model.tokenizer else ",".join(map(str, completion.tokens))
+
+    def _report(self, completion: Completion, line: str | None) -> None:
+        """After an answer: all of it as JSON on stdout, or its speed on stderr."""
+        if self.json:
+            values = dataclasses.asdict(completion)
+            print(json.dumps(values if line is None else values | {"prompt": line}, ensure_ascii=False), flush=True)
+            return
+        cached = f" ({completion.cached_tokens} of them cached)" if completion.cached_tokens else ""
+        print(
+            f"[prompt {completion.prompt_tokens} tokens{cached}, {completion.prefill_tok_s:.0f} tok/s; "
+            f"answer {len(completion.tokens)} tokens, {completion.decode_tok_s:.1f} tok/s; {completion.finish_reason}]",
+            file=sys.stderr,
+        )
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _typed() -> Iterator[str]:
+    """Lines from stdin, until it ends or one is /exit."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    try:
+        while (line := input(prompt)).strip() != "/exit":
+            yield line
     except EOFError:
-        return None
+        return
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(execute(parser(), run))

@@ -1,9 +1,9 @@
 """`LanguageModel`: a loaded model and everything that one does with it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.filling import Placed
-from jaxllm.decoding import SMALLEST, Memory, bucket, generate_tokens, pieces
+from jaxllm.decoding import Memory, cache_for, generate_tokens, hidden_states
 from jaxllm.errors import InputError
+from jaxllm.layers.cache import KVCache
 from jaxllm.programs import Programs
-from jaxllm.sampling import Sampler
+from jaxllm.sampling import Sampler, Sampling, SamplingOptions
 from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer.chat import Messages
@@ -27,16 +28,26 @@ Prompt = str | Messages | Sequence[int]
 
 @dataclass
 class Completion:
-    """An answer. `tokens` are all that were generated, including the one that ended it; `text` leaves that out.
+    """An answer.
 
-    Rates are tokens per second: of the prompt until the first token came, and of the tokens after it, without the time
-    that compiling took. In a batch they are this prompt's own share.
+    Attributes:
+        prompt: as it was given.
+        text: the answer, without the token that ended it; empty if there is no tokenizer.
+        tokens: the ids of all generated tokens, including the one that ended the answer.
+        prompt_tokens: length of the prompt.
+        cached_tokens: how many of these the conversation's `Memory` already held, so that they were not processed.
+        finish_reason: "stop" if the model ended the answer, "length" if a limit did.
+        prefill_tok_s: processed prompt tokens per second, until the first token of the answer.
+        decode_tok_s: tokens per second from the second token on. (The first decode step has costs of its own.)
+
+    Rates leave out the time that compiling took. In a batch they are this prompt's own, not the sum.
     """
 
     prompt: Prompt
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     finish_reason: str = "length"
     prefill_tok_s: float = 0.0
     decode_tok_s: float = 0.0
@@ -46,10 +57,22 @@ class Completion:
 
 
 class LanguageModel:
-    """A model on a mesh, with its tokenizer (None if the checkpoint has none; then prompts are lists of ids).
+    """A model on a mesh, with its tokenizer.
 
-    A prompt is text, which is continued as it stands; a list of messages `{"role": ..., "content": ...}`, which the
-    checkpoint's chat template renders; or a list of token ids.
+    A prompt is text, which is continued; a list of messages `{"role": ..., "content": ...}`, which the checkpoint's
+    chat template renders; or a list of token ids, which is all that a checkpoint without a tokenizer takes.
+
+    Attributes:
+        config: sizes and settings of the architecture.
+        tokenizer: None if the checkpoint has none.
+        mesh: the devices that the weights are sharded over.
+        dtype: of activations and cache.
+        max_seq_len: the most tokens that prompt and answer may have together.
+        name: of the file or directory.
+        sampling: what the checkpoint says about sampling.
+        eos_ids: the tokens that end an answer.
+        placed: every parameter as it was loaded.
+        programs: the compiled functions.
     """
 
     def __init__(
@@ -61,31 +84,87 @@ class LanguageModel:
         dtype: jax.typing.DTypeLike,
         max_seq_len: int,
         name: str,
-        sampling: Mapping[str, float] = MappingProxyType({}),
+        sampling: Sampling = Sampling(),  # noqa: B008, frozen
+        eos_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
         self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
+        self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
         self.placed = list(placed)
         self.programs = Programs(model, mesh, dtype)
 
-    def logits(self, tokens: jax.typing.ArrayLike) -> jax.Array:
+    def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
         """Next-token logits float32 `[batch, time, vocab]` after every one of `tokens[batch, time]`.
+
+        Args:
+            last_only: only after the last of them, `[batch, vocab]`; the others are not computed.
 
         Raises:
             InputError: ids outside the vocabulary, or more of them than the context holds.
         """
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not tokens.size:
-            raise InputError(f"tokens must be [batch, time], not {list(tokens.shape)}")
-        rows = [self._checked(row.tolist()) for row in tokens]
-        cache = self.programs.empty_cache(len(rows), bucket(tokens.shape[1], SMALLEST))
-        cache = replace(cache, limits=self.programs.whole(np.full(len(rows), tokens.shape[1], np.int32)))
-        parts = []
-        for piece, counts, start in pieces(rows, 0):
-            window = min(bucket(start + piece.shape[1], SMALLEST), cache.capacity)
-            hidden, cache = self.programs.extend(cache, piece, counts, window)
-            parts.append(self.programs.head(hidden))
-        return jnp.concatenate(parts, axis=1)[:, : tokens.shape[1]]
+        array = self._token_array(tokens)
+        logits, _ = self._forward(array, cache_for(self.programs, *array.shape), 0, last_only)
+        return logits
+
+    def empty_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
+        """A cache for `forward` that holds no tokens yet.
+
+        Args:
+            batch: the number of sequences.
+            capacity: the most tokens that each may grow to; by default `max_seq_len`. Models that scale their rotary
+                frequencies for long texts do so by this length.
+
+        Raises:
+            InputError: numbers below 1, or a capacity above `max_seq_len`.
+        """
+        capacity = self.max_seq_len if capacity is None else capacity
+        if batch < 1 or not 1 <= capacity <= self.max_seq_len:
+            raise InputError(
+                f"a cache of batch {batch} and capacity {capacity}: 1 and 1 to {self.max_seq_len} at least"
+            )
+        limits = self.programs.replicate(np.full(batch, capacity, np.int32))
+        return replace(self.programs.empty_cache(batch, capacity), limits=limits)
+
+    def forward(
+        self, tokens: jax.typing.ArrayLike, cache: KVCache, *, last_only: bool = False
+    ) -> tuple[jax.Array, KVCache]:
+        """Append `tokens[batch, time]` to the sequences in `cache`, as a decoding loop of your own needs it.
+
+            cache = model.empty_cache(batch=1, capacity=64)
+            logits, cache = model.forward([prompt], cache, last_only=True)
+            logits, cache = model.forward(logits.argmax(-1)[:, None], cache, last_only=True)
+
+        Args:
+            cache: from `empty_cache` or the previous call. It is updated in place (donated) and cannot be used again.
+            last_only: only compute logits after the last token.
+
+        Returns:
+            Logits float32 `[batch, time, vocab]`, or `[batch, vocab]` with `last_only`; and the cache with the tokens.
+
+        Raises:
+            InputError: ids outside the vocabulary, a batch that differs from the cache's, more tokens than the cache
+                has room for, or a cache that was used before.
+        """
+        array = self._token_array(tokens)
+        if cache.lengths.is_deleted():
+            raise InputError("this cache was updated in place by an earlier call: use the one that forward returned")
+        lengths = np.asarray(cache.lengths)
+        if len(array) != len(lengths):
+            raise InputError(f"{len(array)} rows of tokens, but the cache holds {len(lengths)} sequences")
+        start = int(lengths.max())
+        if start + array.shape[1] > cache.capacity:
+            raise InputError(f"{start} + {array.shape[1]} tokens, but the cache holds {cache.capacity}")
+        return self._forward(array, cache, start, last_only)
+
+    def _forward(self, tokens: np.ndarray, cache: KVCache, start: int, last_only: bool) -> tuple[jax.Array, KVCache]:
+        parts: list[jax.Array] = []
+        for chunk in hidden_states(self.programs, tokens, cache, start):
+            cache = chunk.cache
+            if not last_only:
+                parts.append(self.programs.head(chunk.hidden)[:, : chunk.count])
+        if last_only:
+            return self.programs.head(chunk.hidden[:, chunk.count - 1]), cache
+        return jnp.concatenate(parts, axis=1), cache
 
     def generate(
         self,
@@ -93,31 +172,33 @@ class LanguageModel:
         max_new_tokens: int = 256,
         *,
         seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        eos_ids: Collection[int] | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
-        """Answer one prompt, or a list of them (in batches; each gets the tokens that it would get alone).
+        """Answer one prompt, or a list of them in batches.
+
+        Greedy answers do not depend on what else is in the list. Drawn ones depend on the position in it: prompt i
+        draws from the random stream i of the seed.
 
         Args:
             max_new_tokens: the most tokens that an answer may have.
-            seed: of the random draws; the same seed gives the same text.
-            temperature: 0 takes the most likely token; above, tokens are drawn.
-            top_k, top_p, min_p, repetition_penalty: see `jaxllm.sampling`. What is None is as the checkpoint's
-                generation_config.json says, or else not done (temperature: 0).
+            seed: of the random draws. The same seed gives the same answer on the same kind of machine.
+            eos_ids: tokens that end an answer, in place of the checkpoint's; `()` for none.
+            sampling: how tokens are chosen, see `Sampling`.
+            **options: fields of `Sampling`, which count more than `sampling`. What neither sets is as the checkpoint's
+                generation_config.json says, or else off: the most likely token is taken.
 
         Raises:
             InputError: a prompt that does not fit into the context, or a parameter outside its range.
         """
-        sampler = self._sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
         one = _is_one(prompts)
         completions = [Completion(prompt) for prompt in ([prompts] if one else prompts)]
         ids = [self.encode(c.prompt) for c in completions]
         for first in range(0, len(ids), BATCH):
             batch = slice(first, first + BATCH)
-            for _ in self._answer(completions[batch], ids[batch], max_new_tokens, sampler, seed):
+            for _ in self._answer(completions[batch], ids[batch], max_new_tokens, sampler, seed, eos, first):
                 pass
         return completions[0] if one else completions
 
@@ -127,38 +208,50 @@ class LanguageModel:
         max_new_tokens: int = 256,
         *,
         seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        eos_ids: Collection[int] | None = None,
         memory: Memory | None = None,
         completion: Completion | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Pieces of the answer's text as they come. Arguments are those of `generate`.
+        """The answer's text in parts, as they are generated. Other arguments are those of `generate`.
 
         Args:
             memory: keeps the cache of a conversation between calls, so that only new turns are processed.
             completion: filled in while the answer comes.
         """
-        sampler = self._sampler(temperature, top_k, top_p, min_p, repetition_penalty)
-        completion = completion or Completion(prompt)
-        for pieces_of_step in self._answer([completion], [self.encode(prompt)], max_new_tokens, sampler, seed, memory):
-            yield from filter(None, pieces_of_step)
+        sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
+        completion, ids = completion or Completion(prompt), self.encode(prompt)
+        for [text] in self._answer([completion], [ids], max_new_tokens, sampler, seed, eos, memory=memory):
+            if text:
+                yield text
 
-    def chat(self, messages: Messages, max_new_tokens: int = 256, **sampling: float) -> Completion:
-        """The model's answer to a conversation; keyword arguments are those of `generate`."""
-        return self.generate(messages, max_new_tokens, **sampling)
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 256,
+        *,
+        seed: int = 0,
+        eos_ids: Collection[int] | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The model's answer to a conversation. Other arguments are those of `generate`."""
+        [completion] = self.generate(
+            [messages], max_new_tokens, seed=seed, eos_ids=eos_ids, sampling=sampling, **options
+        )
+        return completion
 
     def summary(self) -> Summary:
-        """A table of every matrix, its format, how it is cut and what one device holds."""
+        """A table of every matrix: its format, how it is sharded and what one device holds."""
         return summarize(self.placed, self.mesh, self.name)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt.
+        """The token ids of a prompt.
 
         Raises:
-            InputError: it is empty, too long, names unknown ids, or needs a tokenizer or template that is not there.
+            InputError: it is empty, too long, has ids outside the vocabulary, or needs a tokenizer or chat template
+                that the checkpoint lacks.
         """
         if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
             return self._checked([int(token) for token in prompt])
@@ -180,10 +273,21 @@ class LanguageModel:
             raise InputError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         return ids
 
-    def _sampler(self, *given: float | None) -> Sampler:
-        names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
-        options = {n: self.sampling.get(n) if g is None else g for n, g in zip(names, given, strict=True)}
-        return Sampler.of(options.pop("temperature") or 0.0, **options)
+    def _token_array(self, tokens: jax.typing.ArrayLike) -> np.ndarray:
+        """`tokens` as int32 `[batch, time]`, checked."""
+        array = np.asarray(tokens)
+        if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"tokens must be ids [batch, time], not {array.dtype} {list(array.shape)}")
+        for row in array:
+            self._checked(row.tolist())
+        return array.astype(np.int32)
+
+    def _sampler(self, sampling: Sampling | None, options: SamplingOptions) -> Sampler:
+        chosen = Sampling(**options).with_defaults(sampling or Sampling())
+        return chosen.with_defaults(self.sampling).sampler()
+
+    def _eos(self, eos_ids: Collection[int] | None) -> Collection[int]:
+        return self.eos_ids if eos_ids is None else eos_ids
 
     def _clock(self) -> float:
         """Seconds, standing still while programs are compiled."""
@@ -196,38 +300,49 @@ class LanguageModel:
         max_new_tokens: int,
         sampler: Sampler,
         seed: int,
+        eos: Collection[int],
+        first_stream: int = 0,
         memory: Memory | None = None,
     ) -> Iterator[list[str]]:
-        """Fill in completions, giving out after each step the text that it added to each."""
+        """Fill in completions; after each step, yields the text that it added to each."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens}: must be 1 or above")
         limits = [min(max_new_tokens, self.max_seq_len - len(ids) + 1) for ids in prompts]
-        eos = self.tokenizer.eos_ids if self.tokenizer else frozenset()
         streams = [self.tokenizer.stream() if self.tokenizer else None for _ in prompts]
         active = [True] * len(prompts)
-        begun = first = self._clock()
-        for step, tokens in enumerate(generate_tokens(self.programs, prompts, max(limits), sampler, seed, memory)):
-            now = self._clock()
-            first = now if step == 0 else first
+        times = [self._clock()]
+        steps = generate_tokens(self.programs, prompts, max(limits), sampler, seed, memory, first_stream)
+        for tokens in steps:
+            times.append(self._clock())
+            cached = memory.reused if memory else 0
             added = [""] * len(prompts)
             for i, (c, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):
                 if not active[i]:
                     continue
                 c.tokens.append(token)
+                c.prompt_tokens, c.cached_tokens = len(prompts[i]), cached
+                c.prefill_tok_s, c.decode_tok_s = _rates(len(prompts[i]) - cached, times)
                 if token in eos:
                     c.finish_reason = "stop"
-                elif streams[i]:
-                    added[i] = streams[i].push(token)
+                elif stream := streams[i]:
+                    added[i] = stream.push(token)
                 if token in eos or len(c.tokens) == limits[i]:
                     active[i] = False
-                    added[i] += streams[i].finish() if streams[i] else ""
-                    c.prompt_tokens = len(prompts[i])
-                    c.prefill_tok_s = len(prompts[i]) / (first - begun)
-                    c.decode_tok_s = step / (now - first) if step else 0.0
+                    added[i] += stream.finish() if (stream := streams[i]) else ""
                 c.text += added[i]
             yield added
             if not any(active):
                 return
+
+
+def _rates(processed: int, times: Sequence[float]) -> tuple[float, float]:
+    """Tokens per second of prefill and decoding, from when the answer began and when each of its tokens came.
+
+    The first decode step counts only while there is no other.
+    """
+    begun, first, *later = times
+    since = first if len(later) < 2 else later.pop(0)
+    return processed / (first - begun), len(later) / (times[-1] - since) if later else 0.0
 
 
 def _is_one(prompts: object) -> bool:

@@ -24,7 +24,7 @@ from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
 from jaxllm.parallel import make_mesh
-from jaxllm.quantize import Requantize
+from jaxllm.requantize import Requantize
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
@@ -111,8 +111,9 @@ def _build(
 
     placed = filling.fill(model, sources, mesh, encode, convert, track)
     context = max_seq_len or config.max_position_embeddings
+    texts = checkpoint.texts
     loaded = LanguageModel(
-        model, placed, checkpoint.texts.tokenizer, mesh, dtype, context, checkpoint.name, checkpoint.texts.sampling
+        model, placed, texts.tokenizer, mesh, dtype, context, checkpoint.name, texts.sampling, texts.eos_ids
     )
     if progress:
         nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun

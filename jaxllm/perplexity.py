@@ -1,7 +1,7 @@
-"""`python -m jaxllm.perplexity`: how well a model predicts a text, and what quantizing costs.
+"""`jaxllm perplexity`: how well a model predicts a text, and what quantizing costs.
 
-Perplexity is exp of the mean negative log-likelihood of each token given those before it: lower is better, and its
-growth is the usual measure of what a block type loses.
+Perplexity is exp of the mean negative log-likelihood of each token given those before it. Lower is better; how much it
+grows is the usual measure of what a quantization type loses.
 """
 
 import argparse
@@ -13,35 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from jaxllm.cli import Parser, main
+from jaxllm.cli import Parser, execute
+from jaxllm.decoding import cache_for, hidden_states
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
 from jaxllm.loading import DTYPES, load
 
 
 def perplexity(model: LanguageModel, text: str) -> float:
-    """Of a text, which is read in pieces as long as the context if it is longer.
+    """Of a text. One that is longer than the context is split into parts of that length.
 
     Raises:
-        InputError: the text has fewer than two tokens.
+        InputError: the model has no tokenizer, or the text has fewer than two tokens.
     """
-    ids = model.tokenizer.encode(text)
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer, which perplexity of a text needs")
+    ids = np.array(model.tokenizer.encode(text), np.int32)
     if len(ids) < 2:
         raise InputError("perplexity needs a text of two tokens or more")
     losses = []
     for start in range(0, len(ids) - 1, model.max_seq_len):
-        piece = np.array(ids[start : start + model.max_seq_len + 1])
-        logprobs = jax.nn.log_softmax(model.logits(piece[None, :-1])[0], axis=-1)
-        losses.append(-jnp.take_along_axis(logprobs, piece[1:, None], axis=-1)[:, 0])
+        tokens, targets = ids[start:-1][: model.max_seq_len], ids[start + 1 :][: model.max_seq_len]
+        cache, done = cache_for(model.programs, 1, len(tokens)), 0
+        for hidden, count, _ in hidden_states(model.programs, tokens[None], cache, 0):  # never all logits at once
+            logprobs = jax.nn.log_softmax(model.programs.head(hidden)[0, :count])
+            losses.append(-jnp.take_along_axis(logprobs, targets[done : done + count, None], axis=-1)[:, 0])
+            done += count
     return float(jnp.exp(jnp.mean(jnp.concatenate(losses))))
 
 
 def parser() -> Parser:
     p = Parser("jaxllm.perplexity", "How well a model predicts a text, and what quantizing costs.")
-    p.add_argument("--model", default="demo", metavar="PATH")
-    p.add_argument("--text", required=True, metavar="FILE")
-    p.add_argument("--quantize", nargs="*", default=[], metavar="TYPE", help="block types to compare with")
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--model", default="demo", metavar="PATH", help="a file, directory or hub id (demo)")
+    p.add_argument("--text", required=True, metavar="FILE", help="the text, in UTF-8")
+    p.add_argument("--quantize", nargs="*", default=[], metavar="TYPE", help="quantization types to compare with")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations (float32)")
     return p
 
 
@@ -61,4 +67,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(execute(parser(), run))

@@ -6,7 +6,7 @@ takes is known apart from the time of running, and the compiled text is there to
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,15 +25,25 @@ class State:
     """What a decode step hands to the next one."""
 
     token: jax.Array  # int32 [batch], the newest token, not yet in the cache
-    seen: jax.Array  # bool [batch, vocab], tokens of the prompt and the answer so far
+    occurred: jax.Array  # bool [batch, vocab], tokens of the prompt and the answer so far
     keys: jax.Array  # one random key per row
+
+
+def runs_ahead(mesh: Mesh) -> bool:
+    """Whether programs may be started before earlier ones have ended.
+
+    Not on several emulated CPU devices: they share one pool of threads, where the devices of a later program can take
+    the threads that the collectives of an earlier one wait for.
+    """
+    return mesh.devices.size == 1 or mesh.devices.flat[0].platform != "cpu"
 
 
 class Programs:
     """The compiled functions behind every answer.
 
     Attributes:
-        compile_seconds: time spent on compiling (or on finding the result in the compilation cache) so far.
+        runs_ahead: whether results may still be in the making when a program is handed back, see `runs_ahead`.
+        compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
         compiled: the programs by what they were compiled for.
     """
 
@@ -41,6 +51,7 @@ class Programs:
         graph, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
         self.mesh, self.dtype, self._model = mesh, jnp.dtype(dtype), model
+        self.runs_ahead = runs_ahead(mesh)
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
 
@@ -63,63 +74,71 @@ class Programs:
             hidden, cache = model(state.token[:, None], cache, ones, cache.capacity, self.dtype)
             return cache, _draw(model.logits(hidden[:, 0]), state, sampler)
 
-        whole = NamedSharding(mesh, PartitionSpec())
-        cache = model.cache_shardings(mesh)
-        self._extend = jax.jit(extend, static_argnames="window", donate_argnames="cache", out_shardings=(whole, cache))
-        self._head = jax.jit(head, out_shardings=whole)
-        self._decode_step = jax.jit(decode_step, donate_argnames=("cache", "state"), out_shardings=(cache, whole))
-        self._draw = jax.jit(_draw, out_shardings=whole)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        shardings = model.cache_shardings(mesh)
+        # The cache is updated in place. The state is not: its token is read while the next step runs.
+        self._extend = jax.jit(
+            extend, static_argnames="window", donate_argnames="cache", out_shardings=(replicated, shardings)
+        )
+        self._head = jax.jit(head, out_shardings=replicated)
+        self._decode_step = jax.jit(decode_step, donate_argnames="cache", out_shardings=(shardings, replicated))
+        self._draw = jax.jit(_draw, out_shardings=replicated)
 
-    def whole(self, value: np.ndarray) -> jax.Array:
-        """An array, whole on every device."""
+    def replicate(self, value: jax.typing.ArrayLike) -> jax.Array:
+        """An array with a copy on every device."""
         return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache for `batch` sequences of up to `capacity` tokens, which holds none yet."""
         return self._model.empty_cache(batch, capacity, self.dtype, self.mesh)
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
-        """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real."""
+        """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
+
+        The cache is donated: only the returned one may be used afterwards.
+        """
         key = "extend", tokens.shape, cache.capacity, window
-        args = self.leaves, cache, self.whole(tokens), self.whole(counts)
-        return self._program(key, self._extend, *args, window=window)(*args)
+        args = self.leaves, cache, self.replicate(tokens), self.replicate(counts)
+        return self._run(key, self._extend, *args, window=window)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]`."""
-        args = self.leaves, self.whole(hidden)
-        return self._program(("head", hidden.shape), self._head, *args)(*args)
+        return self._run(("head", hidden.shape), self._head, self.leaves, self.replicate(hidden))
 
     def decode_step(self, cache: KVCache, state: State, sampler: Sampler) -> tuple[KVCache, State]:
-        """Put the newest token into the cache and draw the next one. Returns when it is there.
-
-        Emulated devices share one pool of threads; steps dispatched without waiting starve each other's collectives.
-        """
+        """Put the newest token into the cache (which is donated) and draw the next one."""
         key = "decode_step", state.token.shape, cache.capacity, sampler.kind
-        args = self.leaves, cache, state, sampler
-        cache, state = self._program(key, self._decode_step, *args)(*args)
-        return cache, jax.block_until_ready(state)
+        return self._run(key, self._decode_step, self.leaves, cache, state, sampler)
 
-    def start(self, logits: jax.Array, prompts: list[list[int]], seed: int, sampler: Sampler) -> State:
-        """Draw the first token after each prompt from logits `[batch, vocab]`. Returns when it is there."""
-        seen = np.zeros(logits.shape, bool)
-        for row, prompt in zip(seen, prompts, strict=True):
+    def start(
+        self, logits: jax.Array, prompts: Sequence[Sequence[int]], seed: int, first_stream: int, sampler: Sampler
+    ) -> State:
+        """Draw the first token after each prompt from logits `[batch, vocab]`.
+
+        Rows draw from random streams of their own, numbered from `first_stream` on.
+        """
+        occurred = np.zeros(logits.shape, bool)
+        for row, prompt in zip(occurred, prompts, strict=True):
             row[list(prompt)] = True
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-        state = jax.tree.map(self.whole, State(np.zeros(len(prompts), np.int32), seen, keys))
-        args = logits, state, sampler
-        return jax.block_until_ready(self._program(("draw", logits.shape, sampler.kind), self._draw, *args)(*args))
+        streams = first_stream + jnp.arange(len(prompts))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams)
+        state = jax.tree.map(self.replicate, State(np.zeros(len(prompts), np.int32), occurred, keys))
+        return self._run(("draw", logits.shape, sampler.kind), self._draw, logits, state, sampler)
 
-    def _program(self, key: Hashable, function: Callable, *args: object, **static: object) -> jax.stages.Compiled:
+    def _run[T](self, key: Hashable, function: Callable[..., T], *args: object, **static: object) -> T:
+        """The result of `function`, compiled for `key` if that has not happened yet."""
         if key not in self.compiled:
             begun = time.perf_counter()
             with jax.set_mesh(self.mesh):
                 self.compiled[key] = function.lower(*args, **static).compile()
             self.compile_seconds += time.perf_counter() - begun
-        return self.compiled[key]
+        result = self.compiled[key](*args)
+        return result if self.runs_ahead else jax.block_until_ready(result)
 
 
 def _draw(logits: jax.Array, state: State, sampler: Sampler) -> State:
     """The state with a next token drawn from `logits[batch, vocab]`."""
     keys = jax.vmap(jax.random.split)(state.keys)
-    token = sampler(logits, state.seen, keys[:, 0])
-    seen = state.seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return State(token, seen, keys[:, 1])
+    token = sampler(logits, state.occurred, keys[:, 0])
+    occurred = state.occurred.at[jnp.arange(token.shape[0]), token].set(True)
+    return State(token, occurred, keys[:, 1])

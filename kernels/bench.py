@@ -19,7 +19,7 @@ from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape
 from tqdm import tqdm
 
-from jaxllm.cli import Parser, main
+from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
 
 NOT_MEASURED = "not measured"
@@ -171,4 +171,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(execute(parser(), run))

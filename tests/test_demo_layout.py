@@ -18,7 +18,7 @@ import jaxllm.generate
 from jaxllm.checkpoint.demo import demo_tensors
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.placing import FileArray, JoinedArray, _read
-from jaxllm.cli import main
+from jaxllm.cli import execute
 from jaxllm.convert import DEMO_CONFIG, convert
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
@@ -432,7 +432,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path, capsys, name)
         module, argv = jaxllm.generate, ["--model", source, "--prompt", "x", *options]
     else:
         module, argv = jaxllm.convert, [*options, "--hf-ckpt-path", source, "--save-path", tmp_path / "out"]
-    code = main(module.parser(), module.run, [*map(str, argv)])
+    code = execute(module.parser(), module.run, [*map(str, argv)])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert re.search(message, err), err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import InputError
-from jaxllm.sampling import MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
+from jaxllm.sampling import MinP, RepetitionPenalty, Sampling, SamplingOptions, Temperature, TopK, TopP
 
 VOCAB = 257
 LOGITS = np.random.default_rng(0).normal(size=(3, VOCAB)).astype(np.float32) * 3
@@ -64,13 +64,13 @@ def draws(sampler, count=4000):
 
 
 def test_temperature_zero_takes_the_likeliest():
-    np.testing.assert_array_equal(draws(Sampler.of(), 2), [LOGITS.argmax(-1)] * 2)
+    np.testing.assert_array_equal(draws(Sampling().sampler(), 2), [LOGITS.argmax(-1)] * 2)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature):
     probs = softmax(LOGITS / temperature)
-    drawn = draws(Sampler.of(temperature))
+    drawn = draws(Sampling(temperature).sampler())
     for row in range(3):
         top = np.argsort(-probs[row])[:5]
         share = np.array([(drawn[:, row] == t).mean() for t in top])
@@ -78,7 +78,7 @@ def test_draws_follow_the_softmax(temperature):
 
 
 def test_a_chain_draws_only_what_all_its_steps_keep():
-    sampler = Sampler.of(1.5, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.2)
+    sampler = Sampling(1.5, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.2).sampler()
     assert [type(s) for s in sampler.steps] == [RepetitionPenalty, Temperature, TopK, TopP, MinP]
     logits = np.where(SEEN, np.where(LOGITS > 0, LOGITS / 1.2, LOGITS * 1.2), LOGITS) / 1.5
     allowed = kept(TopK(np.int32(20)), logits)
@@ -101,4 +101,4 @@ def test_a_chain_draws_only_what_all_its_steps_keep():
 )
 def test_numbers_out_of_range(bad):
     with pytest.raises(InputError, match=f"{list(bad)[-1]}=.*: must be "):
-        Sampler.of(**bad)
+        Sampling(**bad)

@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.entries import Entries
-from jaxllm.errors import InputError
-from jaxllm.sampling import Sampler
+from jaxllm.errors import located
+from jaxllm.sampling import Sampling
 from jaxllm.tokenizer import Tokenizer
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -20,12 +18,12 @@ class Texts:
 
     tokenizer: None where the checkpoint has none.
     eos_ids: tokens that end an answer; a tokenizer may know more of them.
-    sampling: what generation_config.json asks for, by the names of `LanguageModel.generate`.
+    sampling: what generation_config.json asks for.
     """
 
     tokenizer: Tokenizer | None = None
     eos_ids: frozenset[int] = frozenset()
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Sampling = Sampling()
 
 
 def read_texts(folder: Path, config: Mapping[str, object]) -> Texts:
@@ -53,14 +51,11 @@ def _eos(entries: Entries) -> list[int]:
     return [token for token in tokens if token >= 0]  # some write -1 for "there is none"
 
 
-def _sampling(generation: Entries) -> dict[str, float]:
-    """What answers are drawn with; what transformers takes for "not done" (top_k 0, min_p 0) is left out."""
+def _sampling(generation: Entries) -> Sampling:
+    """How answers are sampled. Values that transformers takes for "off" (top_k 0, min_p 0) are left out."""
     if not generation.flag("do_sample"):
-        return {}
-    given = {key: generation.number(key, above=-math.inf) for key in SAMPLING if key in generation}
-    given = {"temperature": 1.0} | {k: v for k, v in given.items() if v or k not in ("top_k", "min_p")}
-    try:
-        Sampler.of(**given)
-    except InputError as error:
-        raise InputError(f"{generation.where}: {error}") from error
-    return given
+        return Sampling()
+    names = [option.name for option in fields(Sampling) if option.name in generation]
+    given = {name: generation.number(name, above=-math.inf) for name in names}
+    with located(generation.where):
+        return Sampling(**{"temperature": 1.0} | {k: v for k, v in given.items() if v or k not in ("top_k", "min_p")})
