@@ -50,7 +50,8 @@ class Memory:
             same += 1
         # The last chunk is padded, and the padding has to fit as well.
         padded_end = same + (len(prompt) - same) // CHUNK * CHUNK + bucket((len(prompt) - same) % CHUNK, SMALLEST)
-        self.reused = same if padded_end <= cache.capacity else same // CHUNK * CHUNK
+        start = same if padded_end <= cache.capacity else same // CHUNK * CHUNK
+        self.reused = start if cache.can_rewind(len(self.tokens), start) else 0
         return cache
 
 

@@ -8,6 +8,7 @@ takes is known apart from the time of running, and the compiled text is there to
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,23 +75,16 @@ class Programs:
             hidden, cache = model(state.token[:, None], cache, ones, cache.capacity, self.dtype)
             return cache, _draw(model.logits(hidden[:, 0]), state, sampler)
 
-        replicated = NamedSharding(mesh, PartitionSpec())
-        shardings = model.cache_shardings(mesh)
-        # The cache is updated in place. The state is not: its token is read while the next step runs.
-        self._extend = jax.jit(
-            extend, static_argnames="window", donate_argnames="cache", out_shardings=(replicated, shardings)
-        )
-        self._head = jax.jit(head, out_shardings=replicated)
-        self._decode_step = jax.jit(decode_step, donate_argnames="cache", out_shardings=(shardings, replicated))
-        self._draw = jax.jit(_draw, out_shardings=replicated)
+        self._extend, self._head, self._decode_step = extend, head, decode_step
+        self._replicated = NamedSharding(mesh, PartitionSpec())
 
     def replicate(self, value: jax.typing.ArrayLike) -> jax.Array:
         """An array with a copy on every device."""
-        return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(value, self._replicated)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` sequences of up to `capacity` tokens, which holds none yet."""
-        return self._model.empty_cache(batch, capacity, self.dtype, self.mesh)
+        return self._model.cache(batch, capacity, self.dtype, self.mesh).zeros()
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
@@ -99,7 +93,8 @@ class Programs:
         """
         key = "extend", tokens.shape, cache.capacity, window
         args = self.leaves, cache, self.replicate(tokens), self.replicate(counts)
-        return self._run(key, self._extend, *args, window=window)
+        extend = partial(self._extend, window=window)
+        return self._run(key, extend, *args, outputs=lambda: (self._replicated, cache.shardings), donated=1)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]`."""
@@ -108,7 +103,9 @@ class Programs:
     def decode_step(self, cache: KVCache, state: State, sampler: Sampler) -> tuple[KVCache, State]:
         """Put the newest token into the cache (which is donated) and draw the next one."""
         key = "decode_step", state.token.shape, cache.capacity, sampler.kind
-        return self._run(key, self._decode_step, self.leaves, cache, state, sampler)
+        # The state is not donated: its token is read while the next step runs.
+        outputs, args = (lambda: (cache.shardings, self._replicated)), (self.leaves, cache, state, sampler)
+        return self._run(key, self._decode_step, *args, outputs=outputs, donated=1)
 
     def start(
         self, logits: jax.Array, prompts: Sequence[Sequence[int]], seed: int, first_stream: int, sampler: Sampler
@@ -123,14 +120,28 @@ class Programs:
         streams = first_stream + jnp.arange(len(prompts))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams)
         state = jax.tree.map(self.replicate, State(np.zeros(len(prompts), np.int32), occurred, keys))
-        return self._run(("draw", logits.shape, sampler.kind), self._draw, logits, state, sampler)
+        return self._run(("draw", logits.shape, sampler.kind), _draw, logits, state, sampler)
 
-    def _run[T](self, key: Hashable, function: Callable[..., T], *args: object, **static: object) -> T:
-        """The result of `function`, compiled for `key` if that has not happened yet."""
+    def _run[T](
+        self,
+        key: Hashable,
+        function: Callable[..., T],
+        *args: object,
+        outputs: Callable[[], object] | None = None,
+        donated: int | None = None,
+    ) -> T:
+        """The result of `function`, compiled for `key` if that has not happened yet.
+
+        Args:
+            outputs: gives the shardings of the results; by default they are replicated.
+            donated: the number of the argument that is updated in place.
+        """
         if key not in self.compiled:
             begun = time.perf_counter()
+            shardings = self._replicated if outputs is None else outputs()
             with jax.set_mesh(self.mesh):
-                self.compiled[key] = function.lower(*args, **static).compile()
+                jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
+                self.compiled[key] = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begun
         result = self.compiled[key](*args)
         return result if self.runs_ahead else jax.block_until_ready(result)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import InputError
-from jaxllm.sampling import MinP, RepetitionPenalty, Sampling, SamplingOptions, Temperature, TopK, TopP
+from jaxllm.sampling import MinP, RepetitionPenalty, Sampling, Temperature, TopK, TopP
 
 VOCAB = 257
 LOGITS = np.random.default_rng(0).normal(size=(3, VOCAB)).astype(np.float32) * 3

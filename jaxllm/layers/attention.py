@@ -48,6 +48,7 @@ class Attention(nnx.Module):
         sliding_window: how many positions back, its own included, a token sees; None: all of them.
         sinks: whether each head has a score of its own for attending to nothing.
         own_keys: whether the layer has keys and values of its own; otherwise it is given another layer's cache.
+        shared: whether other layers read this one's cache, which then holds every position.
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class Attention(nnx.Module):
         sliding_window: int | None = None,
         sinks: bool = False,
         own_keys: bool = True,
+        shared: bool = False,
     ) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.score_cap, self.sliding_window = score_cap, sliding_window
-        self.cache_shape = CacheShape(len(heads.kv), head_dim, value_dim, sliding_window)
+        self.cache_shape = CacheShape(len(heads.kv), head_dim, value_dim, None if shared else sliding_window)
         q_rows, k_rows = heads.rows(heads.query, head_dim), heads.rows(heads.kv, head_dim)
         v_rows, o_cols = heads.rows(heads.kv, value_dim), heads.rows(heads.query, value_dim)
         k_shape, v_shape = (num_kv_heads * head_dim, hidden_size), (num_kv_heads * value_dim, hidden_size)
@@ -115,12 +117,10 @@ class Attention(nnx.Module):
     def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = given.keys, given.values
         if given.k is None:
-            seen, at = (keys, values), ring_positions(keys.shape[2], given.positions[:, -1])
+            seen, at = (keys[:, :, :window], values[:, :, :window]), jnp.arange(window, dtype=jnp.int32)[None]
         else:
             (keys, values), seen, at = _updated((keys, values), (given.k, given.v), given, window)
-        y = dot_product_attention(
-            given.q, *seen, given.positions, at, self.sliding_window, given.sinks, self.score_cap
-        )
+        y = dot_product_attention(given.q, *seen, given.positions, at, self.sliding_window, given.sinks, self.score_cap)
         return y, keys, values
 
 
@@ -143,31 +143,6 @@ def _updated(
     at = jnp.concatenate([ring_positions(length, start - 1), given.positions], axis=1)
     pairs = zip(cache, new, strict=True)
     return tuple(write_ring(old, x, start, given.counts) for old, x in pairs), seen, at
-
-
-def _heads(
-        self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
-    ) -> jax.Array:
-        """Queries or keys `[batch, time, heads, dim]`, normalised and rotated where that is asked for."""
-        heads = _heads(projection(x), dim)
-        heads = heads if norm is None else norm(heads)
-        return heads if context.angles is None else rotate(heads, *context.angles)
-
-    def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        keys, values, start = given.keys, given.values, given.positions[:, 0]
-        if given.k is not None:
-            # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
-            keys, values = lax.optimization_barrier((write(keys, given.k, start), write(values, given.v, start)))
-        y = dot_product_attention(
-            given.q,
-            keys[:, :, :window],
-            values[:, :, :window],
-            given.positions,
-            self.sliding_window,
-            given.sinks,
-            self.score_cap,
-        )
-        return y, keys, values
 
 
 def _heads(x: jax.Array, head_dim: int) -> jax.Array:
