@@ -1,9 +1,11 @@
 """Whole models in every prequantized format: the logits of their dequantized twins, on 1 and 8 devices."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_hf
-from quantized_writers import FORMATS, quantized_checkpoint
+from quantized_writers import FORMATS, quantized_checkpoint, read_safetensors, write_safetensors
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
 # Words of three-bit codes do not fit 80 rows, which DeepSeek's latents with their rotary keys have.
@@ -48,3 +50,29 @@ def test_activations_are_rounded_alike_on_any_mesh(load_once, plain, tmp_path, m
     # A value at a rounding border may fall on either side, as sums are taken in another order.
     assert np.quantile(np.abs(many - one), 0.5) < 1e-3
     np.testing.assert_allclose(many, one, atol=0.1)
+
+
+def restacked(names):
+    """A checkpoint's experts as stacks `experts.gate_proj` and so on, which mistral.rs reads, and MXFP4's parts too."""
+    stacks = {}
+    for key, value in names.items():
+        module, dot, expert, rest = re.fullmatch(r"(.*?)(\.experts\.)(\d+)\.(.*)", key).groups()
+        stacks.setdefault(f"{module}.experts.{rest}", {})[int(expert)] = value
+    return {key: np.stack([parts[e] for e in sorted(parts)]) for key, parts in stacks.items()}
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek"])
+@pytest.mark.parametrize("name", ["mxfp4", "mlx-4"])
+def test_stacks_of_experts_by_mistral_rs_names(load_once, plain, tmp_path, model, name):
+    packed, twin = quantized_checkpoint(plain[model], tmp_path, name, np.random.default_rng(1))
+    tensors = read_safetensors(packed / "model.safetensors")[0]
+    if name == "mxfp4":
+        single = {key: value for key, value in tensors.items() if re.search(r"\.experts\.\d+\.", key)}
+        tensors = {key: value for key, value in tensors.items() if key not in single} | restacked(single)
+    else:  # MLX stacks them already, under another name
+        tensors = {key.replace("switch_mlp", "experts"): value for key, value in tensors.items()}
+    assert any(re.search(r"\.experts\.gate_proj\.", key) for key in tensors)
+    write_safetensors(packed / "model.safetensors", tensors)
+    expected = load_once(twin, dtype="float32").logits(TOKENS)
+    got = load_once(packed, mesh=MESHES[model][1], dtype="float32", weights="packed").logits(TOKENS)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
