@@ -3,9 +3,9 @@
 Bugs that other implementations have had, and where they are looked for here:
 
     bias of a quantized layer added twice            test_a_bias_is_added_once
-    one contiguous cut through fused gate and up     test_quantized_layers: a_block_that_lies_across_gate_and_up
+    one contiguous cut through fused gate and up     test_quantized_layers: stacks_of_fp8_experts_in_either_orientation
     a result multiplied by the number of devices     test_quantized_layers: experts_multiply_as_those_they_stand_for
-    a block of scales lost between gate and up       test_quantized_layers: a_block_that_lies_across_gate_and_up
+    a block of scales lost between gate and up       test_quantized_layers: stacks_of_fp8_experts_in_either_orientation
     zero points of GPTQ version 2 one too large      golden/quantized: gptq_*_v2 (test_quantized)
     GPTQ's group_size of -1                          golden/quantized: gptq_4_one_group
     bitsandbytes' absmax of the wrong block          golden/quantized: bnb_nf4_straddle, bnb_nf4_partial

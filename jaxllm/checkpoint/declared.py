@@ -14,8 +14,6 @@ from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 
-METHODS = "gptq, awq, bitsandbytes, hqq, fp8, mxfp4, compressed-tensors, modelopt, and MLX's modes"
-
 
 @dataclass(frozen=True)
 class Declared:
@@ -55,9 +53,9 @@ def declared(config: Mapping[str, object], siblings: Mapping[str, Mapping[str, o
         raise InputError(f"{name} is {given!r}, expected an object")
     entries = Entries(given, name)
     method = entries.get("quant_method", "mlx", lambda value: isinstance(value, str), "text").lower()
-    if method not in _READERS:
-        raise InputError(f"quantization '{method}' is not supported; supported: {METHODS}")
-    return _READERS[method](entries, config)
+    if method not in READERS:
+        raise InputError(f"quantization '{method}' is not supported; supported: {', '.join(READERS)}")
+    return READERS[method](entries, config)
 
 
 def _sibling(siblings: Mapping[str, Mapping[str, object]]) -> tuple[str, object]:
@@ -337,7 +335,8 @@ def _f8q8(entries: Entries, config: Mapping[str, object]) -> Declared:
     return _constant(scaled_schemes.F8Q8)
 
 
-_READERS = {
+# By `quant_method`. A new one is a reader here, or `READERS[name] = reader` from outside.
+READERS: dict[str, Callable[[Entries, Mapping[str, object]], Declared]] = {
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,

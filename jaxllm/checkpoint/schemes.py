@@ -21,7 +21,6 @@ from jaxllm.formats.dense import Dense
 WORDS = frozenset({"int32", "uint32"})
 INTEGERS = frozenset({"int32", "int64"})
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
-BYTES = frozenset({"uint8", "uint32", "float8_e8m0fnu", "float8_e4m3fn"})  # whatever they are said to be
 ANY = frozenset({"uint8", "int8", "uint32", *INTEGERS, *FLOATS})
 
 
