@@ -1,4 +1,4 @@
-"""Which parts of the package may know of which: imports point downwards, and families of models do not lean on siblings."""
+"""Which parts of the package may know of which: imports point downwards, and families do not lean on siblings."""
 
 import ast
 from pathlib import Path
