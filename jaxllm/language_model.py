@@ -120,7 +120,7 @@ class LanguageModel:
         capacity = self.max_seq_len if capacity is None else capacity
         if batch < 1 or not 1 <= capacity <= self.max_seq_len:
             raise InputError(
-                f"a cache of batch {batch} and capacity {capacity}: 1 and 1 to {self.max_seq_len} at least"
+                f"batch={batch}, capacity={capacity}: must be 1 or above, and a capacity at most {self.max_seq_len}"
             )
         limits = self.programs.replicate(np.full(batch, capacity, np.int32))
         return replace(self.programs.empty_cache(batch, capacity), limits=limits)
@@ -146,7 +146,7 @@ class LanguageModel:
                 has room for, or a cache that was used before.
         """
         array = self._token_array(tokens)
-        if cache.lengths.is_deleted():
+        if cache.keys[0].is_deleted():
             raise InputError("this cache was updated in place by an earlier call: use the one that forward returned")
         lengths = np.asarray(cache.lengths)
         if len(array) != len(lengths):

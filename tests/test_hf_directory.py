@@ -26,6 +26,7 @@ from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.errors import InputError
 from jaxllm.models.llama.config import LlamaConfig
+from jaxllm.sampling import Sampling
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 INDEX, SINGLE, PART = "model.safetensors.index.json", "model.safetensors", "model-00002-of-00003.safetensors"
@@ -646,7 +647,7 @@ SAMPLING = {
 @pytest.mark.parametrize("name", SAMPLING)
 def test_what_the_checkpoint_says_of_sampling(tmp_path, name):
     given, expected = SAMPLING[name]
-    assert open_checkpoint(copied("llama", tmp_path, generation(**given))).texts.sampling == expected
+    assert open_checkpoint(copied("llama", tmp_path, generation(**given))).texts.sampling == Sampling(**expected)
 
 
 def test_sampling_is_as_the_checkpoint_says_unless_the_caller_does(tmp_path, load_once):
