@@ -1,12 +1,21 @@
 """The command line as its users run it: a process, its two output streams and its exit code."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_gguf import Tiny, reference_logits, write
+
+import jaxllm
+from jaxllm import bench
+from jaxllm.cli import COMMANDS, main
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_hf_float32.json").read_text())
 FRANCE = GOLDEN[1]
@@ -38,6 +47,7 @@ def test_json_is_one_object_and_nothing_else():
         "text": ANSWER,
         "tokens": FRANCE["new"],
         "prompt_tokens": 37,
+        "cached_tokens": 0,
         "finish_reason": "stop",
     }
 
@@ -60,6 +70,8 @@ def test_a_conversation_through_a_pipe():
     assert first["tokens"] == third["tokens"] == FRANCE["new"]
     assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["tokens"])  # it holds what was said before
     assert third["prompt_tokens"] == first["prompt_tokens"]
+    assert first["cached_tokens"] == 0
+    assert first["prompt_tokens"] <= second["cached_tokens"] < second["prompt_tokens"]
 
 
 def test_a_conversation_that_outgrows_the_context_goes_on():
@@ -67,7 +79,7 @@ def test_a_conversation_that_outgrows_the_context_goes_on():
     done = run("--interactive", "--max-seq-len", "64", "--dtype", "float32", stdin="\n".join(lines))
     assert done.stdout == f"{ANSWER}\n{ANSWER}\n"
     assert "error: the prompt has " in done.stderr
-    assert "/clear starts anew" in done.stderr
+    assert "/clear starts a new conversation" in done.stderr
 
 
 def test_raw_text_is_continued_as_it_stands():
@@ -87,7 +99,7 @@ ERRORS = {
     "missing file": (["--prompt", "x"], "no such file", "/no/such.gguf"),
     "an empty directory": (["--prompt", "x"], "tests/config.json: No such file", str(Path(__file__).parent)),
     "not a GGUF file": (["--prompt", "x"], "not a GGUF file", __file__),
-    "no prompt": ([], "one of the arguments --prompt --input-file --interactive is required", "demo"),
+    "no prompt": ([], "one of the arguments --prompt --prompt-ids --input-file --interactive is required", "demo"),
     "unknown option": (["--prompt", "x", "--frobnicate"], "unrecognized arguments: --frobnicate", "demo"),
     "not a number": (["--prompt", "x", "--top-k", "many"], "invalid int value: 'many'", "demo"),
     "no such prompts": (["--input-file", "/no/prompts"], "/no/prompts: No such file", "demo"),
@@ -112,3 +124,110 @@ def test_an_error_is_one_line_and_exit_code_2(name):
 
 def test_debug_shows_the_traceback():
     assert "Traceback" in run("--prompt", "x", "--debug", model="/no/such.gguf").stderr
+
+
+# In this process: a model without a tokenizer, and the commands.
+
+
+@pytest.fixture(scope="module")
+def untokenized(tmp_path_factory):
+    """A tiny model without a tokenizer; the numpy model's greedy answers to its prompts."""
+    path, tiny = tmp_path_factory.mktemp("cli") / "m.gguf", Tiny(layers=1)
+    weights = write(path, tiny)
+
+    def answer(prompt, count):
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(np.argmax(reference_logits(tiny, weights, tokens)[-1])))
+        return tokens[len(prompt) :]
+
+    return path, answer
+
+
+def command(capsys, *argv):
+    code = main([str(part) for part in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+GENERATE = ["--max-new-tokens", 5, "--dtype", "float32", "--weights", "packed"]
+
+
+def test_prompts_and_answers_are_ids_without_a_tokenizer(capsys, untokenized):
+    path, answer = untokenized
+    code, out, err = command(capsys, "generate", "--model", path, "--prompt-ids", "3, 14,15", *GENERATE)
+    assert (code, out) == (0, ",".join(map(str, answer([3, 14, 15], 5))) + "\n")
+    assert "[prompt 3 tokens, " in err
+    assert "answer 5 tokens" in err
+
+
+def test_lines_of_ids(capsys, tmp_path, untokenized):
+    path, answer = untokenized
+    (tmp_path / "in.txt").write_text("3,14,15\n\n9 2\n")
+    code, out, _ = command(
+        capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", "--json", *GENERATE
+    )
+    got = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [(g["prompt"], g["tokens"]) for g in got] == [(p, answer(p, 5)) for p in ([3, 14, 15], [9, 2])]
+    _, out, _ = command(capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", *GENERATE)
+    assert out.splitlines()[:2] == ["> 3,14,15", ",".join(map(str, answer([3, 14, 15], 5)))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt-ids", "3,x"], "--prompt-ids: '3,x' is not a list of token ids such as 1,2,3"),
+        (["--prompt-ids", ""], "the prompt is empty"),
+        (["--prompt-ids", "3,50"], "token ids must be 0 to 49, got 3 to 50"),
+        (["--prompt", "hello"], "m.gguf has no tokenizer: give --prompt-ids, or lines of token ids in --input-file"),
+        (["--prompt-ids", "3", "--top-p", "2"], "top_p=2.0: must be above 0 and at most 1"),
+    ],
+)
+def test_ids_that_cannot_be_used(capsys, untokenized, options, message):
+    code, out, err = command(capsys, "generate", "--model", untokenized[0], *options)
+    assert (code, out, err) == (2, "", f"error: {message}\n")
+
+
+def test_the_commands(capsys):
+    code, out, _ = command(capsys, "--help")
+    assert code == 0
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert command(capsys) == (0, out, "")
+    assert command(capsys, "--version") == (0, f"jaxllm {version('jaxllm')}\n", "")
+    code, out, err = command(capsys, "frobnicate", "--help")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no command 'frobnicate'; commands are generate, convert, perplexity, bench" in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_of_its_own(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: jaxllm {name} ")
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, jaxllm.cli; jaxllm.cli.main(['--help']); print({'jax', 'numpy', 'flax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("\nset()\n")
+
+
+def test_the_package_as_it_is_installed():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    module, function = project["project"]["scripts"]["jaxllm"].split(":")
+    assert getattr(importlib.import_module(module), function) is main
+    [typed] = project["tool"]["setuptools"]["package-data"]["jaxllm"]
+    assert (Path(jaxllm.__file__).parent / typed).is_file()
+    assert jaxllm.__version__ == project["project"]["version"]
+    assert bench.PEER_SCRIPT.parent == Path(bench.__file__).parent
+    for name in jaxllm.__all__:
+        assert getattr(jaxllm, name) is not None
+    assert callable(jaxllm.quantize)  # no module's name
+
+
+def test_an_engine_that_is_missing_is_one_line(untokenized):
+    args = bench.parser().parse_args(["--prefill", "8", "--decode", "2", "--repeats", "1"])
+    with pytest.raises(jaxllm.InputError, match="^llama.cpp: peer_bench: llama.cpp is not installed: .*$"):
+        bench.peer("llama.cpp", sys.executable, untokenized[0], args)

@@ -107,8 +107,9 @@ def test_a_conversation_processes_only_what_is_new(model, file, processed, end):
     second = [*PROMPT, *said, 1, 2, 3, 4]
     completion = turn(model, memory, second, 5)
     assert completion.tokens == greedy(weights, second, 5)
-    # The newest token of an answer may or may not be in the cache yet.
-    assert completion.cached_tokens in (len(PROMPT) + stop, len(PROMPT) + stop + 1)
+    # All but the newest token; and that, too, where the step that puts it into the cache was started ahead.
+    ahead = model.mesh.size == 1 and end != "length"
+    assert completion.cached_tokens == len(PROMPT) + stop + ahead
     assert processed == [12, len(second) - completion.cached_tokens]
     assert completion.prompt_tokens == len(second)
 
