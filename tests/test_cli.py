@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -124,6 +125,19 @@ def test_an_error_is_one_line_and_exit_code_2(name):
 
 def test_debug_shows_the_traceback():
     assert "Traceback" in run("--prompt", "x", "--debug", model="/no/such.gguf").stderr
+
+
+def test_what_a_newcomer_sees():
+    """`make run` shows an answer that is drawn, ends by itself and does not go in circles, and how fast it went."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    options, prompt = (re.search(rf"^{name} .?= (.*)$", makefile, re.M)[1] for name in ("SAMPLING", "PROMPT"))
+    done = run("--prompt", prompt, *options.split())
+    assert done.stdout.startswith("In the vast expanse of the ocean lies a tale of adventure")
+    assert re.fullmatch(r"\[.*prompt .* tok/s; answer \d+ tokens, .* tok/s; stop\]\n", done.stderr)
+    words = done.stdout.split()
+    assert len(words) > 50
+    fours = list(zip(*(words[i:] for i in range(4)), strict=False))
+    assert len(set(fours)) == len(fours)
 
 
 # In this process: a model without a tokenizer, and the commands.
