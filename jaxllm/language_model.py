@@ -244,7 +244,7 @@ class LanguageModel:
 
     def summary(self) -> Summary:
         """A table of every matrix: its format, how it is sharded and what one device holds."""
-        return summarize(self.placed, self.mesh, self.name)
+        return summarize(self.placed, self.mesh, self.name, self.dtype)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt.

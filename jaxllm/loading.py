@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
+from jaxllm.kernels import registry
 from jaxllm.language_model import LanguageModel
 from jaxllm.parallel import make_mesh
 from jaxllm.requantize import Requantize
@@ -82,7 +84,7 @@ def load(
     with located(file):
         if matmul != "dequant":
             weights = _choose("weights", weights or "packed", ("packed",))
-            checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
+        checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
         return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
 
 
@@ -109,7 +111,10 @@ def _build(
     def track(results: Iterable, count: int) -> tqdm:
         return tqdm(results, "loading", count, unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
 
-    placed = filling.fill(model, sources, mesh, encode, convert, track)
+    placed = filling.fill(model, sources, mesh, encode, convert, dtype, track)
+    platform = mesh.devices.flat[0].platform
+    if reason := registry.missing([p.weight for p in placed], platform):
+        warnings.warn(f"{checkpoint.name}: runs without the kernels for {platform}: {reason}", stacklevel=3)
     context = max_seq_len or config.max_position_embeddings
     texts = checkpoint.texts
     loaded = LanguageModel(

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.kernels.activations import Peak, seen, whole
+from jaxllm.kernels.activations import Peak, rounded, unchanged
 from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
@@ -98,7 +98,7 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
     lead = (None,) * (x.ndim - 1)
 
     def shard(x: jax.Array, weight: Weight) -> jax.Array:
-        y = matmul(seen(x, weight, _whole_rows(in_axis)), weight)
+        y = matmul(rounded(x, weight, _whole_rows(in_axis)), weight)
         if in_axis is not None:
             y = jax.lax.psum(y, in_axis)
         return y.astype(dtype or x.dtype)
@@ -109,7 +109,7 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
 
 def _whole_rows(axis: str | tuple[str, ...] | None) -> Peak:
     """From the largest values of parts of rows, which are cut over `axis`, to those of the rows."""
-    return whole if axis is None else partial(jax.lax.pmax, axis_name=axis)
+    return unchanged if axis is None else partial(jax.lax.pmax, axis_name=axis)
 
 
 def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -168,8 +168,8 @@ def experts(
         y = grouped_mlp(x, scores, chosen - first, _once(stack), tile, activation, _whole_rows(TP))
         if shared is not None:
             block, score = shared
-            h = activation(*(matmul(seen(x, w), w) for w in (block.gate, block.up))).astype(x.dtype)
-            y = y + score * matmul(seen(h, block.down, _whole_rows((EP, TP))), block.down)
+            h = activation(*(matmul(x, w) for w in (block.gate, block.up))).astype(x.dtype)
+            y = y + score * matmul(rounded(h, block.down, _whole_rows((EP, TP))), block.down)
         return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
 
     uncut = PartitionSpec()

@@ -11,9 +11,22 @@ from jax.sharding import Mesh, PartitionSpec
 from tabulate import tabulate
 
 from jaxllm.checkpoint.filling import Placed
+from jaxllm.formats.base import Weight
+from jaxllm.kernels import dispatch
 from jaxllm.parallel import COLUMN, ROW
 
-HEADERS = ("parameter", "file format", "bits", "held as", "shape", "cut", "on each device", "bytes", "note")
+HEADERS = (
+    "parameter",
+    "file format",
+    "bits",
+    "held as",
+    "multiplied by",
+    "shape",
+    "cut",
+    "on each device",
+    "bytes",
+    "note",
+)
 
 
 @dataclass(frozen=True)
@@ -30,13 +43,17 @@ class Summary:
         return f"<p>{self.title}</p>{tabulate(self.rows, HEADERS, tablefmt='html', disable_numparse=True)}"
 
 
-def summarize(placed: Sequence[Placed], mesh: Mesh, name: str) -> Summary:
-    """Group equal layers and add up bytes."""
+def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing.DTypeLike) -> Summary:
+    """Group equal layers and add up bytes.
+
+    Args:
+        dtype: of the activations, on which it depends what multiplies by a weight.
+    """
     groups: dict[tuple, list[int]] = {}
     for p in placed:
         generic, layer = re.subn(r"\blayers\.\d+\.", "layers.*.", p.name)
         index = int(re.search(r"\blayers\.(\d+)\.", p.name)[1]) if layer else -1
-        groups.setdefault((generic, *_row(p)), []).append(index)
+        groups.setdefault((generic, *_row(p, dtype)), []).append(index)
     rows = [(generic.replace("*", _ranges(layers), 1), *row) for (generic, *row), layers in groups.items()]
     parameters = sum(math.prod(p.declaration.shape) for p in placed)
     source = sum(p.source.nbytes for p in placed)
@@ -49,7 +66,7 @@ def summarize(placed: Sequence[Placed], mesh: Mesh, name: str) -> Summary:
     return Summary(title, rows)
 
 
-def _row(p: Placed) -> tuple[str, ...]:
+def _row(p: Placed, dtype: jax.typing.DTypeLike) -> tuple[str, ...]:
     leaves = jax.tree.leaves(p.weight)
     held = "float32" if isinstance(p.weight, jax.Array) else p.weight.format
     shards = " + ".join(f"{list(leaf.sharding.shard_shape(leaf.shape))} {leaf.dtype}" for leaf in leaves)
@@ -58,12 +75,21 @@ def _row(p: Placed) -> tuple[str, ...]:
         p.source.format if same else f"{p.source.format} as {p.encoded.format}",
         f"{p.encoded.bits_per_weight:.4g}",
         held,
+        _kernel(p.weight, dtype),
         " x ".join(map(str, p.declaration.shape)),
         _cut(p.declaration.spec),
         shards,
         f"{_device_bytes(p):,}",
         _note(p),
     )
+
+
+def _kernel(weight: Weight | jax.Array, dtype: jax.typing.DTypeLike) -> str:
+    """The backend that multiplies by a matrix; nothing for vectors."""
+    if isinstance(weight, jax.Array):
+        return ""
+    platform = next(iter(jax.tree.leaves(weight)[0].devices())).platform
+    return dispatch.choose_for(weight, dtype, platform).backend
 
 
 def _device_bytes(p: Placed) -> int:

@@ -1,52 +1,136 @@
-"""Activations rounded as a whole row at a time, for matrices with one scale for a row or for all of it."""
+"""The other operand of a matmul, where a weight asks for it to be rounded to the weight's own dtype (W8A8).
+
+Groups of neighbours are rounded by the kernels themselves. Whole rows are rounded here, before, since their scale may
+depend on parts of the row that other devices hold, and the outliers of LLM.int8 on other rows.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.formats.base import Weight
-from jaxllm.formats.scaled import E4M3_MAX, Scaled
+from jaxllm.formats.base import Weight, static_field
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
 
 LIMITS = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rounded:
+    """Rows that have been rounded as a weight asks, as the numbers they stand for: float32 `[..., in]`."""
+
+    values: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """Rows as codes, with a scale for each `group` neighbours: what `act_quant` gives.
+
+    codes: `[..., in]` of the dtype of the weight's values.
+    scales: float32 `[..., ceil(in / group)]`.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    group: int = static_field()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.codes.dtype
+
+    @property
+    def size(self) -> int:
+        return self.codes.size
+
+    def dequantize(self) -> jax.Array:
+        """The numbers that the codes stand for: float32 `[..., in]`."""
+        return self.codes.astype(jnp.float32) * jnp.repeat(self.scales, self.group, -1)[..., : self.codes.shape[-1]]
+
+
+Rows = jax.Array | Rounded | Quantized  # what a matmul takes: floats are rounded by it if the weight asks for that
 Peak = Callable[[jax.Array], jax.Array]
 
 
-def whole(values: jax.Array) -> jax.Array:
+def unchanged(values: jax.Array) -> jax.Array:
     return values
 
 
-def seen(
-    x: jax.Array, weight: Weight, peak: Peak = whole, of_rows: Peak = whole, columns: Peak | None = None
-) -> jax.Array:
-    """`x[..., in]` as a matmul with this weight sees it: as it is, or, where the weight asks for it, rounded to the
-    weight's own dtype and back (float32).
+def of_whole_rows(weight: Weight) -> bool:
+    """Whether the weight asks for whole rows to be rounded."""
+    return isinstance(weight, Scaled) and weight.activations is not None and weight.activations.group is None
 
-    The product of what this gives with the decoded weight is what products of codes, scaled, come to. LLM.int8
+
+def group_of(weight: Scaled) -> int | None:
+    """How many neighbours a kernel rounds with one scale; None: it rounds nothing."""
+    return None if weight.activations is None else weight.activations.group
+
+
+def not_rounding(weight: Weight) -> Weight:
+    """The same matrix, which asks for nothing to be rounded."""
+    return replace(weight, activations=None) if isinstance(weight, Scaled) else weight
+
+
+def rounded(
+    x: jax.Array, weight: Weight, peak: Peak = unchanged, of_rows: Peak = unchanged, columns: Peak | None = None
+) -> jax.Array | Rounded:
+    """`x[..., in]` as it is, or, where the weight asks for whole rows to be rounded, rounded to its dtype.
+
+    The product of what this gives with the dequantized weight is what products of codes, scaled, come to. LLM.int8
     (Dettmers et al., 2022) leaves columns alone in which any value reaches its threshold; a row's scale is then that of
     its values below. Gradients pass as if nothing had been rounded.
 
     Args:
-        peak: given the largest magnitudes of the rows here, those of whole rows, if `in` is cut.
-        of_rows: given a stack's input scales, those of the rows of x.
+        peak: given the largest magnitudes of this device's parts of the rows, those of the whole rows.
+        of_rows: given a stack's `Activations.scale`, the scales of the rows of x.
         columns: given whether each value reaches the threshold, whether one of its column does, among the rows that
             meet the same matrix; by default all.
     """
-    if not isinstance(weight, Scaled) or weight.activation_group != -1:
+    if not of_whole_rows(weight):
         return x
+    asked = weight.activations
     given, limit = x.astype(jnp.float32), LIMITS[weight.values.dtype.name]
     wide = lax.stop_gradient(given)
     size = jnp.abs(wide)
-    outlier = size >= weight.threshold if weight.threshold else jnp.zeros(wide.shape, bool)
-    if weight.input_scale is not None:
-        scale = of_rows(weight.input_scale)
+    outlier = size >= asked.threshold if asked.threshold else jnp.zeros(wide.shape, bool)
+    if asked.scale is not None:
+        scale = of_rows(asked.scale)
     else:
         largest = peak(jnp.max(jnp.where(outlier, 0.0, size), axis=-1, keepdims=True))
-        scale = jnp.where(largest == 0, 1.0, largest / limit)
+        scale = scale_for(largest, limit, asked.power_of_two)
     codes = jnp.clip(wide / scale, -limit, limit)
     codes = jnp.round(codes) if weight.values.dtype == jnp.int8 else codes.astype(weight.values.dtype)
     alone = columns(outlier) if columns else jnp.any(outlier, axis=tuple(range(x.ndim - 1)), keepdims=True)
-    return jnp.where(alone, wide, codes.astype(jnp.float32) * scale) + (given - wide)
+    return Rounded(jnp.where(alone, wide, codes.astype(jnp.float32) * scale) + (given - wide))
+
+
+def rounded_tiles(
+    x: jax.Array, stack: Weight, expert: jax.Array, peak: Peak = unchanged, real: jax.Array | None = None
+) -> jax.Array | Rounded:
+    """`rounded` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`.
+
+    Args:
+        real: bool `[tiles * tile]`, whether a row counts when outliers are looked for; by default all do.
+    """
+    tiles, experts = len(expert), stack.shape[0]
+
+    def columns(outlier: jax.Array) -> jax.Array:
+        """Whether a column has an outlier in any of an expert's rows, for each row."""
+        counted = outlier if real is None else outlier & real[:, None]
+        of_tile = jnp.any(counted.reshape(tiles, -1, x.shape[1]), axis=1)
+        index = jnp.where(expert < 0, experts, expert)
+        return each_row(jnp.zeros((experts, x.shape[1]), bool).at[index].max(of_tile, mode="drop"), expert, len(x))
+
+    return rounded(x, stack, peak, lambda scales: each_row(scales, expert, len(x)), columns)
+
+
+def each_row(values: jax.Array, expert: jax.Array, rows: int) -> jax.Array:
+    """What is the experts', `[experts, ...]`, for each row of their tiles: `[rows, ...]`."""
+    return jnp.repeat(values[jnp.maximum(expert, 0)], rows // len(expert), axis=0)

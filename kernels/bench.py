@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxllm.kernels import dispatch, shapes, tpu_report
-from jaxllm.kernels.experts import tile_size
-from jaxllm.kernels.shapes import Shape
 from tqdm import tqdm
 
 from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
+from jaxllm.kernels import dispatch, shapes, tpu_report
+from jaxllm.kernels.experts import tile_size
+from jaxllm.kernels.shapes import Shape
 
 NOT_MEASURED = "not measured"
 REPEATS = 20

@@ -17,6 +17,11 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return product(x, weight.dequantize(x.dtype), 1)
 
 
+def weight_dequant(weight: Weight, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+    """The matrix `[*batch, out, in]`: dequantized in float32, then rounded once."""
+    return weight.dequantize(dtype)
+
+
 def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     """The last axis of `x` against that `axis` of `w`, a matrix: float32 `[..., n]`."""
     rows = x.reshape(-1, x.shape[-1])

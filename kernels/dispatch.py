@@ -7,37 +7,34 @@ is what a kernel refuses, unless the kernel was asked for by name (`using`): the
 Packed weights are frozen: gradients are those of x alone, through the decoded matrix, whichever implementation ran.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxllm.kernels import dense
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.formats.mxfp4 import MXFP4
-from jaxllm.formats.scaled import Scaled
-
-REFERENCE = "reference"
-OPS = {Scaled: "block_fp8", MXFP4: "mxfp4"}  # packages here, each with a module for every backend
-BACKENDS = {"tpu": "pallas_tpu", "gpu": "triton_gpu", "cuda": "triton_gpu"}  # by platform
+from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.kernels import dense, registry
+from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
+from jaxllm.kernels.registry import REFERENCE, Kernel
 
 _named: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """What is traced inside uses this backend, "reference", "pallas_tpu" or "triton_gpu", wherever there is a choice.
+    """What is traced inside uses this backend, for example "reference" or "pallas_tpu", for all that it has kernels for.
 
     Raises:
         InputError: there is no such backend; inside: it cannot serve a matmul.
     """
-    known = sorted({REFERENCE, *BACKENDS.values()})
+    known = sorted({kernel.backend for kernel in registry.KERNELS})
     if backend not in known:
         raise InputError(f"kernel backend '{backend}': choose one of {', '.join(known)}")
     token = _named.set(backend)
@@ -49,44 +46,73 @@ def using(backend: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A module that has the op, what it is called, and why it was chosen."""
+    """A kernel, and why it was chosen."""
 
-    module: ModuleType
-    backend: str
+    kernel: Kernel
     why: str
 
+    @property
+    def backend(self) -> str:
+        return self.kernel.backend
 
-def choose(op: str, x: jax.Array, weight: Weight, platform: str | None = None) -> Choice:
-    """What multiplies these, which may be shapes only.
+
+def choose(op: str, x: Rows | None, weight: Weight | type[Weight], platform: str | None = None) -> Choice:
+    """What does the op with these, which may be shapes only.
 
     Args:
-        op: "matmul" or "grouped_matmul".
+        op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class) or "weight_dequant" (x is None).
         platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's own default.
 
     Raises:
-        InputError: a backend asked for by name cannot.
+        InputError: there is no such op, or a backend asked for by name cannot do it.
     """
     platform, named = platform or _platform(), _named.get()
-    kind = OPS.get(type(weight))
-    if kind is None:
-        return Choice(dense, REFERENCE, f"{weight.format} has no kernels: it is decoded")
-    reference = importlib.import_module(f"jaxllm.kernels.{kind}.{REFERENCE}")
-    backend = named or BACKENDS.get(platform, REFERENCE)
-    if backend == REFERENCE:
-        return Choice(reference, REFERENCE, "asked for" if named else f"there are no kernels for {platform}")
-    module, reason = _loaded(kind, backend, platform)
-    reason = reason or module.refuses(op, x, weight)
-    if reason is None:
-        return Choice(module, backend, "asked for" if named else f"made for {platform}")
-    if named:
-        raise InputError(f"kernel backend '{backend}' cannot do {kind}.{op}: {reason}")
-    return Choice(reference, REFERENCE, f"{backend} cannot: {reason}")
+    platform = "gpu" if platform == "cuda" else platform
+    ops = dict.fromkeys(kernel.op for kernel in registry.KERNELS)
+    if op not in ops:
+        raise InputError(f"op '{op}': choose one of {', '.join(ops)}")
+    if not isinstance(weight, type) and of_whole_rows(weight):  # which are rounded before
+        x, weight = x if x is None else jax.ShapeDtypeStruct(x.shape, jnp.float32), not_rounding(weight)
+
+    kernels = [kernel for kernel in registry.KERNELS if kernel.takes(op, weight)]
+    special = [kernel for kernel in kernels if kernel.platform is not None]
+    if named is not None:
+        special = [kernel for kernel in special if kernel.backend == named]
+    refused = []
+    for kernel in special:
+        here = None if kernel.platform == platform else f"these are {platform} devices"
+        reason = here or kernel.missing() or kernel.refuses(op, x, weight)
+        if reason is None:
+            return Choice(kernel, "asked for" if named else f"made for {platform}")
+        if named:
+            raise InputError(f"kernel backend '{named}' cannot do {op} of {_format(weight)}: {reason}")
+        if here is None:
+            refused.append(f"{kernel.backend} cannot: {reason}")
+    kernel = next(k for k in kernels if k.platform is None and k.refuses(op, x, weight) is None)
+    if named and (special or named == REFERENCE):
+        why = "asked for"
+    elif not any(k.platform for k in kernels):
+        why = f"{_format(weight)} has no kernels: it is decoded"
+    else:
+        why = "; ".join(refused) or f"there are no kernels for {named or platform}"
+    return Choice(kernel, why)
 
 
-def explain(op: str, x: jax.Array, weight: Weight, platform: str | None = None) -> str:
+def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Choice:
+    """What will multiply rows of `dtype` by a weight that lies on devices; on each of them, by its own shard."""
+    shard = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), weight)
+    op = "grouped_matmul" if len(weight.shape) > 2 else "matmul"
+    return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
+
+
+def explain(op: str, x: Rows, weight: Weight, platform: str | None = None) -> str:
     """What `choose` says, in a sentence."""
     choice = choose(op, x, weight, platform)
     return f"{op} of {weight.format} {'x'.join(map(str, weight.shape))}: {choice.backend} ({choice.why})"
+
+
+def _format(weight: Weight | type[Weight]) -> str:
+    return weight.__name__ if isinstance(weight, type) else weight.format
 
 
 def _platform() -> str:
@@ -94,37 +120,54 @@ def _platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
-def _loaded(kind: str, backend: str, platform: str) -> tuple[ModuleType | None, str | None]:
-    """The module of a backend, or why it cannot run."""
-    if BACKENDS.get(platform) != backend:
-        return None, f"these are {platform} devices"
-    try:
-        return importlib.import_module(f"jaxllm.kernels.{kind}.{backend}"), None
-    except ImportError as error:
-        return None, f"{error.name} is not installed"
+def matmul(x: Rows, weight: Weight) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`.
+
+    Floats are rounded if the weight asks for that (`Scaled.activations`). Where `in` is sharded, the scale of a whole
+    row is known to nobody here: there the caller rounds (`activations.rounded`).
+
+    Raises:
+        InputError: x are codes without scales.
+    """
+    x, weight = _operands(x, weight, rounded)
+    kernel = choose("matmul", x, weight).kernel
+    if kernel.differentiable:
+        return kernel.function(x, weight)
+    return _frozen(kernel.function, _matmul_vjp)(*_alike(x, weight))
 
 
-def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
-    weight = _as_seen(weight)
-    choice = choose("matmul", x, weight)
-    if choice.module is dense:
-        return dense.matmul(x, weight)
-    return _frozen(choice.module.matmul, _matmul_vjp)(*_alike(x, weight))
+def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
+    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`; rounded as for `matmul`."""
+    x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
+    kernel = choose("grouped_matmul", x, stack).kernel
+    return _frozen(kernel.function, _grouped_vjp)(*_alike(x, stack, expert))
 
 
-def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
-    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
-    stack = _as_seen(stack)
-    choice = choose("grouped_matmul", x, stack)
-    return _frozen(choice.module.grouped_matmul, _grouped_vjp)(*_alike(x, stack, expert))
+def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The matrix itself `[*batch, out, in]`, for layers that multiply by it in ways of their own, such as MLA's kv_b.
+
+    It is not `choose`'s weight_dequant: XLA can fuse this with what follows.
+    """
+    return weight.dequantize(dtype)
 
 
-def _as_seen(weight: Weight) -> Weight:
-    """Where whole rows of x are rounded, they are already (`activations.seen`)."""
-    if isinstance(weight, Scaled) and weight.activation_group == -1:
-        return replace(weight, activation_group=None, input_scale=None)
-    return weight
+def _operands(x: Rows, weight: Weight, round_rows: Callable[[jax.Array, Weight], Any]) -> tuple[Any, Weight]:
+    """x and the weight as kernels take them: floats, or codes with scales; no rows are left to be rounded."""
+    if isinstance(x, Quantized):
+        if not isinstance(weight, Scaled):
+            return x.dequantize(), weight
+        if x.codes.dtype != weight.values.dtype:
+            raise InputError(
+                f"x is of {x.codes.dtype.name} and the weight of {weight.values.dtype.name}: both must be the same"
+            )
+        return x, replace(weight, activations=Activations(x.group))
+    if not isinstance(x, Rounded):
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
+            raise InputError(
+                f"x is of {x.dtype.name}: codes need their scales, as activations.Quantized(codes, scales, group)"
+            )
+        x = round_rows(x, weight)
+    return (x.values, not_rounding(weight)) if isinstance(x, Rounded) else (x, weight)
 
 
 def _alike(*trees: object) -> tuple:
@@ -139,13 +182,17 @@ def _alike(*trees: object) -> tuple:
 
 
 def _frozen(f: Callable, backward: Callable) -> Callable:
-    """`f(x, weight, ...)` with a gradient for x alone: `backward(g, x, weight, ...)`."""
+    """`f(x, weight, ...)` with a gradient for x alone: `backward(g, x, weight, ...)`. Codes have none."""
+
+    def guarded(x: Any, *rest: Any) -> jax.Array:
+        return f(x, *rest) if isinstance(x, Quantized) else function(x, *rest)
+
     function = jax.custom_vjp(f)
     function.defvjp(
         lambda x, *rest: (f(x, *rest), (x, *rest)),
         lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *(None for _ in kept[1:])),
     )
-    return function
+    return guarded
 
 
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:

@@ -11,10 +11,10 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jaxllm.kernels.activations import Peak, seen, whole
-from jaxllm.kernels.dispatch import grouped_matmul
 
 from jaxllm.formats.base import Weight
+from jaxllm.kernels.activations import Peak, each_row, rounded_tiles, unchanged
+from jaxllm.kernels.dispatch import grouped_matmul
 
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # a few rows cost what one does: reading the expert
 
@@ -84,23 +84,11 @@ class Tiles:
         taken = rows[jnp.minimum(self.row, len(rows) - 1)]
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
-    def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = whole) -> jax.Array:
-        """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`; `peak` as in `seen`."""
-        tile = len(rows) // len(self.expert)
-
-        def of_rows(values: jax.Array) -> jax.Array:
-            """What is the expert's, `[experts, ...]`, as what is the row's."""
-            return jnp.repeat(values[jnp.maximum(self.expert, 0)], tile, axis=0)
-
-        def columns(outlier: jax.Array) -> jax.Array:
-            """Whether a column has an outlier in any of an expert's rows, for each row."""
-            real = jnp.zeros(len(rows), bool).at[self.row.reshape(-1)].set(True, mode="drop")
-            of_tile = jnp.any((outlier & real[:, None]).reshape(len(self.expert), tile, -1), axis=1)
-            expert = jnp.where(self.expert < 0, stack.shape[0], self.expert)
-            return of_rows(jnp.zeros((stack.shape[0], rows.shape[1]), bool).at[expert].max(of_tile, mode="drop"))
-
-        y = grouped_matmul(seen(rows, stack, peak, of_rows, columns), stack, self.expert)
-        return y if bias is None else y + of_rows(bias.dequantize()[..., 0])
+    def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
+        """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`; `peak` as in `rounded`."""
+        real = jnp.zeros(len(rows), bool).at[self.row.reshape(-1)].set(True, mode="drop")
+        y = grouped_matmul(rounded_tiles(rows, stack, self.expert, peak, real), stack, self.expert)
+        return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
 
 
 def grouped_mlp(
@@ -110,7 +98,7 @@ def grouped_mlp(
     stack: Gated,
     tile: int,
     activation: Activation,
-    peak: Peak = whole,
+    peak: Peak = unchanged,
 ) -> jax.Array:
     """`sum_k scores[n, k] * down_e(activation(gate_e(x[n]), up_e(x[n])))` with `e = chosen[n, k]`.
 
@@ -121,7 +109,7 @@ def grouped_mlp(
         stack: gate and up `[experts, intermediate, in]`, down `[experts, in, intermediate]`.
         tile: rows that are multiplied at once.
         activation: of the gate's and the up projection's outputs.
-        peak: for `seen`, of rows of the intermediate dimension.
+        peak: for `rounded`, of rows of the intermediate dimension.
 
     Returns:
         float32 `[tokens, in]`.

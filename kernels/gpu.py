@@ -5,6 +5,9 @@ small as 8, its M is at least 64, so few rows of x cost little; and on Hopper on
 registers, where the codes are decoded. (The other way around, each decoded tile would go through shared memory.)
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -89,6 +92,54 @@ def refuses(x: jax.Array | None) -> str | None:
     return None
 
 
+class Launch(NamedTuple):
+    """A call of a kernel. The kernel's parameters are `args`, then pointers to the results, then constants.
+
+    Shapes are constants: XLA compiles for one shape anyway, and only of constants Triton sees what divides them.
+
+    Attributes:
+        args: arrays, or what they will be; None for one that the kernel does without.
+        out_type: ShapeDtypeStructs of the results, in a pytree of any kind.
+    """
+
+    kernel: triton.JITFunction
+    args: tuple[jax.Array | None, ...]
+    out_type: Any
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+
+
+def run(launch: Launch) -> Any:
+    """The results of a launch."""
+    results = jax_triton.triton_call(
+        *launch.args,
+        kernel=launch.kernel,
+        out_type=launch.out_type,
+        grid=launch.grid,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **launch.constants,
+    )
+    # Inside `shard_map`, results differ between devices where arguments do; jax_triton says that they do not.
+    axes = tuple(frozenset().union(*(jax.typeof(a).mat.varying for a in launch.args if a is not None)))
+    return jax.tree.map(lambda result: lax.pcast(result, axes, to="varying"), results) if axes else results
+
+
+_runner: ContextVar[Callable[[Launch], Any]] = ContextVar("runner", default=run)
+
+
+@contextmanager
+def run_by(runner: Callable[[Launch], Any]) -> Iterator[None]:
+    """What is traced inside gives its launches to `runner`, which returns results, instead of running them on a GPU."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
+
+
 def launch(
     kernel: triton.JITFunction,
     *args: jax.Array | None,
@@ -98,19 +149,5 @@ def launch(
     stages: int = 3,
     **constants: Any,
 ) -> Any:
-    """Run a kernel. Its parameters: `args`, then pointers to the results, then constants.
-
-    Shapes are constants: XLA compiles for one shape anyway, and only of constants Triton sees what divides them.
-    """
-    results = jax_triton.triton_call(
-        *args,
-        kernel=kernel,
-        out_type=out_type,
-        grid=grid,
-        num_warps=warps,
-        num_stages=stages,
-        **constants,
-    )
-    # Inside `shard_map`, results differ between devices where arguments do; jax_triton says that they do not.
-    axes = tuple(frozenset().union(*(jax.typeof(a).mat.varying for a in args if a is not None)))
-    return jax.tree.map(lambda result: lax.pcast(result, axes, to="varying"), results) if axes else results
+    """Run a kernel, see `Launch`."""
+    return _runner.get()(Launch(kernel, args, out_type, grid, warps, stages, constants))

@@ -1,79 +1,62 @@
 """What Triton makes of a kernel, without a GPU: `compile_report`."""
 
-import contextlib
 import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from jaxllm.kernels import gpu
 from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape, abstract_weight
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "uint8": "u8", "int32": "i32"}
 TYPE_NAMES |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
 
 
-class Launch(NamedTuple):
-    """A call of `gpu.launch` with types in place of arrays."""
-
-    kernel: triton.JITFunction
-    types: dict[str, str]
-    constants: dict[str, Any]
-    grid: tuple[int, ...]
-    options: dict[str, int]
-
-    def compile(self, arch: int) -> triton.compiler.CompiledKernel:
-        """For compute capability `arch`, 90 for example, down to machine code. Needs no GPU."""
-        parameters = [p.name for p in self.kernel.params]
-        signature = {name: self.types.get(name, "constexpr") for name in parameters}
-        # XLA's buffers are aligned, and jax_triton says so to Triton.
-        attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(parameters) if name in self.types}
-        source = ASTSource(self.kernel, signature=signature, constexprs=self.constants, attrs=attributes)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
-
-
-def launches(f: Callable, *args: Any) -> list[Launch]:
+def launches(f: Callable, *args: Any) -> list[gpu.Launch]:
     """What `f` would launch, from ShapeDtypeStructs."""
-    with _recorded() as recorded:
+    recorded = []
+
+    def record(launch: gpu.Launch) -> Any:
+        recorded.append(launch)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), launch.out_type)
+
+    with gpu.run_by(record):
         jax.eval_shape(lambda *args: f(*args), *args)  # a function of its own: the trace of `f` may be in a cache
     return recorded
 
 
-@contextlib.contextmanager
-def _recorded() -> Iterator[list[Launch]]:
-    recorded, run = [], gpu.launch
-
-    def record(kernel, *args, out_type, grid, warps=4, stages=3, **constants):  # noqa: ANN001, ANN202
-        names = [p.name for p in kernel.params if not p.is_constexpr]
-        arrays = dict(zip(names, [*args, *jax.tree.leaves(out_type)], strict=True))
-        types = {name: "*" + TYPE_NAMES[str(a.dtype)] for name, a in arrays.items() if a is not None}
-        constants |= {name: None for name, a in arrays.items() if a is None}
-        recorded.append(Launch(kernel, types, constants, grid, {"num_warps": warps, "num_stages": stages}))
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out_type)
-
-    gpu.launch = record
-    try:
-        yield recorded
-    finally:
-        gpu.launch = run
+def compiled(launch: gpu.Launch, arch: int) -> triton.compiler.CompiledKernel:
+    """A launch's kernel for compute capability `arch`, 90 for example, down to machine code. Needs no GPU."""
+    parameters = [p.name for p in launch.kernel.params]
+    names = [p.name for p in launch.kernel.params if not p.is_constexpr]
+    arrays = dict(zip(names, [*launch.args, *jax.tree.leaves(launch.out_type)], strict=True))
+    types = {name: "*" + TYPE_NAMES[str(a.dtype)] for name, a in arrays.items() if a is not None}
+    constants = launch.constants | {name: None for name, a in arrays.items() if a is None}
+    # XLA's buffers are aligned, and jax_triton says so to Triton.
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(parameters) if name in types}
+    signature = {name: types.get(name, "constexpr") for name in parameters}
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def arguments(op: str, shape: Shape, dtype: jax.typing.DTypeLike = jnp.bfloat16, group: int | None = None) -> tuple:
     """ShapeDtypeStructs for an op of `shapes.named()`: x and a weight, for grouped ones as many tiles as there may be.
 
     Args:
-        group: `Scaled.activation_group`.
+        group: of activations that are rounded to FP8 (W8A8).
     """
     weight, struct = abstract_weight(op.split(".")[0], shape, group), jax.ShapeDtypeStruct
     if not shape.experts:
@@ -98,9 +81,9 @@ def compile_report(
     return {
         "tile": tuple(constants[f"BLOCK_{axis}"] for axis in "MNK"),
         "grid": matmul.grid,
-        "warps": matmul.options["num_warps"],
-        "stages": matmul.options["num_stages"],
-        **resources(matmul.compile(arch)),
+        "warps": matmul.warps,
+        "stages": matmul.stages,
+        **resources(compiled(matmul, arch)),
     }
 
 

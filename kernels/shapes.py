@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxllm.formats.base import Weight
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
-from jaxllm.formats.scaled import Scaled
+from jaxllm.formats.scaled import Activations, Scaled
 
 
 class Shape(NamedTuple):
@@ -82,4 +82,5 @@ def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weig
     if format == "mxfp4":
         return MXFP4(leaf(shape.k // 2, jnp.uint8), leaf(shape.k // BLOCK, jnp.uint8))
     scales = leaf(-(-shape.k // 128), jnp.float32, rows=-(-shape.n // 128))
-    return Scaled(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), group)
+    activations = None if group is None else Activations(group)
+    return Scaled(leaf(shape.k, jnp.float8_e4m3fn), scales, (128, 128), activations)

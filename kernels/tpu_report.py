@@ -11,9 +11,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxllm.kernels.shapes import Shape, abstract_weight
 
 from jaxllm.formats.mxfp4 import BLOCK
+from jaxllm.kernels.shapes import Shape, abstract_weight
 
 # The last two bring operands to VMEM ahead of time, as they are.
 NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}

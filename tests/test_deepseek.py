@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from deepseek_numpy import Transformer, act_quant, load, read_safetensors
-from jaxllm.kernels.block_fp8 import reference as block_fp8
 from safetensors.numpy import save_file
 
 import jaxllm
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.block_fp8 import reference as block_fp8
 from jaxllm.layers.experts import TopKRouter
 from jaxllm.models.deepseek.family import DEEPSEEK
 from jaxllm.models.deepseek.model import deepseek

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxllm.kernels import dense
-from jaxllm.kernels.experts import Gated, grouped_mlp, tile_size
 
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
+from jaxllm.kernels import dense
+from jaxllm.kernels.experts import Gated, grouped_mlp, tile_size
 from jaxllm.layers.experts import TopKRouter
 from jaxllm.layers.mlp import swiglu
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from jaxllm.kernels import bench
 from jaxllm.kernels.shapes import Shape, named
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxllm.kernels import dense, dispatch
 from kernel_cases import block_fp8, mxfp4, numbers
 
 from jaxllm import parallel
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
+from jaxllm.kernels import dense, dispatch
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 
 X = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers
+from kernel_cases import block_fp8 as block_fp8_weight
+from kernel_cases import mxfp4 as mxfp4_weight
+
 from jaxllm.kernels import shapes, tpu
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 from jaxllm.kernels.block_fp8 import reference
 from jaxllm.kernels.mxfp4 import pallas_tpu as mxfp4
-from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers
-from kernel_cases import block_fp8 as block_fp8_weight
-from kernel_cases import mxfp4 as mxfp4_weight
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 BF16 = ml_dtypes.bfloat16

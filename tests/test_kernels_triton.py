@@ -20,10 +20,6 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from jaxllm.kernels import gpu, gpu_report  # noqa: E402
-from jaxllm.kernels.block_fp8 import reference  # noqa: E402
-from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
-from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, numbers  # noqa: E402
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
@@ -32,6 +28,10 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
 from jaxllm.formats.scaled import Scaled  # noqa: E402
+from jaxllm.kernels import gpu, gpu_report  # noqa: E402
+from jaxllm.kernels.block_fp8 import reference  # noqa: E402
+from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
 # XLA's threads, which run callbacks, flush subnormal numbers to zero, and a new thread does what its parent does.
 THREAD = ThreadPoolExecutor(1)

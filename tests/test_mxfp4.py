@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental import checkify
-from jaxllm.kernels.dispatch import matmul
-from jaxllm.kernels.experts import Gated, gather_forward, grouped_mlp, tile_size
 
 import jaxllm
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.kernels.dispatch import matmul
+from jaxllm.kernels.experts import Gated, gather_forward, grouped_mlp, tile_size
 from jaxllm.layers.mlp import ClampedSwiGLU
 
 RNG = np.random.default_rng

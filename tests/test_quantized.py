@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxllm.kernels.activations import seen
-from jaxllm.kernels.dispatch import matmul
-from jaxllm.kernels.experts import Gated
 from quantized_writers import dequantize, hqq, read_safetensors
 
 from jaxllm import parallel
@@ -22,6 +19,9 @@ from jaxllm.checkpoint.safetensors import HFDirectory, read_header
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.activations import seen
+from jaxllm.kernels.dispatch import matmul
+from jaxllm.kernels.experts import Gated
 from jaxllm.layers.parameter import Declaration
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 

@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jaxllm.kernels.experts import Gated, gather_forward
 from quantized_writers import CONFIGS, FORMATS, WRITERS
 
 from jaxllm import parallel
@@ -27,6 +26,7 @@ from jaxllm.checkpoint.quantized import join
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.experts import Gated, gather_forward
 from jaxllm.layers.experts import Experts
 from jaxllm.layers.mlp import swiglu
 from jaxllm.layers.parameter import Declaration, parameters

@@ -4,18 +4,17 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from threading import Lock
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.checkpoint.placing import Source, place
+from jaxllm.checkpoint.placing import Source, place, place_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.ggml import GGML
-from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.kernels import dispatch
 from jaxllm.layers.parameter import Declaration, parameters
 
 READERS = 4  # threads: parameters that are read at the same time
@@ -46,6 +45,7 @@ def fill(
     mesh: Mesh,
     encode: Encode,
     convert: Convert,
+    dtype: jax.typing.DTypeLike,
     track: Callable[[Iterable, int], Iterable],
 ) -> list[Placed]:
     """Replace every Declaration in `model` by its weight, placed on the mesh.
@@ -53,7 +53,9 @@ def fill(
     Args:
         sources: from `match`.
         encode: applied to each matrix, with the parameter's name, before it is placed.
-        convert: applied to each placed matrix, with the sharding of the whole matrix.
+        convert: applied to each placed matrix, with the sharding of the whole matrix. The kernel that will multiply by
+            the result may want it stored otherwise, which is done then.
+        dtype: of the activations.
         track: wraps the results, of which there will be so many, to show progress.
     """
 
@@ -70,7 +72,8 @@ def fill(
             weight = weight.dequantize()
         elif not kept:
             with starting:
-                weight = convert(weight, NamedSharding(mesh, declaration.spec))
+                sharding = NamedSharding(mesh, declaration.spec)
+                weight = _repacked(convert(weight, sharding), sharding, dtype)
         return Placed(name, declaration, _shapes(source), _shapes(encoded), weight)
 
     declared = parameters(model)
@@ -93,18 +96,20 @@ def keep(name: str, weight: Weight) -> Weight:
 
 
 def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
-    """The `convert` of `fill` that holds matrices as they were placed, but for the order of bits that kernels want."""
-    if not isinstance(weight, GGML) or weight.type != "MXFP4":
+    """The `convert` of `fill` that holds matrices as they were placed."""
+    return weight
+
+
+def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:
+    """The weight as the kernel that will multiply by it wants it stored."""
+    platform = sharding.mesh.devices.flat[0].platform
+    repack = dispatch.choose_for(weight, dtype, platform).kernel.layout.repack
+    if repack is None:
         return weight
-    return _ordered(weight, sharding)
-
-
-@partial(jax.jit, static_argnums=1)
-def _ordered(weight: GGML, sharding: NamedSharding) -> MXFP4:
-    ordered = MXFP4.from_ggml(weight)
-    specs = ordered.shard_specs(sharding.spec, sharding.mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
-    return jax.lax.with_sharding_constraint(ordered, shardings)
+    made = jax.eval_shape(repack, weight)
+    specs = made.shard_specs(sharding.spec, sharding.mesh)
+    places = {name: place_of(made, name, NamedSharding(sharding.mesh, specs.leaf(name))) for name in made.axes}
+    return jax.jit(repack, out_shardings=made.with_leaves(places))(weight)
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import layout as layouts
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, block_index, finest, shards
+from jaxllm.kernels.registry import row_major
 from jaxllm.layers.parameter import Declaration
 
 
@@ -192,30 +193,32 @@ def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
 
     index, shapes = {}, {}
     for name, axes in first.axes.items():
-        leaf = getattr(first, name)
+        leaf = first.leaf(name)
         batch = [declaration.stack] * (leaf.ndim - len(axes) + source.stacked)
         index[name] = batch + block_index(axes, rows, declaration.cols)
         shape = (len(source.parts), *leaf.shape) if source.stacked else leaf.shape
         shape = tuple(n if i is None else len(i) for n, i in zip(shape, index[name], strict=True))
         shapes[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    specs = dataclasses.replace(first, **shapes).shard_specs(spec, mesh, source.name)
+    arranged = first.with_leaves(shapes)
+    specs = arranged.shard_specs(spec, mesh, source.name)
     placed = {
-        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=_place_of(mesh, getattr(specs, name), len(s.shape)))
+        name: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=place_of(arranged, name, NamedSharding(mesh, specs.leaf(name)))
+        )
         for name, s in shapes.items()
     }
-    return Layout(source, index, dataclasses.replace(first, **placed))
+    return Layout(source, index, arranged.with_leaves(placed))
 
 
 def _kind(weight: Weight) -> tuple:
     return jax.tree.structure(weight), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weight))
 
 
-def _place_of(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding | layouts.Format:
-    """Where a leaf lies. TPUs would transpose an array where that saves padding, and transpose it back before every
-    kernel that reads it; so there the order of axes is said as well."""
-    sharding = NamedSharding(mesh, spec)
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return layouts.Format(layouts.Layout(tuple(range(ndim))), sharding) if on_tpu else sharding
+def place_of(weight: Weight, name: str, sharding: NamedSharding) -> NamedSharding | layouts.Format:
+    """Where a leaf lies, and, if kernels for such a weight want that, in which order of its axes."""
+    if not row_major(weight, sharding.mesh.devices.flat[0].platform):
+        return sharding
+    return layouts.Format(layouts.Layout(tuple(range(len(weight.leaf(name).shape)))), sharding)
 
 
 def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
@@ -223,13 +226,13 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
     plan = layout(source, declaration, mesh)
 
     def read(name: str) -> jax.Array:
-        leaf, parts = getattr(plan.weight, name), [getattr(part, name) for part in plan.source.parts]
+        leaf, parts = plan.weight.leaf(name), [part.leaf(name) for part in plan.source.parts]
         # A computed array is computed once, for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name])
         return jax.make_array_from_callback(leaf.shape, leaf.format, part)
 
-    return dataclasses.replace(plan.weight, **{name: read(name) for name in plan.weight.axes})
+    return plan.weight.with_leaves({name: read(name) for name in plan.weight.axes})
 
 
 def _read(

@@ -9,7 +9,8 @@ from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.scaled import Scaled
+from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.kernels.activations import not_rounding
 
 
 def assemble(folder: HFDirectory) -> dict[str, Weight]:
@@ -89,21 +90,28 @@ def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
 
 
 def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weight]:
-    """The same tensors, those of `kind` to be multiplied with activations of that kind.
+    """The same tensors, those of `kind` to be multiplied with activations rounded to that.
 
     Blockwise FP8 gets a scale for as many activations as a block is wide, others one for a row, or the one that the
     checkpoint gives.
 
     Args:
-        kind: "fp8" or "int8".
+        kind: "fp8", "int8", or "dequant", with which nothing is rounded, whatever the checkpoint says.
 
     Raises:
         InputError: there are no such tensors.
     """
-    dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
-    fits = {name for name, w in tensors.items() if isinstance(w, Scaled) and w.values.dtype.name == dtype}
-    if kind == "int8":  # in blocks, there is nothing to say how activations should be
-        fits = {name for name in fits if tensors[name].block[1] is None}
-    if not fits:
+    dtype = {"dequant": None, "fp8": "float8_e4m3fn", "int8": "int8"}[kind]
+
+    def fits(w: Weight) -> bool:
+        # In INT8 blocks, there is nothing to say how activations should be.
+        return isinstance(w, Scaled) and w.values.dtype.name == dtype and (kind == "fp8" or w.block[1] is None)
+
+    def rounding(w: Weight) -> Weight:
+        if not fits(w):
+            return not_rounding(w)
+        return replace(w, activations=replace(w.activations or Activations(), group=w.block[1]))
+
+    if dtype and not any(map(fits, tensors.values())):
         raise InputError(f"matmul '{kind}' needs a checkpoint with {kind.upper()} weights")
-    return {name: replace(w, activation_group=w.block[1] or -1) if name in fits else w for name, w in tensors.items()}
+    return {name: rounding(w) for name, w in tensors.items()}

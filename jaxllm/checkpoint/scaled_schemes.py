@@ -12,7 +12,7 @@ from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, mapped
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.formats.scaled import Scaled
+from jaxllm.formats.scaled import Activations, Scaled
 
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 SCALES = FLOATS | {"float8_e8m0fnu"}
@@ -27,7 +27,7 @@ def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_in
         if len(scales.shape) == 4 and not lead:  # ModelOpt's [rows, 1, columns, 1]
             scales = scales.reshape(scales.shape[0], scales.shape[2])
         expect("the grid of scales", scales, *lead, *grid)
-        return Scaled(values, scales, block, None)
+        return Scaled(values, scales, block)
 
     parts = {"scales": Part(scales, SCALES, most=4), "values": Part(values, FP8)}
     return Scheme("blockwise FP8", parts, build, result=values)
@@ -66,7 +66,7 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
             raise InputError(f"scales of shape {[*scales.shape]} for a matrix of {[*values.shape]}")
         if zero_point is None:
             one = None if input_scale is None else input_scale.reshape(*lead, 1)
-            return Scaled(values, scales, block, None, input_scale=one)
+            return Scaled(values, scales, block, Activations(scale=one))
         rows = scales if block[0] else derived((out, 1), scales.dtype, lambda: np.repeat(np.asarray(scales), out, 0))
         zeros = derived(
             (out, 1),
@@ -88,7 +88,7 @@ def _mxfp8(scales: HostArray, values: HostArray) -> Scaled:
     if values.shape[-1] % 32:
         raise InputError(f"rows of {values.shape[-1]} are not whole blocks of 32")
     expect("scales", scales, *values.shape[:-1], values.shape[-1] // 32)
-    return Scaled(values, scales.view(ml_dtypes.float8_e8m0fnu), (1, 32), None)
+    return Scaled(values, scales.view(ml_dtypes.float8_e8m0fnu), (1, 32))
 
 
 _ONE_BYTE = frozenset({"uint8", "float8_e8m0fnu"})
@@ -102,7 +102,7 @@ def llm_int8(threshold: float) -> Scheme:
     """bitsandbytes in 8 bits: a scale for each row, 127 times too large.
 
     Args:
-        threshold: see `Scaled`.
+        threshold: see `Activations`.
     """
 
     def build(scales: HostArray, values: HostArray, weight_format: HostArray | None = None) -> Scaled:
@@ -110,7 +110,7 @@ def llm_int8(threshold: float) -> Scheme:
             raise InputError("weight_format is not 0: only rows as they are can be read, not tiles for one kind of GPU")
         out = values.shape[0]
         expect("SCB", scales, out)
-        return Scaled(values, scales.reshape(out, 1), (1, None), None, factor=1 / 127, threshold=threshold)
+        return Scaled(values, scales.reshape(out, 1), (1, None), Activations(threshold=threshold), factor=1 / 127)
 
     parts = {"scales": Part(".SCB", frozenset({"float32"}), 1, 1), "values": Part(".weight", frozenset({"int8"}), 2, 2)}
     return Scheme("LLM.int8", parts, build, {"weight_format": Part(".weight_format", ANY, 0, 1)})
@@ -128,7 +128,7 @@ def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
     values = derived(
         (out, in_), np.int8, lambda: mapped(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
     )
-    return Scaled(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)), None)
+    return Scaled(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)))
 
 
 _F8Q8_PARTS = {"blocks": Part(".blocks", frozenset({"uint8"}), 2, 2), "shape": Part(".shape", INTEGERS, 1, 1)}

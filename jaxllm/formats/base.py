@@ -12,6 +12,8 @@ An invariant of every format: leaves of all-zero bytes stand for a matrix of zer
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import NamedTuple, Self
 
 import jax
@@ -51,17 +53,33 @@ class Weight(ABC):
     @property
     @abstractmethod
     def axes(self) -> dict[str, Axes]:
-        """For each leaf, what its trailing axes run along; axes before those are the batch."""
+        """For each leaf, what its trailing axes run along; axes before those are the batch.
+
+        A leaf of a field's own fields is named with a dot, as for `leaf`.
+        """
 
     @abstractmethod
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The matrix `[*batch, out, in]`: decoded exactly in float32, then rounded once to `dtype`."""
 
+    def leaf(self, name: str) -> jax.Array:
+        """The leaf of that name in `axes`."""
+        return attrgetter(name)(self)
+
+    def with_leaves(self, leaves: Mapping[str, object]) -> Self:
+        """The same weight with other leaves, by their names in `axes`."""
+        fields: dict[str, object] = {}
+        for name, leaf in leaves.items():
+            field, _, inner = name.partition(".")
+            held = fields.get(field, getattr(self, field))
+            fields[field] = dataclasses.replace(held, **{inner: leaf}) if inner else leaf
+        return dataclasses.replace(self, **fields)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape `(*batch, out, in)`."""
         name, axes = next(iter(self.axes.items()))
-        leaf = getattr(self, name).shape
+        leaf = self.leaf(name).shape
         sizes = dict.fromkeys(("out", "in"))
         for size, cut in zip(leaf[len(leaf) - len(axes) :], axes, strict=True):
             if cut:
@@ -99,7 +117,7 @@ class Weight(ABC):
         along = dict(zip(("out", "in"), entries[-2:], strict=False))  # a vector has no "in"
         specs = {}
         for leaf_name, axes in self.axes.items():
-            shape = getattr(self, leaf_name).shape
+            shape = self.leaf(leaf_name).shape
             batch = len(shape) - len(axes)
             leaf_spec = [*entries[:batch], *(along[cut.dim] if cut else None for cut in axes)]
             for i, (size, entry) in enumerate(zip(shape, leaf_spec, strict=True)):
@@ -111,7 +129,7 @@ class Weight(ABC):
                         f"not divide over {shards(entry, mesh)} devices; {entry} = {_short(works)} works, or pad_to()"
                     )
             specs[leaf_name] = PartitionSpec(*leaf_spec)
-        return dataclasses.replace(self, **specs)
+        return self.with_leaves(specs)
 
     def like(self, w: jax.Array) -> Self:
         """Floats of this weight's shape, encoded as it is.
@@ -141,18 +159,18 @@ class Weight(ABC):
         """
         leaves = {}
         for name, axes in self.axes.items():
-            leaf = getattr(self, name)
+            leaf = self.leaf(name)
             for i, index in enumerate(block_index(axes, rows, cols)):
                 if index is not None:
                     leaf = _take(leaf, index, leaf.ndim - len(axes) + i)
             leaves[name] = leaf
-        return dataclasses.replace(self, **leaves)
+        return self.with_leaves(leaves)
 
     def take(self, ids: jax.Array) -> Self:
         """Rows `ids` of an unbatched matrix, as a weight of shape `[*ids.shape, in]`: an embedding lookup."""
         cut = {name for name, axes in self.axes.items() if any(c and c.dim == "out" for c in axes)}
         assert all(self.axes[name][0] == Cut("out") for name in cut), f"{self.format} cannot look up single rows"
-        return dataclasses.replace(self, **{name: getattr(self, name)[ids] for name in cut})
+        return self.with_leaves({name: self.leaf(name)[ids] for name in cut})
 
 
 def repeated(leaf: jax.Array, times: int, axis: int, size: int) -> jax.Array | jax.ShapeDtypeStruct:

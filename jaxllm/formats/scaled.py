@@ -7,11 +7,45 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
 
 E4M3_MAX = 448.0
 NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
+
+
+def scale_for(peak: jax.Array, limit: float, power_of_two: bool = False) -> jax.Array:
+    """The scale that brings magnitudes up to `peak`, float32, to those up to `limit`: their quotient, rounded once.
+
+    It is 1 where the peak is 0. With `power_of_two` it is rounded up to one ("ue8m0").
+    """
+    zero = peak == 0
+    # Chosen for each element, the divisor is no constant: XLA multiplies by the reciprocal of one, which half of the
+    # time is another float.
+    scale = jnp.where(zero, jnp.float32(1), peak) / jnp.where(zero, jnp.float32(1), jnp.float32(limit))
+    if not power_of_two:
+        return scale
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Activations:
+    """How the other operand of a matmul is rounded, to the dtype of the weight's values (W8A8).
+
+    Attributes:
+        group: how many neighbours in a row share a scale; None: the whole row.
+        power_of_two: whether scales are rounded up to powers of two, which configs call "ue8m0".
+        threshold: columns with a larger magnitude are not rounded (LLM.int8); 0: there are none. For whole rows.
+        scale: float32 `[*batch, 1]`, the one scale that the checkpoint gives for all rows; None: each row has its own.
+    """
+
+    group: int | None = static_field(None)
+    power_of_two: bool = static_field(False)
+    threshold: float = static_field(0.0)
+    scale: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -24,19 +58,14 @@ class Scaled(Weight):
         scales: float32, bfloat16, float16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
             Some checkpoints call them `weight_scale_inv`, yet they are multiplied by.
         block: rows and columns that share a scale; None is all of them.
-        activation_group: how many neighbours of the other operand of a matmul are rounded to the values' dtype with one
-            scale (W8A8); -1: all of a row; None: they are not, and this matrix is only decoded.
-        input_scale: float32 `[*batch, 1]`, the scale of all activations if the checkpoint gives it, used for -1.
-        threshold: columns of activations with a larger magnitude stay as they are (LLM.int8); 0: there are none.
+        activations: how the other operand of a matmul is rounded; None: it is not, and this matrix is only dequantized.
     """
 
     values: jax.Array
     scales: jax.Array
     block: tuple[int | None, int | None] = static_field()
-    activation_group: int | None = static_field()
+    activations: Activations | None = None
     factor: float = static_field(1.0)
-    input_scale: jax.Array | None = None
-    threshold: float = static_field(0.0)
 
     @property
     def format(self) -> str:
@@ -50,7 +79,8 @@ class Scaled(Weight):
     def axes(self) -> dict[str, Axes]:
         out, in_ = (size and Cut(dim, size) for dim, size in zip(("out", "in"), self.block, strict=True))
         axes = {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
-        return axes if self.input_scale is None else axes | {"input_scale": (None,)}
+        given = self.activations is not None and self.activations.scale is not None
+        return axes | {"activations.scale": (None,)} if given else axes
 
     def granularity(self, dim: str) -> int:
         return 1
@@ -95,10 +125,10 @@ class Scaled(Weight):
         pad = [(0, 0)] * len(batch) + [(0, rows * high - out), (0, cols * wide - in_)]
         grid = jnp.pad(jnp.abs(w), pad).reshape(*batch, rows, high, cols, wide)
         peak = jnp.max(grid, axis=(-3, -1))
-        scales = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
+        scales = scale_for(peak, E4M3_MAX)
         spread = jnp.repeat(jnp.repeat(scales, high, -2)[..., :out, :], wide, -1)[..., :in_]
         values = jnp.clip(w / spread, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-        return cls(values, scales, block, None)
+        return cls(values, scales, block)
 
     def like(self, w: jax.Array) -> Self:
         if self.values.dtype != jnp.float8_e4m3fn or self.scales.dtype == jnp.float8_e8m0fnu:

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxllm.formats.base import Weight
+from jaxllm.kernels.dispatch import dequantize
 from jaxllm.layers.attention import dot_product_attention
 from jaxllm.layers.cache import CacheShape, LayerCache, write
 from jaxllm.layers.context import Context
@@ -129,9 +130,9 @@ class LatentAttention(nnx.Module):
 
     def _up(self, kv_b: list[Weight], dtype: jax.typing.DTypeLike) -> Up:
         if self.split_kv_b:
-            k_b, v_b = (w.dequantize(dtype) for w in kv_b)
+            k_b, v_b = (dequantize(w, dtype) for w in kv_b)
             return k_b.swapaxes(1, 2), v_b
-        both = kv_b[0].dequantize(dtype).reshape(-1, self.sizes.nope + self.sizes.value, self.sizes.rank)
+        both = dequantize(kv_b[0], dtype).reshape(-1, self.sizes.nope + self.sizes.value, self.sizes.rank)
         return both[:, : self.sizes.nope], both[:, self.sizes.nope :]
 
     def _per_head(self, given: _Operands, window: int) -> Attended:

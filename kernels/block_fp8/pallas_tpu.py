@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxllm.kernels import tpu
-from jaxllm.kernels.block_fp8.reference import next_power_of_two
 
-from jaxllm.formats.scaled import E4M3_MAX, Scaled
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
+from jaxllm.kernels import tpu
+from jaxllm.kernels.activations import Quantized, group_of
 
 GROUP = 32  # rows that are decoded together: as many as a register of bytes has
 QUANTIZED = 1 << 21  # values of x that are rounded in one step
@@ -25,18 +25,23 @@ LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
 
 def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
     """Why `op` cannot be done here, in words for the user; None: it can."""
+    if op == "act_quant":
+        return None
     if weight.values.dtype != jnp.float8_e4m3fn or weight.factor != 1:
         return f"codes of {weight.values.dtype.name}, the kernel takes float8_e4m3fn"
     if None in weight.block:
         return "one scale for a whole row or column, the kernel takes blocks"
     rows, columns = weight.block
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
+    if not isinstance(x, Quantized) and x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"activations of {x.dtype.name}, the kernel takes float32 and bfloat16"
     if rows < 8 or rows > LARGEST_UNIT or (rows % tpu.LANES and tpu.LANES % rows):
         return f"blocks of {rows} rows, the kernel takes 8, 16, 32, 64 and multiples of 128 up to {LARGEST_UNIT}"
     if columns % tpu.LANES and tpu.LANES % columns:
         return f"blocks of {columns} columns, the kernel takes multiples and divisors of {tpu.LANES}"
-    group = weight.activation_group
+    if op == "weight_dequant":
+        fits = tile_sizes(1, weight, jnp.float32)
+        return None if fits else f"rows of {weight.shape[-1]} columns do not fit into the chip's vector memory"
+    group = group_of(weight)
     if group and group % columns and columns % group:
         return f"activations in groups of {group} with blocks of {columns} columns, one has to divide the other"
     if tile_sizes(min(x.size // x.shape[-1], tpu.LANES), weight, x.dtype) is None:
@@ -44,19 +49,21 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
     return None
 
 
-def matmul(x: jax.Array, weight: Scaled, *, interpret: tpu.Interpret = False) -> jax.Array:
+def matmul(x: jax.Array | Quantized, weight: Scaled, *, interpret: tpu.Interpret = False) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
-    rows = x.reshape(-1, x.shape[-1])
-    tile = tile_sizes(len(rows), weight, x.dtype).tile
-    tiles = tpu.tiles_of(rows, tile)
+    rows = math.prod(x.shape[:-1])
+    tile = tile_sizes(rows, weight, x.dtype).tile
+    tiles = jax.tree.map(lambda leaf: tpu.tiles_of(leaf.reshape(-1, leaf.shape[-1]), tile), x)
     stack = jax.tree.map(lambda leaf: leaf[None], weight)
-    y = _multiply(tiles, stack, jnp.zeros(len(tiles), jnp.int32), "block_fp8_matmul", interpret)
-    return y.reshape(-1, y.shape[-1])[: len(rows)].reshape(*x.shape[:-1], y.shape[-1])
+    y = _multiply(tiles, stack, jnp.zeros(tiles.shape[0], jnp.int32), "block_fp8_matmul", interpret)
+    return y.reshape(-1, y.shape[-1])[:rows].reshape(*x.shape[:-1], y.shape[-1])
 
 
-def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array, *, interpret: tpu.Interpret = False) -> jax.Array:
+def grouped_matmul(
+    x: jax.Array | Quantized, stack: Scaled, expert: jax.Array, *, interpret: tpu.Interpret = False
+) -> jax.Array:
     """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
-    tiles = x.reshape(len(expert), -1, x.shape[-1])
+    tiles = jax.tree.map(lambda leaf: leaf.reshape(len(expert), -1, leaf.shape[-1]), x)
     y = _multiply(tiles, stack, expert, "block_fp8_grouped_matmul", interpret)
     return y.reshape(-1, y.shape[-1])
 
@@ -64,21 +71,26 @@ def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array, *, interpret:
 def tile_sizes(m: int, weight: Scaled, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
     """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
     *_, n, k = weight.shape
-    itemsize = 2 if weight.activation_group else jnp.dtype(dtype).itemsize
+    itemsize = 2 if group_of(weight) else jnp.dtype(dtype).itemsize
     return tpu.sizes(m, n, k, row_bytes=k, itemsize=itemsize, unit=math.lcm(weight.block[0], tpu.LANES))
 
 
-def _multiply(tiles: jax.Array, stack: Scaled, expert: jax.Array, name: str, interpret: tpu.Interpret) -> jax.Array:
+def _multiply(
+    tiles: jax.Array | Quantized, stack: Scaled, expert: jax.Array, name: str, interpret: tpu.Interpret
+) -> jax.Array:
     """`tiles[tiles, tile, in]` times their experts: `[tiles, tile, out]`."""
     _, n, k = stack.shape
     block = tile_sizes(tiles.shape[1], stack, tiles.dtype).block
     scales = _scales_of_blocks(stack, block)
-    group = stack.activation_group
+    group = group_of(stack)
     if group is None:
         scratch = (jax.ShapeDtypeStruct((block, k), tiles.dtype),)
         decode, product, operands = _scaled(stack.block), _plain_product, (tiles,)
     else:
-        operands, scales = act_quant(tiles, group, interpret=interpret), scales.swapaxes(-1, -2)
+        if not isinstance(tiles, Quantized):
+            power_of_two = stack.activations.power_of_two
+            tiles = Quantized(*act_quant(tiles, group, power_of_two, interpret=interpret), group)
+        operands, scales = (tiles.codes, tiles.scales), scales.swapaxes(-1, -2)
         native = not interpret and _multiplies_e4m3()
         scratch = () if native else (jax.ShapeDtypeStruct((block, k), jnp.bfloat16),)
         decode, product = _nothing if native else _widened, _scaled_product(stack.block, group)
@@ -169,8 +181,7 @@ def act_quant(
             columns = slice(i * group, min((i + 1) * group, k))
             wide = x[:, columns].astype(jnp.float32)
             peak = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-            scale = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
-            scale = next_power_of_two(scale) if power_of_two else scale
+            scale = scale_for(peak, E4M3_MAX, power_of_two)
             values[:, columns] = jnp.clip(wide / scale, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
             scales[:, i : i + 1] = scale
 

@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxllm.kernels import dense
 
-from jaxllm.formats.scaled import E4M3_MAX, Scaled
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
+from jaxllm.kernels import dense
+from jaxllm.kernels.activations import Quantized, group_of
+from jaxllm.kernels.dense import weight_dequant
+
+__all__ = ["act_quant", "grouped_matmul", "matmul", "weight_dequant"]
 
 
 def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -25,44 +28,29 @@ def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tup
     pad = [(0, 0)] * (x.ndim - 1) + [(0, groups * group - size)]
     wide = jnp.pad(x.astype(jnp.float32), pad).reshape(*x.shape[:-1], groups, group)
     peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scales = jnp.where(peak == 0, jnp.float32(1), peak / jnp.float32(E4M3_MAX))
-    if power_of_two:
-        scales = next_power_of_two(scales)
+    scales = scale_for(peak, E4M3_MAX, power_of_two)
     values = jnp.clip(wide / scales, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return values.reshape(*x.shape[:-1], -1)[..., :size], scales[..., 0]
 
 
-def next_power_of_two(scales: jax.Array) -> jax.Array:
-    """Positive normal float32s, those between two powers of two brought to the upper one."""
-    bits = lax.bitcast_convert_type(scales, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
-
-
-def act_dequant(values: jax.Array, scales: jax.Array, group: int) -> jax.Array:
-    """The float32 values that `act_quant` stands for."""
-    return values.astype(jnp.float32) * jnp.repeat(scales, group, axis=-1)[..., : values.shape[-1]]
-
-
-def weight_dequant(weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
-    """The matrix `[*batch, out, in]`: decoded in float32, then rounded once. Blocks of any size, ragged at edges."""
-    return weight.dequantize(dtype)
-
-
-def matmul(x: jax.Array, weight: Scaled) -> jax.Array:
+def matmul(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`.
 
-    With `weight.activation_group` (W8A8), x is rounded to FP8 first, and both are multiplied as the floats they stand
-    for: that is what the sums of products of codes, scaled block by block, come to.
+    If the weight asks for groups of x to be rounded (W8A8), they are first. Both are multiplied as the floats they
+    stand for: that is what the sums of products of codes, scaled block by block, come to.
     """
     return dense.matmul(_rounded(x, weight), weight)
 
 
-def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array | Quantized, stack: Scaled, expert: jax.Array) -> jax.Array:
     """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
     return dense.grouped_matmul(_rounded(x, stack), stack, expert)
 
 
-def _rounded(x: jax.Array, weight: Scaled) -> jax.Array:
+def _rounded(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
     """`x[..., in]` as a W8A8 matmul sees it: through FP8 and back to float32."""
-    group = weight.activation_group
-    return x if group is None else act_dequant(*act_quant(x, group), group)
+    if not isinstance(x, Quantized):
+        if (group := group_of(weight)) is None:
+            return x
+        x = Quantized(*act_quant(x, group, weight.activations.power_of_two), group)
+    return x.dequantize()

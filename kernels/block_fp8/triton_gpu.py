@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jax import lax
-from jaxllm.kernels import gpu
-from jaxllm.kernels.gpu import Tile
 
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels import gpu
+from jaxllm.kernels.activations import Quantized, group_of
+from jaxllm.kernels.gpu import Tile
 
 # Steps, each one waits for the matrix instruction: so two or more programs should fit on a multiprocessor, whose
 # 227 KB of shared memory hold `stages` times `n * k` codes and `m * k` numbers. Small n for few rows: that makes more
@@ -34,26 +35,27 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
         op: "matmul", "grouped_matmul", "act_quant" or "weight_dequant".
         x: `[..., in]`, an array or what it will be; ignored by "weight_dequant".
     """
-    problem = gpu.refuses(None if op == "weight_dequant" else x)
+    problem = gpu.refuses(None if op == "weight_dequant" or isinstance(x, Quantized) else x)
     if problem or op in ("act_quant", "weight_dequant"):
         return problem
-    quantized = weight.activation_group is not None
+    group = group_of(weight)
+    quantized = group is not None
     if quantized and weight.values.dtype != jnp.float8_e4m3fn:
         return f"weights are {weight.values.dtype}, and activations are rounded to float8_e4m3fn: both must be that"
     if _step(weight) < SMALLEST_K[quantized]:
         sizes = [f"blocks of {weight.block[1]} columns"]
-        sizes += [f"activations in groups of {weight.activation_group}"] if quantized else []
+        sizes += [f"activations in groups of {group}"] if quantized else []
         return f"{' and '.join(sizes)}: the GPU kernels want multiples of {SMALLEST_K[quantized]}"
     return None
 
 
-def matmul(x: jax.Array, weight: Scaled) -> jax.Array:
-    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`; W8A8 with `weight.activation_group`."""
-    rows = x.reshape(-1, x.shape[-1])
+def matmul(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`; W8A8 if the weight asks for groups to be rounded."""
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), x)
     return _matmul(rows, weight, None).reshape(*x.shape[:-1], weight.shape[-2])
 
 
-def grouped_matmul(x: jax.Array, stack: Scaled, expert: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array | Quantized, stack: Scaled, expert: jax.Array) -> jax.Array:
     """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
     return _matmul(x, stack, expert)
 
@@ -95,20 +97,21 @@ def weight_dequant(weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16) -
     )
 
 
-def _matmul(x: jax.Array, weight: Scaled, expert: jax.Array | None) -> jax.Array:
+def _matmul(x: jax.Array | Quantized, weight: Scaled, expert: jax.Array | None) -> jax.Array:
     """`x[rows, in]` times one matrix, or tiles of rows times the matrices `expert[tiles]` of a stack."""
-    table = TILES_FLOAT32 if x.dtype == jnp.float32 and weight.activation_group is None else TILES
+    table = TILES_FLOAT32 if x.dtype == jnp.float32 and group_of(weight) is None else TILES
     tiles = 1 if expert is None else expert.shape[0]
     rows, (n, k) = x.shape[0] // tiles, weight.shape[-2:]
     tile = gpu.tile_for(rows, table)
     tile = tile._replace(k=min(tile.k, _step(weight)))
-    x_scales, group = None, weight.activation_group
-    if group is not None:
-        x, x_scales = act_quant(x, group)
+    group = group_of(weight)
+    if group is not None and not isinstance(x, Quantized):
+        x = Quantized(*act_quant(x, group, weight.activations.power_of_two), group)
+    codes, x_scales = (x, None) if group is None else (x.codes, x.scales)
     work = gpu.Work.of(rows, n, k, tile, tiles)
     y = gpu.launch(
         _matmul_kernel,
-        x,
+        codes,
         x_scales,
         weight.values,
         _scales(weight),
@@ -126,7 +129,7 @@ def _matmul(x: jax.Array, weight: Scaled, expert: jax.Array | None) -> jax.Array
 
 def _step(weight: Scaled) -> int:
     """The most columns, up to 128, that a step over k can have such that its scales are constant."""
-    return math.gcd(128, weight.block[1] or 0, weight.activation_group or 0)
+    return math.gcd(128, weight.block[1] or 0, group_of(weight) or 0)
 
 
 def _constants(weight: Scaled) -> dict[str, int | float]:
@@ -233,11 +236,10 @@ def _act_quant_kernel(
     mask = (row < ROWS)[:, None] & ((k < GROUP) & (group * GROUP + k < K))[None, :]
     wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(wide), axis=1)
-    # XLA divides by a constant like this. A scale of other rounding would break ties of bfloat16s another way.
-    scale = tl.where(peak == 0, 1.0, peak * (1 / 448))
+    # Rounded to nearest; a plain `/` is an approximation on a GPU.
+    scale = tl.where(peak == 0, 1.0, tl.div_rn(peak, tl.full([BLOCK], 448.0, tl.float32)))
     if POWER_OF_TWO:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    # Rounded to nearest; a plain `/` is an approximation on a GPU.
     ratio = tl.div_rn(wide, tl.broadcast_to(scale[:, None], (BLOCK, WIDTH)))
     ratio = tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values + at, ratio.to(tl.float8e4nv), mask=mask)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxllm.kernels import tpu
 
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+from jaxllm.kernels import tpu
 
 PAIRS = 256  # columns that are split at once into even and odd: the MXU's size, and two registers' lanes
 LARGEST_SCALE = 252  # 6 * 2^(252 - 127) is the last that bfloat16 can hold

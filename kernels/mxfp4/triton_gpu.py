@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxllm.kernels import gpu
-from jaxllm.kernels.gpu import Tile
 
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+from jaxllm.kernels import gpu
+from jaxllm.kernels.gpu import Tile
 
 # Columns, twice as many as bytes: for few rows, each row of a tile is then a whole 128-byte line of memory. See
 # `block_fp8.triton_gpu.TILES` for the rest.

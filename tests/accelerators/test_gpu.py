@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from jaxllm.kernels import shapes
 
 WHERE = "they compile for GPUs, on machines that may have none: pip install 'jaxllm[plan]'"
@@ -21,6 +22,7 @@ for module in ("triton", "jax_triton", "jax_plugins.xla_cuda13"):
 
 import jax_triton  # noqa: E402
 import triton  # noqa: E402
+
 from jaxllm.kernels import gpu_report as report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxllm.kernels import shapes, tpu_report
-from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels import shapes, tpu_report
+from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install 'jaxllm[plan]'"

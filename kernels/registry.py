@@ -1,0 +1,141 @@
+"""Which kernels there are, in order of preference.
+
+A `Kernel` does one op on one kind of weight on one platform. `dispatch` takes the first that does not refuse; the last
+ones, for every platform, refuse nothing: they are the definitions. Another package adds its own with `register`.
+
+Kernels are named before their modules are imported, because some of these need packages that most machines lack.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxllm.formats.base import Weight
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels import dense
+
+REFERENCE = "reference"
+MATMULS = "matmul", "grouped_matmul"
+TRITON = "triton", "jax_triton"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kernel wants the leaves of a weight stored on its devices. The loader asks for it.
+
+    Attributes:
+        row_major: in memory, axes follow each other in their order. (TPUs transpose narrow arrays by default, and XLA
+            would transpose them back before every call.)
+        repack: given a weight as it was read, the weight to hold: of the same logical shape, perhaps of another class,
+            which kernels of its own then serve. It is traced, with leaves sharded over the mesh.
+    """
+
+    row_major: bool = False
+    repack: Callable[[Weight], Weight] | None = None
+
+
+AS_READ = Layout()
+
+
+def serves_all(op: str, x: Any, weight: Any) -> str | None:
+    """The `refuses` of a kernel that refuses nothing."""
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to do an op.
+
+    Attributes:
+        op: "matmul", "grouped_matmul", "act_quant" or "weight_dequant", see `dense` and `block_fp8.reference`.
+        weight: the class of weights that it takes; `act_quant` takes none, and is registered for `Scaled`.
+        platform: "cpu", "tpu" or "gpu"; None: all of them.
+        backend: what it is called in `dispatch.using` and in explanations.
+        function: the op, on one device's shards.
+        differentiable: whether gradients pass through the function, to plain weights too. Otherwise they are those of x
+            alone, and the function needs none.
+        refuses: `(op, x, weight)`, which may be shapes only, to the reason why it cannot, in words for the user, or None.
+        layout: how the weight should be stored.
+        needs: optional packages that it imports.
+    """
+
+    op: str
+    weight: type[Weight]
+    platform: str | None
+    backend: str
+    function: Callable
+    refuses: Callable[[str, Any, Any], str | None] = serves_all
+    layout: Layout = AS_READ
+    needs: tuple[str, ...] = ()
+    differentiable: bool = False
+
+    def takes(self, op: str, weight: Weight | type[Weight]) -> bool:
+        kind = weight if isinstance(weight, type) else type(weight)
+        return self.op == op and issubclass(kind, self.weight)
+
+    def missing(self) -> str | None:
+        """The reason why it cannot be imported: an optional package is not installed. (A broken one raises.)"""
+        for name in self.needs:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name not in self.needs:
+                    raise
+                package = error.name.replace("_", "-")
+                return f"{package} is not installed: pip install 'jaxllm[gpu]'"
+        return None
+
+
+def _late(module: str, name: str) -> Callable:
+    """A function of one of our modules, which is imported when the function is called."""
+    return lambda *args, **options: getattr(importlib.import_module(f"jaxllm.kernels.{module}"), name)(*args, **options)
+
+
+def _kernels(module: str, weight: type[Weight], platform: str | None, *ops: str, **options: Any) -> list[Kernel]:
+    """Those of one of our modules, `format.backend`."""
+    backend = module.rpartition(".")[2]
+    refuses = _late(module, "refuses") if platform else serves_all
+    return [Kernel(op, weight, platform, backend, _late(module, op), refuses, **options) for op in ops]
+
+
+def _is_not_mxfp4(op: str, x: Any, weight: GGML) -> str | None:
+    return None if weight.type == "MXFP4" else f"only MXFP4 is repacked, not {weight.type}"
+
+
+ROW_MAJOR = Layout(row_major=True)
+REORDERED = Layout(repack=MXFP4.from_ggml)  # the codes of a block in order, for all platforms
+FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
+KERNELS: list[Kernel] = [
+    *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
+    *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, needs=TRITON),
+    *_kernels("mxfp4.pallas_tpu", MXFP4, "tpu", *MATMULS, layout=ROW_MAJOR),
+    *_kernels("mxfp4.triton_gpu", MXFP4, "gpu", *MATMULS, needs=TRITON),
+    *_kernels("block_fp8.reference", Scaled, None, *FP8_OPS),
+    *_kernels("mxfp4.reference", MXFP4, None, *MATMULS),
+    Kernel("matmul", GGML, None, REFERENCE, dense.matmul, _is_not_mxfp4, REORDERED, differentiable=True),
+    Kernel("grouped_matmul", GGML, None, REFERENCE, dense.grouped_matmul, _is_not_mxfp4, REORDERED),
+    Kernel("matmul", Weight, None, REFERENCE, dense.matmul, differentiable=True),
+    Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
+    Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
+]
+
+
+def register(*kernels: Kernel) -> None:
+    """Add kernels, preferred to those that there are already."""
+    KERNELS[:0] = kernels
+
+
+def row_major(weight: Weight, platform: str) -> bool:
+    """Whether a kernel of the platform wants the leaves of such a weight in the order of their axes."""
+    return any(k.platform == platform and isinstance(weight, k.weight) and k.layout.row_major for k in KERNELS)
+
+
+def missing(weights: list[Weight | jax.Array], platform: str) -> str | None:
+    """Why the platform's kernels for some of these weights cannot be imported, or None."""
+    wanted = (k for k in KERNELS if k.platform == platform and any(isinstance(w, k.weight) for w in weights))
+    return next(filter(None, (kernel.missing() for kernel in wanted)), None)
