@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.formats.base import Weight, static_field
-from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 
 LIMITS = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
 
@@ -105,7 +105,7 @@ def rounded(
     else:
         largest = peak(jnp.max(jnp.where(outlier, 0.0, size), axis=-1, keepdims=True))
         scale = scale_for(largest, limit, asked.power_of_two)
-    codes = jnp.clip(wide / scale, -limit, limit)
+    codes = jnp.clip(quotient(wide, scale), -limit, limit)
     codes = jnp.round(codes) if weight.values.dtype == jnp.int8 else codes.astype(weight.values.dtype)
     alone = columns(outlier) if columns else jnp.any(outlier, axis=tuple(range(x.ndim - 1)), keepdims=True)
     return Rounded(jnp.where(alone, wide, codes.astype(jnp.float32) * scale) + (given - wide))

@@ -29,7 +29,7 @@ _named: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """What is traced inside uses this backend, for example "reference" or "pallas_tpu", for all that it has kernels for.
+    """What is traced inside uses this backend, for example "reference" or "pallas_tpu", wherever it has kernels.
 
     Raises:
         InputError: there is no such backend; inside: it cannot serve a matmul.

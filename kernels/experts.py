@@ -85,7 +85,7 @@ class Tiles:
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
-        """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`; `peak` as in `rounded`."""
+        """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`. `peak`: see `rounded`."""
         real = jnp.zeros(len(rows), bool).at[self.row.reshape(-1)].set(True, mode="drop")
         y = grouped_matmul(rounded_tiles(rows, stack, self.expert, peak, real), stack, self.expert)
         return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))

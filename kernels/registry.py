@@ -59,7 +59,7 @@ class Kernel:
         function: the op, on one device's shards.
         differentiable: whether gradients pass through the function, to plain weights too. Otherwise they are those of x
             alone, and the function needs none.
-        refuses: `(op, x, weight)`, which may be shapes only, to the reason why it cannot, in words for the user, or None.
+        refuses: from `(op, x, weight)`, perhaps shapes only, to the reason why it cannot, in words for users, or None.
         layout: how the weight should be stored.
         needs: optional packages that it imports.
     """

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 import jaxllm
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.activations import Quantized
 from jaxllm.kernels.block_fp8 import reference as block_fp8
 from jaxllm.layers.experts import TopKRouter
 from jaxllm.models.deepseek.family import DEEPSEEK
@@ -116,15 +117,14 @@ def test_act_quant_is_the_demos(group):
     values, scales = block_fp8.act_quant(jnp.asarray(x), group)
     expected_values, expected_scales = act_quant(x, group)
     np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(expected_values).view(np.uint8))
-    np.testing.assert_allclose(scales, expected_scales, rtol=2e-7)  # XLA divides by 448 through its reciprocal
-    assert np.isfinite(block_fp8.act_dequant(values, scales, group)).all()
+    np.testing.assert_array_equal(scales, expected_scales)
 
 
 def test_act_quant_of_a_ragged_row():
     x = np.arange(1, 11, dtype=np.float32)[None]
     values, scales = block_fp8.act_quant(jnp.asarray(x), 4)
     assert (values.shape, scales.shape) == ((1, 10), (1, 3))
-    np.testing.assert_allclose(block_fp8.act_dequant(values, scales, 4), x, rtol=0.07)
+    np.testing.assert_allclose(Quantized(values, scales, 4).dequantize(), x, rtol=0.07)
 
 
 def test_fp8_activations_need_fp8_weights():

@@ -1,51 +1,59 @@
 """What multiplies by a weight, why, and that gradients pass through it."""
 
 import importlib
+import types
+from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_cases import block_fp8, mxfp4, numbers
 
+import jaxllm
 from jaxllm import parallel
 from jaxllm.errors import InputError
+from jaxllm.formats.base import Cut, Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
-from jaxllm.kernels import dense, dispatch
+from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.kernels import dense, dispatch, registry
+from jaxllm.kernels.activations import Rounded
+from jaxllm.kernels.registry import Kernel, Layout
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 
 X = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
 WEIGHTS = {"MXFP4": mxfp4(128, 256), "FP8 128x128": block_fp8(128, 256)}
+V3 = Path(__file__).parent / "golden" / "deepseek" / "v3_fp8"
 Q8_0 = GGML.from_dense(numbers(128, 256), "Q8_0")
 
 
 @pytest.fixture
-def tpu_module(monkeypatch):
-    """A stand-in for every backend, which serves matrices of 128 rows."""
-    calls = []
+def calls(monkeypatch):
+    """Stand-ins for every kernel of a platform, which serve matrices of 128 rows and say that they were called."""
+    called = []
 
     def refuses(op, x, weight):
         return None if weight.shape[-2] == 128 else f"matrices of {weight.shape[-2]} rows"
 
-    def matmul(x, weight):
-        calls.append("matmul")
-        return dense.matmul(x, weight)
+    def standing_in(kernel):
+        def function(*args):
+            called.append(kernel.op)
+            return getattr(dense, kernel.op)(*args)
 
-    def grouped_matmul(x, stack, expert):
-        calls.append("grouped_matmul")
-        return dense.grouped_matmul(x, stack, expert)
+        return replace(kernel, function=function, refuses=refuses, needs=())
 
-    module = SimpleNamespace(refuses=refuses, matmul=matmul, grouped_matmul=grouped_matmul, calls=calls)
-    loaded = dispatch._loaded
-    monkeypatch.setattr(dispatch, "_loaded", lambda *a: (module, None) if loaded(*a)[1] is None else loaded(*a))
-    return module
+    kernels = [standing_in(kernel) if kernel.platform else kernel for kernel in registry.KERNELS]
+    monkeypatch.setattr(registry, "KERNELS", kernels)
+    return called
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_what_runs_where_and_why(name, tpu_module):
+def test_what_runs_where_and_why(name, calls):
     weight = WEIGHTS[name]
     say = lambda platform: dispatch.explain("matmul", X, weight, platform)  # noqa: E731
     assert say("cpu") == f"matmul of {name} 128x256: reference (there are no kernels for cpu)"
@@ -61,14 +69,17 @@ def test_a_format_without_kernels_is_decoded():
     )
 
 
-def test_a_backend_asked_for_by_name_fails_loudly(tpu_module):
+def test_a_backend_asked_for_by_name_fails_loudly(calls):
     weight = WEIGHTS["MXFP4"]
     with (
         dispatch.using("pallas_tpu"),
-        pytest.raises(InputError, match=r"cannot do mxfp4.matmul: these are cpu devices"),
+        pytest.raises(InputError, match=r"cannot do matmul of MXFP4: these are cpu devices"),
     ):
         dispatch.matmul(jnp.ones((4, 256)), weight)
-    with dispatch.using("pallas_tpu"), pytest.raises(InputError, match="cannot do mxfp4.matmul: matrices of 64 rows"):
+    with (
+        dispatch.using("pallas_tpu"),
+        pytest.raises(InputError, match="cannot do matmul of MXFP4: matrices of 64"),
+    ):
         dispatch.choose("matmul", X, jax.tree.map(lambda leaf: leaf[:64], weight), "tpu")
     with dispatch.using("reference"):
         assert "reference (asked for)" in dispatch.explain("matmul", X, weight, "tpu")
@@ -80,41 +91,199 @@ def test_a_backend_asked_for_by_name_fails_loudly(tpu_module):
     assert dispatch.choose("matmul", X, weight, "cpu").why == "there are no kernels for cpu"  # the names are forgotten
 
 
-def test_a_missing_package_is_said(monkeypatch):
-    """Whether or not it is installed here."""
+@pytest.fixture
+def without(monkeypatch):
+    """Packages are not installed, or damaged, whether or not they are here."""
     found = importlib.import_module
 
-    def without_triton(name):
-        if name.endswith("triton_gpu"):
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
-        return found(name)
+    def damage(**errors):
+        def import_module(name):
+            if error := errors.get(name):
+                raise error
+            return types.ModuleType(name) if name in registry.TRITON else found(name)
 
-    monkeypatch.setattr(importlib, "import_module", without_triton)
+        monkeypatch.setattr(importlib, "import_module", import_module)
+
+    return damage
+
+
+@pytest.mark.parametrize(("module", "package"), [("triton", "triton"), ("jax_triton", "jax-triton")])
+def test_a_missing_package_is_said(without, monkeypatch, module, package):
+    without(**{module: ModuleNotFoundError(f"No module named '{module}'", name=module)})
     said = dispatch.explain("matmul", X, WEIGHTS["MXFP4"], "gpu")
-    assert said == "matmul of MXFP4 128x256: reference (triton_gpu cannot: triton is not installed)"
+    assert f"128x256: reference (triton_gpu cannot: {package} is not installed" in said
     monkeypatch.setattr(dispatch, "_platform", lambda: "gpu")
-    with dispatch.using("triton_gpu"), pytest.raises(InputError, match="triton is not installed"):
+    with dispatch.using("triton_gpu"), pytest.raises(InputError, match=f"{package} is not installed"):
         dispatch.matmul(jnp.ones((4, 256)), WEIGHTS["MXFP4"])
 
 
-def test_layers_and_experts_use_what_was_chosen(tpu_module, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("undefined symbol"),
+        ModuleNotFoundError("No module named 'triton.language'", name="triton.language"),
+        ModuleNotFoundError("No module named 'numpy'", name="numpy"),
+    ],
+    ids=str,
+)
+def test_a_broken_package_is_no_missing_one(without, error):
+    without(triton=error)
+    with pytest.raises(type(error), match=str(error)):
+        dispatch.explain("matmul", X, WEIGHTS["MXFP4"], "gpu")
+
+
+def test_a_model_without_its_kernels_is_warned_about_once(without, monkeypatch, tmp_path):
+    """On a GPU; here the kernels are said to be those of this platform."""
+    without(triton=ModuleNotFoundError("No module named 'triton'", name="triton"))
+    here = [replace(k, platform="cpu") if k.platform == "gpu" else k for k in registry.KERNELS]
+    monkeypatch.setattr(registry, "KERNELS", here)
+    with pytest.warns(UserWarning, match="without the kernels for cpu: triton is not installed") as said:
+        model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32")
+    assert len(said) == 1
+    assert {row[4] for row in model.summary().rows} == {"reference", ""}
+
+
+def test_ops_that_there_are():
+    for ask in (dispatch.choose, dispatch.explain):
+        with pytest.raises(InputError, match="op 'matmull': choose one of matmul, grouped_matmul, act_quant"):
+            ask("matmull", X, WEIGHTS["MXFP4"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
+def test_codes_without_scales_are_refused(dtype):
+    weight, expert = WEIGHTS["FP8 128x128"], jnp.zeros(1, jnp.int32)
+    with pytest.raises(InputError, match=f"x is of {jnp.dtype(dtype).name}: codes need their scales"):
+        dispatch.matmul(jnp.ones((4, 256), dtype), weight)
+    with pytest.raises(InputError, match="codes need their scales"):
+        dispatch.grouped_matmul(jnp.ones((4, 256), dtype), jax.tree.map(lambda leaf: leaf[None], weight), expert)
+
+
+class TestRoundedRows:
+    """Scales for whole rows: the product is that of the rows rounded, whoever rounds them."""
+
+    weight = replace(block_fp8(64, 256, block=(1, 256)), block=(1, None))
+    x = numbers(6, 256) * np.exp(numbers(6, 1, seed=3))
+
+    def expected(self, power_of_two=False, scale=None):
+        peak = np.abs(self.x).max(-1, keepdims=True)
+        scale = peak / np.float32(448) if scale is None else scale
+        scale = np.exp2(np.ceil(np.log2(scale))) if power_of_two else scale
+        seen = np.clip(self.x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        return seen @ np.asarray(self.weight.dequantize()).T
+
+    @pytest.mark.parametrize(
+        "activations",
+        [Activations(), Activations(power_of_two=True), Activations(scale=np.full((1,), 0.02, np.float32))],
+        ids=["each row", "powers of two", "given"],
+    )
+    def test_matmul_is_whole_in_itself(self, activations):
+        weight = replace(self.weight, activations=activations)
+        expected = self.expected(activations.power_of_two, activations.scale)
+        plain = self.x @ np.asarray(weight.dequantize()).T
+        assert np.abs(expected - plain).max() > 0.1
+        np.testing.assert_allclose(dispatch.matmul(jnp.asarray(self.x), weight), expected, rtol=1e-4, atol=1e-3)
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), weight)
+        got = dispatch.grouped_matmul(jnp.asarray(self.x), stack, jnp.array([1, 0], jnp.int32))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+    def test_rows_of_several_devices_share_a_scale(self):
+        weight = replace(self.weight, activations=Activations())
+        for spec in (COLUMN, ROW):
+            got = parallel_linear(jnp.asarray(self.x), weight, spec, "tp=4")
+            np.testing.assert_allclose(got, self.expected(), rtol=1e-4, atol=1e-3)
+
+    def test_rounded_rows_are_not_rounded_again(self):
+        weight = replace(self.weight, activations=Activations(scale=np.full((1,), 1.0, np.float32)))
+        x = jnp.full((1, 256), 1.03, jnp.float32)
+        got = dispatch.matmul(Rounded(x), weight)
+        np.testing.assert_allclose(got, np.asarray(x) @ np.asarray(weight.dequantize()).T, rtol=1e-4, atol=1e-3)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Interleaved(Weight):
+    """A toy's own format: plain numbers, columns in pairs."""
+
+    pairs: jax.Array  # float32 [*batch, out, in / 2, 2]
+
+    @property
+    def format(self):
+        return "interleaved"
+
+    @property
+    def axes(self):
+        return {"pairs": (Cut("out"), Cut("in", 2), None)}
+
+    def dequantize(self, dtype=jnp.float32):
+        return self.pairs.reshape(*self.pairs.shape[:-2], -1).astype(dtype)
+
+
+def test_a_backend_from_outside(monkeypatch):
+    """It is chosen, explained, shown, and used, and matrices are repacked for it while they are loaded."""
+    calls = []
+
+    def interleave(weight):
+        w = weight.dequantize()
+        return Interleaved(w.reshape(*w.shape[:-1], -1, 2))
+
+    def multiply(x, weight):
+        calls.append(weight.shape)
+        return dense.matmul(x, weight)
+
+    def refuses(op, x, weight):
+        return None if x.dtype == jnp.float32 else f"activations of {x.dtype.name}"
+
+    monkeypatch.setattr(registry, "KERNELS", [*registry.KERNELS])
+    registry.register(
+        Kernel("matmul", Scaled, "cpu", "toy", multiply, refuses, Layout(repack=interleave)),
+        Kernel("matmul", Interleaved, "cpu", "toy", multiply, refuses),
+    )
+    said = dispatch.explain("matmul", jax.ShapeDtypeStruct((1, 256), jnp.float32), WEIGHTS["FP8 128x128"], "cpu")
+    assert said == "matmul of FP8 128x128 128x256: toy (made for cpu)"
+    assert "reference (toy cannot: activations of bfloat16)" in dispatch.explain("matmul", X, WEIGHTS["FP8 128x128"])
+    with (
+        dispatch.using("toy"),
+        pytest.raises(InputError, match="'toy' cannot do matmul of FP8 128x128: activations of"),
+    ):
+        dispatch.choose("matmul", X, WEIGHTS["FP8 128x128"])
+
+    tokens = np.arange(5)[None]
+    expected = np.asarray(jaxllm.load(V3, progress=False, weights="float32", dtype="float32").logits(tokens))
+    model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32", mesh="tp=2")
+    shown = {row[0]: (row[1], row[3], row[4]) for row in model.summary().rows}
+    [o_proj] = [row for name, row in shown.items() if name.endswith("o_proj.weight")]
+    assert o_proj[1:] == ("interleaved", "toy") and "FP8" in o_proj[0]
+    np.testing.assert_allclose(model.logits(tokens), expected, atol=1e-3)
+    assert calls
+
+
+def test_the_latest_backend_is_preferred(monkeypatch):
+    monkeypatch.setattr(registry, "KERNELS", [*registry.KERNELS])
+    for name in ("first", "second"):
+        registry.register(Kernel("matmul", MXFP4, "cpu", name, dense.matmul))
+    assert dispatch.choose("matmul", X, WEIGHTS["MXFP4"], "cpu").backend == "second"
+    with dispatch.using("first"):
+        assert dispatch.choose("matmul", X, WEIGHTS["MXFP4"], "cpu").backend == "first"
+
+
+def test_layers_and_experts_use_what_was_chosen(calls, monkeypatch):
     """On a mesh that says it is of TPUs, every matmul of theirs is the backend's."""
     monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
     x = jnp.asarray(numbers(4, 256))
     with jax.set_mesh(make_mesh("tp=2")):
         got = jax.jit(lambda x, w: parallel.linear(x, w, ROW))(x, WEIGHTS["MXFP4"])
     np.testing.assert_allclose(got, x @ WEIGHTS["MXFP4"].dequantize().T, rtol=1e-4, atol=1e-4)
-    assert tpu_module.calls == ["matmul"]
+    assert calls == ["matmul"]
 
 
 @pytest.mark.parametrize("spec", [COLUMN, ROW])
-@pytest.mark.parametrize("weight", [mxfp4(256, 256), block_fp8(256, 256, activation_group=128)], ids=["MXFP4", "FP8"])
+@pytest.mark.parametrize("weight", [mxfp4(256, 256), block_fp8(256, 256, group=128)], ids=["MXFP4", "FP8"])
 def test_a_real_kernel_on_each_devices_shards(monkeypatch, weight, spec):
     """The TPU kernels, interpreted, where a mesh of two devices says that it is of TPUs."""
-    kind = dispatch.OPS[type(weight)]
-    module = importlib.import_module(f"jaxllm.kernels.{kind}.pallas_tpu")
-    interpreted = SimpleNamespace(refuses=module.refuses, matmul=partial(module.matmul, interpret=True))
-    monkeypatch.setattr(dispatch, "_loaded", lambda *names: (interpreted, None))
+    interpreted = [
+        replace(k, function=partial(k.function, interpret=True)) if k.platform == "tpu" else k for k in registry.KERNELS
+    ]
+    monkeypatch.setattr(registry, "KERNELS", interpreted)
     monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
     # The interpreter mixes what varies and what does not, which the compilers of tests/accelerators do not mind.
     monkeypatch.setattr(parallel, "local", partial(parallel.local, check_vma=False))
@@ -135,7 +304,7 @@ def parallel_linear(x, weight, spec, mesh):
 CASES = {
     "MXFP4": mxfp4(256, 256),
     "FP8": block_fp8(256, 256),
-    "FP8, activations too": block_fp8(256, 256, activation_group=128),
+    "FP8, activations too": block_fp8(256, 256, group=128),
 }
 
 

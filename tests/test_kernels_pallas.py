@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers
+from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers, rounded
 from kernel_cases import block_fp8 as block_fp8_weight
 from kernel_cases import mxfp4 as mxfp4_weight
 
+from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import shapes, tpu
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
-from jaxllm.kernels.block_fp8 import reference
 from jaxllm.kernels.mxfp4 import pallas_tpu as mxfp4
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -82,8 +82,8 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
 
     @pytest.mark.parametrize("block", [*BlockFP8Cases.BLOCKS, (8, 16), (256, 256)])
     def test_activations_in_fp8_with_other_blocks(self, block):
-        weight, x = block_fp8_weight(272, 288, block=block, activation_group=128), numbers(4, 288).astype(BF16)
-        seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        weight, x = block_fp8_weight(272, 288, block=block, group=128), numbers(4, 288).astype(BF16)
+        seen = rounded(x, 128)
         self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight)
 
     def test_small_blocks(self):
@@ -92,8 +92,8 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
 
     def test_products_are_not_rounded(self):
         """Codes times codes, scaled afterwards: float32 all the way, where a decoded bfloat16 weight is 2^-9 off."""
-        weight, x = block_fp8_weight(128, 384, activation_group=128), numbers(4, 384).astype(BF16)
-        seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
+        weight, x = block_fp8_weight(128, 384, group=128), numbers(4, 384).astype(BF16)
+        seen = rounded(x, 128)
         self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight, error=1e-6)
 
     def test_scales_in_bfloat16(self):
@@ -116,7 +116,7 @@ class TestManySteps(Quickly, KernelCases):
         [
             (mxfp4, mxfp4_weight(136, 1184)),
             (block_fp8, block_fp8_weight(136, 1184)),
-            (block_fp8, block_fp8_weight(136, 672, activation_group=128)),
+            (block_fp8, block_fp8_weight(136, 672, group=128)),
         ],
         ids=["mxfp4", "W8A16", "W8A8"],
     )
@@ -125,10 +125,8 @@ class TestManySteps(Quickly, KernelCases):
         monkeypatch.setattr(tpu, "PROMPT_BLOCK", 128)
         x = numbers(70, weight.shape[1]).astype(BF16)
         got = self.run(partial(module.matmul, interpret=STRICT), x, weight)
-        seen = x
-        if getattr(weight, "activation_group", None):
-            seen = np.asarray(reference.act_dequant(*reference.act_quant(jnp.asarray(x), 128), 128))
-        self.close(got, seen, np.asarray(weight.dequantize()))
+        group = activations.group if (activations := getattr(weight, "activations", None)) else None
+        self.close(got, rounded(x, group), np.asarray(weight.dequantize()))
 
     @pytest.mark.parametrize(
         ("module", "stack"),
@@ -151,7 +149,8 @@ SMALL = jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
 
 
 def fp8(*shape, block=(128, 128), group=None):
-    return block_fp8.Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), None, block, group)
+    activations = None if group is None else Activations(group)
+    return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), None, block, activations)
 
 
 @pytest.mark.parametrize(

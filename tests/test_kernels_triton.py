@@ -20,16 +20,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, numbers  # noqa: E402
+from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, act_quant, numbers, rounded  # noqa: E402
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
-from jaxllm.formats.scaled import Scaled  # noqa: E402
+from jaxllm.formats.scaled import Activations, Scaled  # noqa: E402
 from jaxllm.kernels import gpu, gpu_report  # noqa: E402
-from jaxllm.kernels.block_fp8 import reference  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
@@ -98,27 +97,27 @@ def call_helper(self, *args, **kwargs):
         scope.restore()
 
 
-def interpret(kernel, *args, out_type, grid, warps=4, stages=3, **constants):
-    """`gpu.launch`, by the interpreter; as a callback, so that it also runs under jit."""
-    outputs = jax.tree.leaves(out_type)
+def interpret(launch):
+    """`gpu.run`, by the interpreter; as a callback, so that it also runs under jit."""
+    outputs = jax.tree.leaves(launch.out_type)
 
     def run(*inputs):
         inputs = iter(np.ascontiguousarray(a) for a in inputs)
         # What is never written is NaN, or what FP8 has for it.
         results = [np.full(o.shape, 0xFF, np.uint8).repeat(o.dtype.itemsize, -1).view(o.dtype) for o in outputs]
-        arrays = [*(None if a is None else next(inputs) for a in args), *results]
+        arrays = [*(None if a is None else next(inputs) for a in launch.args), *results]
         pointers = [a if a is None else pointer(a) for a in arrays]
-        function = interpreter.InterpretedFunction(kernel.fn)
-        executor = Executor(function.rewrite(), function.arg_names, tuple(grid))
+        function = interpreter.InterpretedFunction(launch.kernel.fn)
+        executor = Executor(function.rewrite(), function.arg_names, tuple(launch.grid))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "__call__", call_helper)
             for name, operation in MENDED.items():
                 patch.setattr(interpreter.InterpreterBuilder, name, operation, raising=False)
-            THREAD.submit(executor, *pointers, **constants).result()
+            THREAD.submit(executor, *pointers, **launch.constants).result()
         return results
 
-    flat = jax.pure_callback(run, outputs, *(a for a in args if a is not None))
-    return jax.tree.unflatten(jax.tree.structure(out_type), flat)
+    flat = jax.pure_callback(run, outputs, *(a for a in launch.args if a is not None))
+    return jax.tree.unflatten(jax.tree.structure(launch.out_type), flat)
 
 
 def pointer(array):
@@ -127,8 +126,9 @@ def pointer(array):
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    monkeypatch.setattr(gpu, "launch", interpret)
+def interpreted():
+    with gpu.run_by(interpret):
+        yield
 
 
 class TestMXFP4(MXFP4Cases):
@@ -160,7 +160,7 @@ class TestBlockFP8(BlockFP8Cases):
     @pytest.mark.parametrize("group", [None, 128])
     def test_matmul_of_split_sums(self, group):
         for dtype in self.dtypes:
-            x, weight = numbers(3, 1120).astype(dtype), block_fp8_weight(40, 1120, activation_group=group)
+            x, weight = numbers(3, 1120).astype(dtype), block_fp8_weight(40, 1120, group=group)
             assert gpu_report.launches(block_fp8.matmul, x, weight)[-1].grid[2] > 1
             self.check_seen(x, weight, group)
 
@@ -168,7 +168,7 @@ class TestBlockFP8(BlockFP8Cases):
     @pytest.mark.parametrize("block", [*BlockFP8Cases.BLOCKS, (128, 256)])
     def test_blocks_with_activations_in_fp8(self, block, group):
         x = numbers(4, 320).astype(ml_dtypes.bfloat16)
-        self.check_seen(x, block_fp8_weight(192, 320, block=block, activation_group=group), group)
+        self.check_seen(x, block_fp8_weight(192, 320, block=block, group=group), group)
 
     @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
     @pytest.mark.parametrize("block", [(1, None), (None, None), (1, 32)])
@@ -184,7 +184,7 @@ class TestBlockFP8(BlockFP8Cases):
 
     def check_seen(self, x, weight, group):
         """`check_matmul` against what a W8A8 matmul sees of x."""
-        seen = x if group is None else reference.act_dequant(*reference.act_quant(jnp.asarray(x), group), group)
+        seen = rounded(x, group)
         self.close(self.run(block_fp8.matmul, x, weight), seen, weight.dequantize())
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e8m0fnu])
@@ -200,7 +200,7 @@ class TestBlockFP8(BlockFP8Cases):
 
     def test_act_quant_in_groups_of_any_size(self):
         x = numbers(2, 130).astype(ml_dtypes.bfloat16)
-        for got, expected in zip(block_fp8.act_quant(x, 48), reference.act_quant(jnp.asarray(x), 48), strict=True):
+        for got, expected in zip(block_fp8.act_quant(x, 48), act_quant(x, 48), strict=True):
             np.testing.assert_array_equal(got, expected)
 
 
@@ -214,8 +214,8 @@ def test_what_is_refused():
         ((128, 8), None, "blocks of 8 columns: the GPU kernels want multiples of 16"),
         ((1, 16), 128, "blocks of 16 columns and activations in groups of 128: the GPU kernels want multiples of 32"),
     ):
-        weight = block_fp8_weight(8, 256, block=block, activation_group=group)
+        weight = block_fp8_weight(8, 256, block=block, group=group)
         assert block_fp8.refuses("grouped_matmul", x, weight) == reason
         assert block_fp8.refuses("weight_dequant", x, weight) is None
-    weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activation_group=128)
+    weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activations=Activations(128))
     assert "int8" in block_fp8.refuses("matmul", x, weight)

@@ -18,8 +18,7 @@ from jaxllm.checkpoint.quantized import assemble, join
 from jaxllm.checkpoint.safetensors import HFDirectory, read_header
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.scaled import Scaled
-from jaxllm.kernels.activations import seen
+from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Gated
 from jaxllm.layers.parameter import Declaration
@@ -64,8 +63,8 @@ def test_llm_int8_with_its_outliers_is_bitsandbytes():
     x = jnp.asarray(tensors["x"].astype(np.float32))
     assert (np.abs(x) >= 6).any()
     for threshold, expected in ((6.0, "y_threshold6_f32"), (0.0, "y_threshold0_f32")):
-        int8 = replace(weight, activation_group=-1, threshold=threshold)
-        np.testing.assert_allclose(matmul(seen(x, int8), int8), tensors[expected], rtol=1e-4, atol=1e-4)
+        int8 = replace(weight, activations=Activations(threshold=threshold))
+        np.testing.assert_allclose(matmul(x, int8), tensors[expected], rtol=1e-4, atol=1e-4)
     assert np.abs(tensors["y_threshold6_f32"] - tensors["y_threshold0_f32"]).max() > 0.1
 
 
@@ -105,7 +104,7 @@ def test_gradients_pass_as_if_activations_were_not_rounded():
     weight = on_device(opened("fp8_channel")[0])
     out, in_ = weight.shape
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, in_)), jnp.float32)
-    rounding = replace(weight, activation_group=-1)
+    rounding = replace(weight, activations=Activations())
     with jax.set_mesh(make_mesh("tp=2")):
         for spec in (COLUMN, ROW):
             got = jax.jit(jax.grad(lambda x, spec=spec: parallel.linear(x, rounding, spec).sum()))(x)
@@ -122,7 +121,7 @@ def test_outliers_are_those_of_an_experts_own_tokens(mesh):
         w = rng.normal(size=(2, out, in_)).astype(np.float32)
         scale = np.abs(w).max(-1, keepdims=True)
         codes = np.rint(w / scale * 127).astype(np.int8)
-        return Scaled(codes, scale, (1, None), -1, factor=1 / 127, threshold=6.0)
+        return Scaled(codes, scale, (1, None), Activations(threshold=6.0), factor=1 / 127)
 
     gate, up, down = stack(8, 16), stack(8, 16), stack(16, 8)
     x = rng.normal(size=(4, 16)).astype(np.float32)

@@ -15,15 +15,21 @@ E4M3_MAX = 448.0
 NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
 
 
+def quotient(a: jax.Array, b: jax.Array | float) -> jax.Array:
+    """`a / b` in float32, rounded once; zeros give 0.
+
+    XLA multiplies by the reciprocal of a divisor that is constant, broadcast or a quotient itself, which half of the
+    time gives another float. It cannot where the divisor is chosen for each number.
+    """
+    return a / jnp.where(a == 0, jnp.float32(1), b)
+
+
 def scale_for(peak: jax.Array, limit: float, power_of_two: bool = False) -> jax.Array:
     """The scale that brings magnitudes up to `peak`, float32, to those up to `limit`: their quotient, rounded once.
 
     It is 1 where the peak is 0. With `power_of_two` it is rounded up to one ("ue8m0").
     """
-    zero = peak == 0
-    # Chosen for each element, the divisor is no constant: XLA multiplies by the reciprocal of one, which half of the
-    # time is another float.
-    scale = jnp.where(zero, jnp.float32(1), peak) / jnp.where(zero, jnp.float32(1), jnp.float32(limit))
+    scale = jnp.where(peak == 0, jnp.float32(1), quotient(peak, jnp.float32(limit)))
     if not power_of_two:
         return scale
     bits = lax.bitcast_convert_type(scale, jnp.int32)
@@ -127,7 +133,7 @@ class Scaled(Weight):
         peak = jnp.max(grid, axis=(-3, -1))
         scales = scale_for(peak, E4M3_MAX)
         spread = jnp.repeat(jnp.repeat(scales, high, -2)[..., :out, :], wide, -1)[..., :in_]
-        values = jnp.clip(w / spread, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+        values = jnp.clip(quotient(w, spread), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
         return cls(values, scales, block)
 
     def like(self, w: jax.Array) -> Self:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import tpu
 from jaxllm.kernels.activations import Quantized, group_of
 
@@ -182,7 +182,7 @@ def act_quant(
             wide = x[:, columns].astype(jnp.float32)
             peak = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
             scale = scale_for(peak, E4M3_MAX, power_of_two)
-            values[:, columns] = jnp.clip(wide / scale, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+            values[:, columns] = jnp.clip(quotient(wide, scale), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
             scales[:, i : i + 1] = scale
 
     def whole(columns: int) -> pl.BlockSpec:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxllm.formats.scaled import E4M3_MAX, Scaled, scale_for
+from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import dense
 from jaxllm.kernels.activations import Quantized, group_of
 from jaxllm.kernels.dense import weight_dequant
@@ -29,7 +29,7 @@ def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tup
     wide = jnp.pad(x.astype(jnp.float32), pad).reshape(*x.shape[:-1], groups, group)
     peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     scales = scale_for(peak, E4M3_MAX, power_of_two)
-    values = jnp.clip(wide / scales, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    values = jnp.clip(quotient(wide, scales), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return values.reshape(*x.shape[:-1], -1)[..., :size], scales[..., 0]
 
 

@@ -85,7 +85,7 @@ def test_products_of_codes_keep_subnormals(arch):
     """MXFP4's decoder multiplies subnormal numbers, which `.ftz` would flush to zero."""
     for dtype, multiply in ((jnp.bfloat16, "mul.bf16x2"), (jnp.float32, "mul.f32")):
         args = report.arguments("mxfp4.matmul", shapes.Shape(1, 64, 256), dtype)
-        ptx = report.launches(mxfp4.matmul, *args)[0].compile(arch).asm["ptx"]
+        ptx = report.compiled(report.launches(mxfp4.matmul, *args)[0], arch).asm["ptx"]
         assert multiply in ptx and ".ftz" not in ptx
 
 
@@ -93,7 +93,7 @@ def test_products_of_codes_keep_subnormals(arch):
 def test_experts_are_64_bits_apart(op):
     """A stack is larger than 2^31."""
     (launch,) = report.launches(report.function(op), *report.arguments(op, shapes.Shape(4, 2048, 7168, 256)))
-    assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64", launch.compile(90).asm["ttir"])
+    assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64", report.compiled(launch, 90).asm["ttir"])
 
 
 @pytest.mark.parametrize("arch", INSTRUCTION)
@@ -101,7 +101,7 @@ def test_experts_are_64_bits_apart(op):
 def test_act_quant_in_machine_code(arch, power_of_two):
     x = jax.ShapeDtypeStruct((16, 7168), jnp.bfloat16)
     (launch,) = report.launches(lambda x: block_fp8.act_quant(x, 128, power_of_two), x)
-    compiled = launch.compile(arch)
+    compiled = report.compiled(launch, arch)
     assert report.resources(compiled)["spills"] == 0
     assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"] and "div.rn.f32" in compiled.asm["ptx"]
 
@@ -114,7 +114,7 @@ def test_every_dtype_of_codes_and_scales(values, scales, arch):
     dtypes = {"values": values, "scales": scales}
     weight = dataclasses.replace(weight, **{name: getattr(weight, name).update(dtype=d) for name, d in dtypes.items()})
     launches = [*report.launches(block_fp8.matmul, x, weight), *report.launches(block_fp8.weight_dequant, weight)]
-    assert [report.resources(launch.compile(arch))["spills"] for launch in launches] == [0, 0]
+    assert [report.resources(report.compiled(launch, arch))["spills"] for launch in launches] == [0, 0]
 
 
 @pytest.fixture(scope="module")

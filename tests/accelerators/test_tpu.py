@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.formats.scaled import Scaled
+from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import shapes, tpu_report
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 
@@ -83,7 +83,8 @@ def compiled_for(topology, f, *arguments):
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
 def test_blocks_of_other_sizes(block, group, topology):
     scales = jax.ShapeDtypeStruct((-(-1152 // block[0]), -(-2880 // block[1])), jnp.bfloat16)
-    weight = Scaled(jax.ShapeDtypeStruct((1152, 2880), jnp.float8_e4m3fn), scales, block, group)
+    activations = None if group is None else Activations(group)
+    weight = Scaled(jax.ShapeDtypeStruct((1152, 2880), jnp.float8_e4m3fn), scales, block, activations)
     x = jax.ShapeDtypeStruct((4, 2880), jnp.bfloat16)
     assert block_fp8.refuses("matmul", x, weight) is None
     assert "tpu_custom_call" in compiled_for(topology, block_fp8.matmul, x, weight)
