@@ -5,8 +5,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import deepseek_numpy
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -107,6 +109,24 @@ def test_activations_in_fp8_are_the_demos(load_once):
     got = np.asarray(model.logits(tokens))
     plain = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=1", dtype="float32", weights="packed").logits(tokens))
     assert np.abs(got - plain).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=0.02)
+
+
+def test_scales_of_powers_of_two_where_the_config_says_ue8m0(load_once, tmp_path, monkeypatch):
+    name = "v3_fp8_small_blocks"
+    for file in (CHECKPOINTS / name).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = golden(name)["tokens"]
+    params, args = load(tmp_path)
+    monkeypatch.setattr(deepseek_numpy, "act_quant", partial(kernel_cases.act_quant, power_of_two=True))
+    expected = Transformer(params, args, gemm_impl="fp8", attn_impl="absorb")(tokens)
+    got = np.asarray(load_once(tmp_path, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
+    other = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
+    assert np.abs(got - other).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=0.02)
 
 

@@ -20,6 +20,8 @@ from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.placing import FileArray, JoinedArray, _read
 from jaxllm.cli import execute
 from jaxllm.convert import DEMO_CONFIG, convert
+from jaxllm.errors import InputError
+from jaxllm.formats.scaled import Scaled
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
@@ -185,6 +187,29 @@ def test_fp8_there_and_back_is_byte_identical(tmp_path, fp8, n):
     convert(tmp_path / "there", tmp_path / "back", to="huggingface", progress=False)
     assert whole(tmp_path / "back") == without_mtp(whole(fp8), 2)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_scale_fmt_comes_along(tmp_path, fp8):
+    """In the words of both configs, and it reaches the weights."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in fp8.iterdir():
+        (source / file.name).symlink_to(file)
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (source / "config.json").unlink()
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "there", to="demo", model_parallel=1, progress=False)
+    [args] = (tmp_path / "there").glob("config*.json")
+    assert json.loads(args.read_text())["scale_fmt"] == "ue8m0"
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", progress=False)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+    for path, expected in ((source, True), (tmp_path / "there", True), (tmp_path / "back", True), (fp8, False)):
+        tensors = open_checkpoint(path).tensors.values()
+        assert {w.activations.power_of_two for w in tensors if isinstance(w, Scaled)} == {expected}
+    args.write_text(args.read_text().replace("ue8m0", "e8"))
+    with pytest.raises(InputError, match="'scale_fmt' is 'e8', not one of ue8m0, float"):
+        open_checkpoint(tmp_path / "there")
 
 
 @pytest.mark.parametrize("name", [*SAYABLE, "fp8"])

@@ -169,13 +169,10 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
         raise InputError(f"{entries.where}: FP8 of the kind '{fmt}' is not supported, only e4m3")
     excluded = _left_out(_listed(entries, "modules_to_not_convert", "ignored_layers"))
     if "weight_block_size" in entries:
-        block = _block(entries, "weight_block_size")
-        return _constant(
-            scaled_schemes.block_fp8(block),
-            scaled_schemes.block_fp8(block, ".weight", ".weight_scale"),
-            scaled_schemes.block_fp8(block, "", ".weight_scale_inv"),  # of stacks, which have no ".weight"
-            excluded=excluded,
-        )
+        block, ue8m0 = _block(entries, "weight_block_size"), scaled_schemes.is_ue8m0(entries)
+        # The last one is of stacks, which have no ".weight".
+        names = ("", "_scale_inv"), (".weight", ".weight_scale"), ("", ".weight_scale_inv")
+        return _constant(*(scaled_schemes.block_fp8(block, *pair, ue8m0) for pair in names), excluded=excluded)
     return _constant(*_scaled("FP8", config), excluded=excluded)
 
 

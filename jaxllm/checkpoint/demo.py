@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import read_header
-from jaxllm.checkpoint.scaled_schemes import block_fp8
+from jaxllm.checkpoint.scaled_schemes import SCALE_FORMATS, block_fp8, is_ue8m0
 from jaxllm.entries import Entries, read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -20,11 +20,10 @@ from jaxllm.models.deepseek.config import DEMO_DEFAULTS
 from jaxllm.models.deepseek.names import DEMO_AXES, DEMO_EXPERT
 
 BLOCK = (128, 128)
-SCHEME = block_fp8(BLOCK, values=".weight", scales=".scale")
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _NUMBERS = ("route_scale", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale")
 _MAY_BE_NONE = ("n_dense_layers", "n_shared_experts", "q_lora_rank")
-_CHOICES = {"score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8")}
+_CHOICES = {"score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8"), "scale_fmt": SCALE_FORMATS}
 
 
 def is_demo(path: Path) -> bool:
@@ -40,7 +39,14 @@ def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, object]
     Raises:
         InputError: files are missing, damaged, or do not fit together, or there is no such config.
     """
-    return read_args(config or find_config(path)), join(demo_tensors(path), only(SCHEME))
+    args = read_args(config or find_config(path))
+    return args, joined(demo_tensors(path), args)
+
+
+def joined(tensors: Mapping[str, Weight], args: Mapping[str, object]) -> dict[str, Weight]:
+    """The tensors of the demo's files, FP8 ones joined with their scales; `args` are fields of `ModelArgs`."""
+    ue8m0 = is_ue8m0(Entries(args, "ModelArgs"))
+    return join(tensors, only(block_fp8(BLOCK, values=".weight", scales=".scale", power_of_two=ue8m0)))
 
 
 def demo_tensors(path: Path) -> dict[str, Weight]:
@@ -62,6 +68,8 @@ def read_args(file: Path) -> dict[str, object]:
     for key in args.values:
         if key not in DEMO_DEFAULTS:
             raise InputError(f"{file}: '{key}' is not a field of the demo's ModelArgs")
+        if args.values[key] is None and DEMO_DEFAULTS[key] is None:
+            continue
         if choices := _CHOICES.get(key):
             args.get(key, None, lambda value, known=choices: value in known, f"one of {', '.join(choices)}")
         elif key in _NUMBERS:

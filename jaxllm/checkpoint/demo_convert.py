@@ -15,15 +15,15 @@ import numpy as np
 
 from jaxllm.checkpoint.demo import (
     BLOCK,
-    SCHEME,
     check_blocks,
     demo_axis,
     demo_tensors,
     find_config,
+    joined,
     read_args,
 )
 from jaxllm.checkpoint.placing import FileArray
-from jaxllm.checkpoint.quantized import assemble, join, only
+from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import HFDirectory
 from jaxllm.checkpoint.writing import Tensor, pieces
 from jaxllm.entries import read_json
@@ -113,7 +113,7 @@ def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor]
     given = read_json(config)
     args = None if "model_type" in given else read_args(config)
     try:
-        weights = join(tensors, only(SCHEME))
+        weights = joined(tensors, args or {})
         names = {name: name_of_demo(name) for name in tensors}
         if unknown := [name for name, new in names.items() if new is None]:
             raise InputError(f"unknown tensor '{unknown[0]}'")
@@ -183,7 +183,10 @@ def _args(
     yarn = rope.get("rope_type", rope.get("type")) == "yarn"
     args["original_seq_len"] = config.max_position_embeddings
     args |= {arg: rope[key] for arg, key in _YARN.items() if yarn and rope.get(key)}
-    args["dtype"] = "fp8" if any(isinstance(w, Scaled) for w in weights.values()) else "bf16"
+    scaled = [w for w in weights.values() if isinstance(w, Scaled)]
+    args["dtype"] = "fp8" if scaled else "bf16"
+    if any(w.activations.power_of_two for w in scaled):
+        args["scale_fmt"] = "ue8m0"
     if unlike := _unlike(DeepseekConfig.from_demo(args, names), config):
         said = ", ".join(unlike)
         warnings.warn(f"the demo's ModelArgs cannot say this model's {said}; none are written", stacklevel=4)
@@ -208,7 +211,7 @@ def _hf_config(given: Mapping[str, object], weights: Mapping[str, Weight], names
         config["rope_scaling"] = {"type": "yarn", **yarn, "mscale": args["mscale"]}
     if any(isinstance(w, Scaled) for w in weights.values()):
         fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
-        config["quantization_config"] = fp8
+        config["quantization_config"] = fp8 | ({"scale_fmt": args["scale_fmt"]} if args["scale_fmt"] else {})
     if unlike := _unlike(DeepseekConfig.from_hf(config, dict.fromkeys(names)), model):
         raise InputError(f"a config.json cannot say this model's {', '.join(unlike)}; give one with --config")
     return config

@@ -10,16 +10,24 @@ from jaxllm.checkpoint.integer_schemes import affine, grouped, sizes
 from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, mapped
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Activations, Scaled
 
+SCALE_FORMATS = ("ue8m0", "float")
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 SCALES = FLOATS | {"float8_e8m0fnu"}
 
 
-def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_inv") -> Scheme:
-    """Blockwise FP8; by default as in Hugging Face checkpoints, where `X` has its scales in `X_scale_inv`."""
+def block_fp8(
+    block: tuple[int, int], values: str = "", scales: str = "_scale_inv", power_of_two: bool = False
+) -> Scheme:
+    """Blockwise FP8; by default as in Hugging Face checkpoints, where `X` has its scales in `X_scale_inv`.
+
+    Args:
+        power_of_two: whether activations have such scales, see `is_ue8m0`.
+    """
 
     def build(scales: HostArray, values: HostArray) -> Scaled:
         *lead, out, in_ = values.shape
@@ -27,10 +35,20 @@ def block_fp8(block: tuple[int, int], values: str = "", scales: str = "_scale_in
         if len(scales.shape) == 4 and not lead:  # ModelOpt's [rows, 1, columns, 1]
             scales = scales.reshape(scales.shape[0], scales.shape[2])
         expect("the grid of scales", scales, *lead, *grid)
-        return Scaled(values, scales, block)
+        return Scaled(values, scales, block, Activations(block[1], power_of_two))
 
     parts = {"scales": Part(scales, SCALES, most=4), "values": Part(values, FP8)}
     return Scheme("blockwise FP8", parts, build, result=values)
+
+
+def is_ue8m0(entries: Entries) -> bool:
+    """Whether a config's `scale_fmt` says that the scales of activations are rounded up to powers of two.
+
+    Raises:
+        InputError: it says something else than "ue8m0", "float", or nothing.
+    """
+    known = f"one of {', '.join(SCALE_FORMATS)}"
+    return entries.get("scale_fmt", "float", lambda value: value in SCALE_FORMATS, known) == "ue8m0"
 
 
 def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[int]] | None = None) -> Scheme:

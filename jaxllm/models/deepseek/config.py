@@ -49,6 +49,7 @@ DEMO_DEFAULTS = {
     "beta_fast": 32,
     "beta_slow": 1,
     "mscale": 1.0,
+    "scale_fmt": None,
 }
 
 _V3 = {"vocab_size": 129280, "n_dense_layers": 3, "n_shared_experts": 1, "score_func": "sigmoid", "route_scale": 2.5}
