@@ -73,12 +73,12 @@ def test_the_same_seed_draws_the_same_text(demo):
 def test_summary_says_how_each_matrix_is_cut(load_once):
     rows = {row[0]: row for row in load_once("demo", dtype="float32", mesh="tp=8").summary().rows}
     assert rows["layers.{0-29}.self_attn.q_proj.weight"][1:] == (
-        *("Q4_1", "5", "float32", "576 x 576", "column", "[128, 576] float32", f"{128 * 576 * 4:,}"),
+        *("Q4_1", "5", "float32", "reference", "576 x 576", "column", "[128, 576] float32", f"{128 * 576 * 4:,}"),
         "448 zero rows added",
     )
     assert rows["layers.{0-29}.self_attn.k_proj.weight"][-1] == "rows held 2 times, 128 zero rows added"
-    assert rows["layers.{0-29}.mlp.down_proj.weight"][5:7] == ("row", "[576, 192] float32")
-    assert rows["norm.weight"][5] == "replicated"
+    assert rows["layers.{0-29}.mlp.down_proj.weight"][6:8] == ("row", "[576, 192] float32")
+    assert rows["norm.weight"][4::2][:2] == ("", "replicated")
     summary = load_once("demo", dtype="float32", weights="packed").summary()
     assert "92.1 MiB on each device of the mesh ep=1, tp=1" in str(summary)
     assert "[576, 48, 20] uint8" in str(summary)

@@ -57,10 +57,10 @@ def test_weight_dequant():
 
 
 def test_fp8_gemm():
-    """Codes by codes: with scales that no activations would have given, since none are rounded here."""
+    """Codes by codes, of which none are rounded again: that would make 448 of each group's largest."""
     b, b_s, w = weight(200, 320)
     a, a_s = act_quant(numbers(2, 3, 320))
-    a_s = a_s * np.float32(1.3)
+    a = a.astype(np.float32).clip(-320, 320).astype(E4M3)
     seen = a.astype(np.float32) * np.repeat(a_s, 128, -1)[..., :320]
     assert block_fp8.fp8_gemm(a, a_s, b, b_s).dtype == jnp.bfloat16
     got = block_fp8.fp8_gemm(a, a_s, b, b_s, jnp.float32)
