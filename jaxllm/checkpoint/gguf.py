@@ -213,8 +213,20 @@ class _Header(Cursor):
             return self.number(self._scalar(kind, repr(key[:64])))
         item = self.number()
         if item == GGUFValueType.STRING:
-            return [self.string() for _ in range(self.length())]
+            return self._strings(self.length())
         return self.numbers(self._scalar(item, f"an item of {key[:64]!r}"), self.length())
+
+    def _strings(self, count: int) -> list[str]:
+        """As `string`, so many times. Vocabularies have 100,000 of them, so this is a loop over local names."""
+        data, offset, word, end, out = self.data, self.offset, self.word, len(self.data), []
+        for _ in range(count):
+            start = offset + word
+            offset = start + int.from_bytes(data[offset:start], "little")
+            if offset > end or start > end:
+                raise InputError(f"cut short or damaged: a string before offset {start} ends outside the file")
+            out.append(str(data[start:offset], "utf-8", "replace"))
+        self.offset = offset
+        return out
 
     def _scalar(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
