@@ -103,9 +103,10 @@ def _cut(spec: PartitionSpec) -> str:
 
 def _note(p: Placed) -> str:
     notes = []
-    for index, size, what in zip(
-        (p.declaration.rows, p.declaration.cols), p.declaration.shape[-2:], ("rows", "columns"), strict=False
-    ):
+    d = p.declaration
+    stack = [(d.stack, d.shape[0], "matrices")] if len(d.shape) == 3 else []
+    axes = zip((d.rows, d.cols), d.shape[-2:], ("rows", "columns"), strict=False)
+    for index, size, what in [*axes, *stack]:
         if index is None:
             continue
         zeros = int((index < 0).sum())

@@ -36,7 +36,7 @@ from jaxllm.parallel import COLUMN, EXPERT_COLUMN, EXPERT_ROW, REPLICATED, ROW, 
 TOKENS, CHOICES, EXPERTS, VOCAB = 3, 2, 8, 96
 IDS = np.array([[0, 95, 13], [50, 1, 64]], np.int32)
 LINEAR_MESHES = ("tp=1", "tp=2", "tp=4", "tp=8")
-EXPERT_MESHES = ("tp=1", "tp=2", "tp=2,ep=2", "tp=2,ep=4")
+EXPERT_MESHES = ("tp=1", "tp=2", "tp=2,ep=3", "tp=2,ep=4")  # 8 experts over 3 groups are 9
 SPECS = {"matmul": REPLICATED, "column": COLUMN, "row": ROW, "awkward row": ROW, "padded row": ROW}
 LINEAR_KINDS = (*SPECS, "decode", "lookup")
 EXPERT_KINDS = ("experts", "gather_forward")
@@ -182,11 +182,12 @@ def stack_of(kind: Kind) -> tuple[dict[str, tuple[Weight, ...]], dict[str, np.nd
 
 
 def placed_stack(kind: Kind, mesh, sources: dict[str, Source]) -> Gated:
-    """As in `layers.experts`: the inner dimension padded to whole blocks on every device."""
+    """As in `layers.experts`: padded to whole blocks and as many experts on every device."""
     places = padded_index(kind.inner, sources["down"].parts[0].granularity("in") * mesh.shape["tp"])
+    cuts = dict.fromkeys(("gate", "up"), (EXPERT_COLUMN, places, None)) | {"down": (EXPERT_ROW, None, places)}
+    stack = padded_index(EXPERTS, mesh.shape["ep"])
     return Gated(
-        *(place(s, Declaration(s.shape, EXPERT_COLUMN, rows=places), mesh) for s in (sources["gate"], sources["up"])),
-        place(sources["down"], Declaration(sources["down"].shape, EXPERT_ROW, cols=places), mesh),
+        *(place(sources[n], Declaration(sources[n].shape, *cut, stack=stack), mesh) for n, cut in cuts.items())
     )
 
 
@@ -316,9 +317,9 @@ SIZES = {"down is square": (40, 40), "gate and up are square": (80, 40), "none i
 class Mixture(nnx.Module):
     """A layer's experts as a model has them, which rules fill."""
 
-    def __init__(self, hidden: int, inner: int, multiple: int) -> None:
+    def __init__(self, hidden: int, inner: int, *multiples: int) -> None:
         self.config = None
-        self.layers = nnx.List([nnx.Dict(mlp=nnx.Dict(experts=Experts(EXPERTS, hidden, inner, multiple)))])
+        self.layers = nnx.List([nnx.Dict(mlp=nnx.Dict(experts=Experts(EXPERTS, hidden, inner, *multiples)))])
 
 
 def fp8_stack(rng, *shape):
@@ -349,7 +350,7 @@ def test_stacks_of_fp8_experts_in_either_orientation(mesh_name, sizes, suffix, t
         tensors |= {f"{LAYER}experts.{name}": Dense(values), f"{LAYER}experts.{name}{suffix}": Dense(scales)}
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)}}
     joined = join(tensors, declared(config, {}))
-    model = Mixture(hidden, inner, 4 * mesh.shape["tp"])
+    model = Mixture(hidden, inner, 4 * mesh.shape["tp"], mesh.shape["ep"])
     rules, placed = expert_rules(r"model\.layers\.(\d+)\.mlp\.", hidden, inner, joined), {}
     for name, source in match(model, joined, rules).items():
         placed[name] = place(source, parameters(model)[name].get_value(), mesh)
@@ -357,8 +358,9 @@ def test_stacks_of_fp8_experts_in_either_orientation(mesh_name, sizes, suffix, t
     expected = {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
     for name, matrix in expected.items():
         weight = placed[f"layers.0.mlp.experts.{name}"]
-        assert isinstance(weight, Scaled) and weight.shape == matrix.shape
-        np.testing.assert_array_equal(np.asarray(weight.dequantize()), matrix)
+        zeros = -EXPERTS % mesh.shape["ep"]
+        assert isinstance(weight, Scaled) and weight.shape == (EXPERTS + zeros, *matrix.shape[1:])
+        np.testing.assert_array_equal(np.asarray(weight.dequantize()), np.pad(matrix, ((0, zeros), (0, 0), (0, 0))))
         assert not weight.values.sharding.is_fully_replicated or mesh.size == 1
 
 

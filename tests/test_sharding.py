@@ -97,6 +97,20 @@ def test_a_stack_is_put_together_from_rows_of_its_experts(tmp_path):
     assert {s.data.shape for s in placed.values.addressable_shards} == {(2, 1, 8)}
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["one by one", "one tensor"])
+@pytest.mark.parametrize("name", ["dense", *BLOCK_TYPES])
+def test_a_stack_is_padded_with_matrices_of_zeros(name, stacked):
+    """Four over five devices: the last holds zero bytes, which stand for zeros."""
+    source, _ = weight(name)
+    each = [jax.tree.map(lambda leaf, i=i: np.roll(leaf, i, axis=0), source) for i in range(4)]
+    parts = tuple(each) if stacked else (jax.tree.map(lambda *leaves: np.stack(leaves), *each),)
+    declared = Declaration((4, *source.shape), P("ep", None, None), stack=padded_index(4, 5))
+    [leaf] = jax.tree.leaves(place(Source("x", parts, stacked), declared, make_mesh("ep=5")))
+    for shard, original in zip(leaf.addressable_shards, [*each, None], strict=True):
+        [expected] = jax.tree.leaves(original) or [np.zeros(leaf.shape[1:], leaf.dtype)]
+        np.testing.assert_array_equal(shard.data[0], expected)
+
+
 def test_a_transposed_file_array_is_read_transposed(tmp_path):
     values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     (tmp_path / "x").write_bytes(values.tobytes())

@@ -229,7 +229,7 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         leaf, parts = plan.weight.leaf(name), [part.leaf(name) for part in plan.source.parts]
         # A computed array is computed once, for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
-        part = partial(_read, parts, source.stacked, plan.index[name])
+        part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
         return jax.make_array_from_callback(leaf.shape, leaf.format, part)
 
     return plan.weight.with_leaves({name: read(name) for name in plan.weight.axes})
@@ -239,23 +239,36 @@ def _read(
     leaves: list[HostArray],
     stacked: bool,
     index: list[np.ndarray | None],
+    shape: tuple[int, ...],
     part: tuple[slice, ...],
 ) -> np.ndarray:
-    """The `part` of the rearranged leaf, as an array of its own (never a view of a mapped file)."""
+    """The `part` of the rearranged leaf of this `shape`, as an array of its own (never a view of a mapped file)."""
     if stacked:
-        return np.stack([_read([leaf], False, index[1:], part[1:]) for leaf in leaves[part[0]]])
+        out = np.zeros([len(range(n)[section]) for n, section in zip(shape, part, strict=True)], leaves[0].dtype)
+        numbers = np.arange(len(leaves)) if index[0] is None else index[0]
+        for i, number in enumerate(numbers[part[0]]):
+            if number >= 0:
+                out[i] = _read([leaves[number]], False, index[1:], shape[1:], part[1:])
+        return out
     leaf = leaves[0].map() if isinstance(leaves[0], LazyArray) else leaves[0]
+    filled = []  # for each axis, which places are not zeros
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]
+            filled.append(None)
             continue
         positions = positions[section]
-        here = np.maximum(positions, 0)
-        if np.array_equal(here, np.arange(here[0], here[0] + len(here))):
-            leaf = leaf[(slice(None),) * axis + (slice(here[0], here[0] + len(here)),)]
+        real = positions[positions >= 0]
+        first = real[0] if len(real) else 0
+        if np.array_equal(real, np.arange(first, first + len(real))):
+            leaf = leaf[(slice(None),) * axis + (slice(first, first + len(real)),)]
         else:
-            leaf = leaf.take(here, axis=axis)
-        if (positions < 0).any():
-            leaf = np.array(leaf)
-            leaf[(slice(None),) * axis + (positions < 0,)] = np.zeros((), leaf.dtype)  # bytes: E8M0 has no number 0
-    return np.array(leaf, order="C")
+            leaf = leaf.take(real, axis=axis)
+        filled.append(None if len(real) == len(positions) else positions >= 0)
+    leaf = np.array(leaf, order="C")
+    for axis, places in enumerate(filled):
+        if places is not None:
+            padded = np.zeros((*leaf.shape[:axis], len(places), *leaf.shape[axis + 1 :]), leaf.dtype)
+            padded[(slice(None),) * axis + (places,)] = leaf
+            leaf = padded
+    return leaf

@@ -58,21 +58,22 @@ class TopKRouter:
 class Experts(nnx.Module):
     """A stack of gated feed-forward blocks: whole experts are cut over ep, their intermediate dimension over tp.
 
-    `multiple` is what that dimension is padded to, as in `MLP`. Biases are matrices of one column.
+    `multiple` is what that dimension is padded to, as in `MLP`. The stack is padded to a multiple of ep with experts of
+    zeros that no router chooses. Biases are matrices of one column.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, multiple: int, bias: bool = False
+        self, num_experts: int, hidden_size: int, intermediate_size: int, multiple: int, ep: int, bias: bool = False
     ) -> None:
-        places = padded_index(intermediate_size, multiple)
+        places, stack = padded_index(intermediate_size, multiple), padded_index(num_experts, ep)
         wide, narrow = (num_experts, intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
-        self.gate_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places)
-        self.up_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places)
-        self.down_proj = declare(narrow, parallel.EXPERT_ROW, cols=places)
+        self.gate_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack)
+        self.up_proj = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack)
+        self.down_proj = declare(narrow, parallel.EXPERT_ROW, cols=places, stack=stack)
         wide, narrow = (num_experts, intermediate_size, 1), (num_experts, hidden_size, 1)
-        self.gate_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, keep=True) if bias else None
-        self.up_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, keep=True) if bias else None
-        self.down_bias = declare(narrow, parallel.EXPERT_WHOLE, keep=True) if bias else None
+        self.gate_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack, keep=True) if bias else None
+        self.up_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack, keep=True) if bias else None
+        self.down_bias = declare(narrow, parallel.EXPERT_WHOLE, stack=stack, keep=True) if bias else None
 
     @property
     def weights(self) -> Gated:
@@ -115,7 +116,7 @@ class MoE(nnx.Module):
     ) -> None:
         self.route, self.num_experts, self.activation = route, num_experts, activation
         self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, bias=bias, keep=True)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp, bias)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp, ep, bias)
         specs = {"column": parallel.SHARED_COLUMN, "row": parallel.SHARED_ROW}
         has = shared_size is not None
         self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, **specs) if has else None

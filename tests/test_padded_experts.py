@@ -1,0 +1,66 @@
+"""Experts over devices that they do not divide: every kind of mixture against transformers, padded with zeros."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.checkpoint.opening import open_checkpoint
+from jaxllm.parallel import make_mesh
+from jaxllm.plan import dense, fill_with_shapes
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# (checkpoint, mesh) -> experts that there are, and places for them
+CASES = {
+    ("checkpoints/mixtral", "ep=3"): (4, 6),  # a tensor for each expert
+    ("checkpoints/mixtral_stacked", "ep=3,tp=2"): (4, 6),  # one tensor for all
+    ("checkpoints/qwen2_moe", "ep=5"): (4, 5),  # a shared expert with a gate
+    ("deepseek/v2", "ep=5"): (8, 10),  # groups, two shared experts
+    ("deepseek/v3", "ep=3"): (8, 9),  # groups and a correction bias
+    ("deepseek/v3_fp8_small_blocks", "ep=3,tp=2"): (8, 9),
+    ("gpt_oss/bf16", "ep=5"): (4, 5),  # biases
+    ("gpt_oss/mxfp4", "ep=3,tp=2"): (4, 6),
+}
+
+OPTIONS = {"quantize": "q8_0", "weights": "packed"}
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_logits_and_tokens_are_those_of_transformers(load_once, name, mesh):
+    golden, (experts, places) = np.load(GOLDEN / name / "golden.npz"), CASES[name, mesh]
+    model = load_once(GOLDEN / name, mesh=mesh, dtype="float32", weights="packed")
+    np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
+    stacks = [p for p in model.placed if ".experts." in p.name]
+    assert {p.weight.shape[0] for p in stacks} == {places}
+    assert {p.declaration.shape[0] for p in stacks} == {experts}
+    for row in model.summary().rows:
+        assert (f"{places - experts} zero matrices added" in row[-1]) == (".experts." in row[0])
+
+
+def test_tokens_are_those_of_transformers(load_once):
+    """A decode step, in which most devices hold no expert that was chosen."""
+    golden = np.load(GOLDEN / "deepseek" / "v3" / "golden.npz")
+    model = load_once(GOLDEN / "deepseek" / "v3", mesh="ep=3", dtype="float32", weights="packed")
+    assert model.generate(golden["tokens"][0].tolist(), 12).tokens == golden["greedy"].tolist()
+
+
+def test_a_plan_counts_the_padding():
+    checkpoint, mesh = open_checkpoint(GOLDEN / "deepseek" / "v3"), make_mesh("ep=5")
+    sizes = fill_with_shapes(checkpoint.family.model(checkpoint.config, mesh, 1), mesh, dense("int8"))
+    c = checkpoint.config
+    held = {name: size for name, size in sizes.items() if re.search(r"\.experts\.", name)}
+    assert held and set(held.values()) == {2 * c.moe_intermediate_size * c.hidden_size}  # 8 over 5 are 2 on each
+
+
+def test_quantized_while_loading(load_once):
+    """Encoded as on one device, and followed by zeros."""
+    one, many = (
+        {p.name: p.weight for p in load_once(GOLDEN / "checkpoints" / "mixtral", mesh=mesh, **OPTIONS).placed}
+        for mesh in ("ep=1", "ep=5")
+    )
+    for name in (name for name in one if ".experts." in name):
+        [expected], [leaf] = jax.tree.leaves(one[name]), jax.tree.leaves(many[name])
+        np.testing.assert_array_equal(leaf, np.pad(expected, [(0, 1)] + [(0, 0)] * (expected.ndim - 1)))
