@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxllm.decoding import Memory as Memory
     from jaxllm.errors import InputError as InputError
+    from jaxllm.initializing import PRESETS as PRESETS
+    from jaxllm.initializing import initialize as initialize
     from jaxllm.language_model import Completion as Completion
     from jaxllm.language_model import LanguageModel as LanguageModel
     from jaxllm.loading import load as load
@@ -24,8 +26,10 @@ _MODULES = {
     "InputError": "errors",
     "LanguageModel": "language_model",
     "Memory": "decoding",
+    "PRESETS": "initializing",
     "Sampler": "sampling",
     "Sampling": "sampling",
+    "initialize": "initializing",
     "load": "loading",
     "make_mesh": "parallel",
     "quantize": "requantize",

@@ -21,7 +21,7 @@ from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer.chat import Messages
 
-BATCH = 8  # prompts that are answered together
+BATCH = 8  # prompts that are answered together, if nobody says otherwise
 
 Prompt = str | Messages | Sequence[int]
 
@@ -86,11 +86,12 @@ class LanguageModel:
         name: str,
         sampling: Sampling = Sampling(),  # noqa: B008, frozen
         eos_ids: frozenset[int] = frozenset(),
+        max_batch_size: int = BATCH,
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
         self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
         self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
-        self.placed = list(placed)
+        self.placed, self.max_batch_size = list(placed), max_batch_size
         self.programs = Programs(model, mesh, dtype)
 
     def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
@@ -196,8 +197,8 @@ class LanguageModel:
         one = _is_one(prompts)
         completions = [Completion(prompt) for prompt in ([prompts] if one else prompts)]
         ids = [self.encode(c.prompt) for c in completions]
-        for first in range(0, len(ids), BATCH):
-            batch = slice(first, first + BATCH)
+        for first in range(0, len(ids), self.max_batch_size):
+            batch = slice(first, first + self.max_batch_size)
             for _ in self._answer(completions[batch], ids[batch], max_new_tokens, sampler, seed, eos, first):
                 pass
         return completions[0] if one else completions

@@ -8,8 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import huggingface_hub
 import jax
@@ -24,7 +25,9 @@ from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import registry
-from jaxllm.language_model import LanguageModel
+from jaxllm.language_model import BATCH, LanguageModel
+from jaxllm.models.families import FAMILIES
+from jaxllm.models.family import model_arguments
 from jaxllm.parallel import make_mesh
 from jaxllm.requantize import Requantize
 
@@ -41,8 +44,10 @@ def load(
     dtype: str | None = None,
     weights: str | None = None,
     max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
     adapters: tuple = (),
     matmul: str = "dequant",
+    attention: str | None = None,
     gqa: int = 1,
     config: str | os.PathLike | None = None,
     progress: bool = True,
@@ -59,8 +64,12 @@ def load(
             "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
             there a copy in `dtype` is made if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
+        max_batch_size: how many prompts are answered together; by default what the ModelArgs of DeepSeek's demo say, or
+            8 for other checkpoints.
         matmul: what FP8 and INT8 weights are multiplied with: "dequant", activations in `dtype`; or "fp8" or "int8",
             activations rounded to the same, as the checkpoint says (which keeps the weights packed).
+        attention: what the latent attention of DeepSeek's models keeps in its cache: "absorbed", one latent vector a
+            token (default); or "naive", every head's keys and values, which need more memory.
         gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
         config: a JSON file with the ModelArgs of DeepSeek's demo, for its directories only; by default the one there.
         progress: whether to show progress on stderr, if that is a terminal.
@@ -68,62 +77,92 @@ def load(
     Raises:
         InputError: a file or argument that cannot be used; one line saying what and where.
     """
-    dtype = dtype or "bfloat16"
-    _choose("dtype", dtype, DTYPES)
     _choose("matmul", matmul, MATMULS)
-    if weights is not None:
-        _choose("weights", weights, WEIGHTS)
     if adapters:
         raise InputError("adapters are not supported yet")
-    requantize = None if quantize is None else Requantize(quantize)
-    use_compilation_cache()
-    mesh = make_mesh(mesh)
+    if matmul != "dequant":
+        weights = _choose("weights", weights or "packed", ("packed",))
+    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress)
     file = find_checkpoint(path)
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
     with located(file):
-        if matmul != "dequant":
-            weights = _choose("weights", weights or "packed", ("packed",))
         checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
-        return _build(checkpoint, mesh, requantize, dtype, weights, max_seq_len, progress)
+        return build(checkpoint, settings)
 
 
-def _build(
-    checkpoint: Checkpoint,
-    mesh: Mesh,
-    quantize: Requantize | None,
-    dtype: str,
-    weights: str | None,
-    max_seq_len: int | None,
-    progress: bool,
-) -> LanguageModel:
-    begun, config = time.perf_counter(), checkpoint.config
-    encode, planned = (filling.keep, filling.keep) if quantize is None else (quantize, quantize.planned)
+@dataclass(frozen=True)
+class Settings:
+    """How a model is to be held and run: the arguments that `load` and `initialize` have in common, see `load`.
+
+    options: those that only some families have, see `Family.options`.
+    """
+
+    mesh: Mesh
+    quantize: Requantize | None
+    dtype: str
+    weights: str | None
+    max_seq_len: int | None
+    max_batch_size: int | None
+    options: Mapping[str, str | None]
+    progress: bool
+
+    @classmethod
+    def of(
+        cls,
+        mesh: Mesh | str | None,
+        quantize: str | None,
+        dtype: str | None,
+        weights: str | None,
+        max_seq_len: int | None,
+        max_batch_size: int | None,
+        attention: str | None,
+        progress: bool,
+    ) -> Self:
+        """Raises InputError for a value that makes no sense."""
+        dtype = _choose("dtype", dtype or "bfloat16", DTYPES)
+        if weights is not None:
+            _choose("weights", weights, WEIGHTS)
+        if max_batch_size is not None and max_batch_size < 1:
+            raise InputError(f"max_batch_size={max_batch_size}: must be 1 or above")
+        encode = None if quantize is None else Requantize(quantize)
+        options, shown = {"attention": attention}, progress and sys.stderr.isatty()
+        return cls(make_mesh(mesh), encode, dtype, weights, max_seq_len, max_batch_size, options, shown)
+
+
+def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
+    """The model of an opened checkpoint, placed on a mesh.
+
+    Raises:
+        InputError: tensors that do not fit the model, or an option that this model does not have.
+    """
+    use_compilation_cache()
+    begun, config, s = time.perf_counter(), checkpoint.config, settings
+    encode, planned = (filling.keep, filling.keep) if s.quantize is None else (s.quantize, s.quantize.planned)
+    arguments = model_arguments(FAMILIES, checkpoint.family, s.options)
     # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
-    sketch = checkpoint.family.model(config, mesh, 1)
+    sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
     sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
-    model = checkpoint.family.model(config, mesh, matching.row_block(sketch, sources, planned))
-    weights = weights or default_weights(checkpoint.tensors, dtype, mesh)
+    model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
+    weights = s.weights or default_weights(checkpoint.tensors, s.dtype, s.mesh)
     convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)
 
-    progress = progress and sys.stderr.isatty()
-
     def track(results: Iterable, count: int) -> tqdm:
-        return tqdm(results, "loading", count, unit=" tensors", disable=not progress, leave=False, file=sys.stderr)
+        return tqdm(results, "loading", count, unit=" tensors", disable=not s.progress, leave=False, file=sys.stderr)
 
-    placed = filling.fill(model, sources, mesh, encode, convert, dtype, track)
-    platform = mesh.devices.flat[0].platform
+    placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
+    platform, texts, name = s.mesh.devices.flat[0].platform, checkpoint.texts, checkpoint.name
     if reason := registry.missing([p.weight for p in placed], platform):
-        warnings.warn(f"{checkpoint.name}: runs without the kernels for {platform}: {reason}", stacklevel=3)
-    context = max_seq_len or config.max_position_embeddings
-    texts = checkpoint.texts
+        warnings.warn(f"{name}: runs without the kernels for {platform}: {reason}", stacklevel=3)
+    context = s.max_seq_len or config.max_position_embeddings
+    batch = s.max_batch_size or checkpoint.max_batch_size or BATCH
     loaded = LanguageModel(
-        model, placed, texts.tokenizer, mesh, dtype, context, checkpoint.name, texts.sampling, texts.eos_ids
+        model, placed, texts.tokenizer, s.mesh, s.dtype, context, name, texts.sampling, texts.eos_ids, batch
     )
-    if progress:
+    if s.progress:
         nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun
         print(
-            f"{checkpoint.name}: {nbytes / 2**20:.0f} MiB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s), "
+            f"{name}: {nbytes / 2**20:.0f} MiB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s), "
             f"weights {weights}",
             file=sys.stderr,
         )

@@ -1,8 +1,6 @@
 """DeepSeek-V2 and V3 against transformers, and against the demo's own mathematics in numpy for what it lacks."""
 
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import deepseek_numpy
@@ -20,8 +18,6 @@ from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels.activations import Quantized
 from jaxllm.kernels.block_fp8 import reference as block_fp8
 from jaxllm.layers.experts import TopKRouter
-from jaxllm.models.deepseek.family import DEEPSEEK
-from jaxllm.models.deepseek.model import deepseek
 from jaxllm.plan import collectives
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
@@ -58,19 +54,30 @@ def test_token_by_token_equals_all_at_once(load_once, name):
     np.testing.assert_allclose(np.stack(steps, 1), model.logits(tokens), atol=1e-3)
 
 
-def test_every_heads_keys_and_values_can_be_kept_instead(monkeypatch):
-    naive = replace(DEEPSEEK, model=partial(deepseek, per_head_cache=True))
-    monkeypatch.setattr("jaxllm.checkpoint.opening.FAMILIES", [naive])
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=8"])
+def test_every_heads_keys_and_values_can_be_kept_instead(load_once, mesh):
     expected = golden("v3")
-    model = jaxllm.load(CHECKPOINTS / "v3", mesh="tp=8", dtype="float32", progress=False)
+    model = load_once(CHECKPOINTS / "v3", mesh=mesh, dtype="float32", attention="naive")
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-3)
-    assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
-    assert model.programs.empty_cache(1, 256).keys[0].shape[1] == 8  # heads, of which 4 are zeros
+    if mesh == "tp=2":
+        assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
+    heads = {"tp=1": 4, "tp=2": 4, "tp=8": 8}[mesh]  # of the last, 4 are zeros
+    assert model.programs.empty_cache(1, 256).keys[0].shape == (1, heads, 256, 16)
+
+
+def test_a_choice_of_attention_is_for_latent_attention():
+    llama = CHECKPOINTS.parent / "checkpoints" / "llama"
+    with pytest.raises(jaxllm.InputError, match="llama: attention 'naive' means nothing for models like Llama"):
+        jaxllm.load(llama, attention="naive")
+    with pytest.raises(jaxllm.InputError, match="attention 'paged': choose one of absorbed, naive"):
+        jaxllm.load(CHECKPOINTS / "v3", attention="paged")
 
 
 def test_a_cached_token_is_a_latent_and_a_rotary_key(load_once):
     model = load_once(CHECKPOINTS / "v3", mesh="tp=2", dtype="float32", weights="packed")
     cache, c = model.programs.empty_cache(1, 256), model.config
+    absorbed = load_once(CHECKPOINTS / "v3", mesh="tp=2", dtype="float32", weights="packed", attention="absorbed")
+    assert jax.tree.map(jnp.shape, absorbed.programs.empty_cache(1, 256)) == jax.tree.map(jnp.shape, cache)
     nbytes = sum(x.nbytes for x in (*cache.keys, *cache.values))
     assert nbytes == 256 * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * 4
     assert nbytes < 0.4 * 256 * c.num_hidden_layers * c.num_attention_heads * (8 + 8 + 8) * 4

@@ -264,7 +264,7 @@ GIB = {
 
 @pytest.mark.parametrize("size", GIB)
 def test_bytes_of_the_published_models(size):
-    config = GptOssConfig.from_hf(PRESETS[size])
+    config = GptOssConfig.from_hf(PRESETS[f"gpt-oss-{size}"])
     got = {}
     for text in GIB[size]:
         mesh = make_mesh(text)

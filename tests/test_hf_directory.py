@@ -704,7 +704,7 @@ READS = {
     },
     ("llama", "tp=2"): {"_proj|embed_tokens|lm_head": 2 * [1 / 2], "norm": [1]},
     ("odd", "tp=4"): {
-        "(q|o)_proj": 4 * [1 / 3],  # six heads on four devices: two places each
+        "(q|o)_proj": 2 * [1 / 6] + 2 * [1 / 3],  # six heads on four devices: two places each, of which two are empty
         "(k|v)_proj": 4 * [1 / 2],
         "(gate|up|down)_proj|embed_tokens|lm_head": 4 * [1 / 4],
         "norm": [1],

@@ -53,7 +53,7 @@ def fp8(name, shape):
     scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
     return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), None)
 
-config = DeepseekConfig.from_demo(PRESETS["671B"])
+config = DeepseekConfig.from_demo(PRESETS["deepseek-v3-671b"])
 one_of_each = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
 for text in sys.argv[1:]:
     mesh = make_mesh(text)
@@ -88,8 +88,8 @@ def test_presets_have_the_sizes_in_their_names():
     from jaxllm.models.deepseek.model import deepseek
     from jaxllm.plan import dense, fill_with_shapes
 
-    for name, billions in (("16B", 15.7), ("236B", 235.7), ("671B", 671.0)):
-        config, mesh = DeepseekConfig.from_demo(PRESETS[name]), make_mesh("tp=1")
+    for name, billions in (("v2-lite-16b", 15.7), ("v2-236b", 235.7), ("v3-671b", 671.0)):
+        config, mesh = DeepseekConfig.from_demo(PRESETS[f"deepseek-{name}"]), make_mesh("tp=1")
         layers = {"n": config.num_hidden_layers, "dense": config.first_k_dense_replace}
         small = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
         sizes = fill_with_shapes(deepseek(small, mesh), mesh, dense("int8"))

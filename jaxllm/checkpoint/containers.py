@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxllm.checkpoint.demo import is_demo, open_demo
+from jaxllm.checkpoint.demo import demo_batch, is_demo, open_demo
 from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.quantized import assemble
@@ -30,6 +30,7 @@ class Opened:
         dialect, kind: in whose words it describes itself, and what it calls its architecture; see `models.family`.
         description: config.json, GGUF metadata, or the demo's ModelArgs.
         tensors: by the file's own names, the parts of a quantized matrix joined.
+        max_batch_size: how many prompts it asks to be answered together; None: it does not say.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Opened:
     description: Mapping[str, Any]
     tensors: Mapping[str, Weight]
     texts: Texts = field(default_factory=Texts)
+    max_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def open_container(path: Path, options: Mapping[str, object]) -> Opened:
 
 def _open_demo(path: Path, config: Path | None = None) -> Opened:
     args, tensors = open_demo(path, config)
-    return Opened(path.resolve().name, DEEPSEEK_DEMO, DEMO_TYPE, args, tensors, read_texts(path, args))
+    name, texts = path.resolve().name, read_texts(path, args)
+    return Opened(name, DEEPSEEK_DEMO, DEMO_TYPE, args, tensors, texts, demo_batch(args))
 
 
 def _open_directory(path: Path) -> Opened:

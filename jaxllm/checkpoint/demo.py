@@ -64,10 +64,14 @@ def read_args(file: Path) -> dict[str, object]:
     Raises:
         InputError: a field that the demo does not have, or with an impossible value.
     """
-    args = Entries(read_json(file), str(file))
+    return checked_args(Entries(read_json(file), str(file)))
+
+
+def checked_args(args: Entries) -> dict[str, object]:
+    """Fields of `ModelArgs`. Raises InputError as `read_args` does."""
     for key in args.values:
         if key not in DEMO_DEFAULTS:
-            raise InputError(f"{file}: '{key}' is not a field of the demo's ModelArgs")
+            raise InputError(f"{args.where}: '{key}' is not a field of the demo's ModelArgs")
         if args.values[key] is None and DEMO_DEFAULTS[key] is None:
             continue
         if choices := _CHOICES.get(key):
@@ -77,6 +81,11 @@ def read_args(file: Path) -> dict[str, object]:
         else:
             args.whole(key, least=0 if key in _MAY_BE_NONE else 1)
     return dict(args.values)
+
+
+def demo_batch(args: Mapping[str, object]) -> int:
+    """How many prompts the demo answers together, given fields of its `ModelArgs`."""
+    return int((DEMO_DEFAULTS | dict(args))["max_batch_size"])
 
 
 def find_config(path: Path) -> Path:

@@ -20,6 +20,7 @@ class Checkpoint:
 
     config: of the model, as its family has it.
     rules, ignored: how its tensors become parameters, see `Rule`; patterns of names that mean nothing.
+    max_batch_size: how many prompts it asks to be answered together; None: it does not say.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Checkpoint:
     rules: Sequence[Rule]
     ignored: Sequence[str]
     texts: Texts
+    max_batch_size: int | None = None
 
 
 def open_checkpoint(path: Path, **options: object) -> Checkpoint:
@@ -43,4 +45,4 @@ def open_checkpoint(path: Path, **options: object) -> Checkpoint:
         dialect, tensors = family.dialects[opened.dialect], opened.tensors
         config = dialect.config(opened.description, tensors)
         rules, ignored = dialect.rules(config, tensors), dialect.ignored(config)
-    return Checkpoint(opened.name, family, config, tensors, rules, ignored, opened.texts)
+    return Checkpoint(opened.name, family, config, tensors, rules, ignored, opened.texts, opened.max_batch_size)

@@ -1,7 +1,7 @@
 """A family of models as one record: everything that the loader has to know of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
@@ -42,12 +42,19 @@ class Family:
         name: as people call it.
         model: makes a model with its parameters declared, given the configuration, the mesh, and how many columns of a
             ROW matrix belong to one block of its format.
+        config: the type of its configurations.
         dialects: by the name of the kind of file.
+        options: what a user can choose for its models. For each option, the keyword arguments that tell `model` of a
+            choice, by the choice's name.
+        presets: descriptions of published models, in one of the dialects that JSON files have, by name.
     """
 
     name: str
     model: Callable[..., nnx.Module]
+    config: type
     dialects: Mapping[str, Dialect]
+    options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
@@ -63,3 +70,23 @@ def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
                 return family
             known += family.dialects[dialect].kinds
     raise InputError(f"models of type {kind!r} are not supported; supported in {dialect} files: {', '.join(known)}")
+
+
+def model_arguments(families: Sequence[Family], family: Family, options: Mapping[str, str | None]) -> dict[str, object]:
+    """Keyword arguments for `family.model`, from those of the options that the user set (the others are None).
+
+    Raises:
+        InputError: an option that this family does not have, or a choice that the option does not have.
+    """
+    arguments: dict[str, object] = {}
+    for option, choice in options.items():
+        if choice is None:
+            continue
+        if option not in family.options:
+            takers = ", ".join(other.name for other in families if option in other.options)
+            raise InputError(f"{option} '{choice}' means nothing for models like {family.name}, only for {takers}")
+        choices = family.options[option]
+        if choice not in choices:
+            raise InputError(f"{option} '{choice}': choose one of {', '.join(choices)}")
+        arguments |= choices[choice]
+    return arguments

@@ -67,11 +67,11 @@ def fp8(activations):
 def two_layers(name, mesh):
     """Two layers of a published model, its parameters shapes: what differs between layers is there once."""
     if name == "gpt-oss-120b":
-        config = GptOssConfig.from_hf(GPT_OSS["120b"])
+        config = GptOssConfig.from_hf(GPT_OSS[name])
         model = gpt_oss(dataclasses.replace(config, sliding_windows=config.sliding_windows[:2]), mesh, 32)
         fill_with_shapes(model, mesh, mxfp4_experts)
         return model
-    config = DeepseekConfig.from_demo(DEEPSEEK["671B"])
+    config = DeepseekConfig.from_demo(DEEPSEEK["deepseek-v3-671b"])
     model = deepseek(dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1), mesh)
     fill_with_shapes(model, mesh, fp8(Activations(128) if name.endswith("W8A8") else None))
     return model

@@ -56,9 +56,10 @@ _V3 = {"vocab_size": 129280, "n_dense_layers": 3, "n_shared_experts": 1, "score_
 _236B = {"dim": 5120, "inter_dim": 12288, "moe_inter_dim": 1536, "n_layers": 60, "n_heads": 128, "q_lora_rank": 1536}
 _671B = {"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_heads": 128, "q_lora_rank": 1536}
 PRESETS = {
-    "16B": {"mscale": 0.707},
-    "236B": _236B | {"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
-    "671B": _671B
+    "deepseek-v2-lite-16b": {"mscale": 0.707},
+    "deepseek-v2-236b": _236B
+    | {"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
+    "deepseek-v3-671b": _671B
     | _V3
     | {"n_routed_experts": 256, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4, "dtype": "fp8"},
 }
@@ -110,6 +111,10 @@ class DeepseekConfig:
     def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json of one of MODEL_TYPES.
 
+        Args:
+            tensors: names of the checkpoint's tensors, which say what the config does not: whether routers have a
+                correction bias. Without them, those of V3 do.
+
         Raises:
             InputError: a key is missing, or asks for something that is not supported.
         """
@@ -143,7 +148,7 @@ class DeepseekConfig:
             group_score="top2" if v3 else "max",
             norm_topk_prob=get("norm_topk_prob", v3),
             routed_scaling_factor=get("routed_scaling_factor", 1.0),
-            has_correction_bias=any(name.endswith("e_score_correction_bias") for name in tensors),
+            has_correction_bias=any(name.endswith("e_score_correction_bias") for name in tensors) if tensors else v3,
             q_lora_rank=config.get("q_lora_rank"),
             qk_nope_head_dim=head[0],
             qk_rope_head_dim=head[1],

@@ -2,15 +2,17 @@
 
 from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family
 from jaxllm.models.gpt_oss import names
-from jaxllm.models.gpt_oss.config import GGUF_ARCHITECTURES, MODEL_TYPES, GptOssConfig
+from jaxllm.models.gpt_oss.config import GGUF_ARCHITECTURES, MODEL_TYPES, PRESETS, GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.models.names import hf_ignored
 
 GPT_OSS = Family(
     "GPT-OSS",
     gpt_oss,
+    GptOssConfig,
     {
         GGUF: Dialect(GGUF_ARCHITECTURES, GptOssConfig.from_gguf, names.gguf_rules),
         HUGGING_FACE: Dialect(MODEL_TYPES, GptOssConfig.from_hf, names.hf_rules, hf_ignored),
     },
+    presets=PRESETS,
 )

@@ -9,6 +9,7 @@ from jaxllm.models.names import hf_ignored
 LLAMA = Family(
     "Llama",
     llama,
+    LlamaConfig,
     {
         GGUF: Dialect(GGUF_ARCHITECTURES, LlamaConfig.from_gguf, names.gguf_rules, names.gguf_ignored),
         HUGGING_FACE: Dialect(MODEL_TYPES, LlamaConfig.from_hf, names.hf_rules, hf_ignored),

@@ -1,0 +1,173 @@
+"""`initialize`: a model with random weights, from its configuration alone.
+
+It shows what a model needs and how fast it runs before its checkpoint is there. Random numbers stand in for a
+checkpoint's tensors, and everything after that is what `load` does. Each number is computed from where it stands in its
+matrix (a hash, as in counter-based random generators), so a device's part of a matrix is made without the rest of it,
+and the numbers are the same on any mesh. JAX's own generator makes whole arrays: cut in the order of a checkpoint, but
+not in the order in which heads and padding place its rows.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.checkpoint.demo import checked_args, demo_batch
+from jaxllm.checkpoint.opening import Checkpoint
+from jaxllm.checkpoint.texts import Texts
+from jaxllm.entries import Entries, read_json
+from jaxllm.errors import InputError, located
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.language_model import LanguageModel
+from jaxllm.layers.parameter import parameters
+from jaxllm.loading import Settings, build
+from jaxllm.models.deepseek.config import DEMO_TYPE
+from jaxllm.models.families import FAMILIES
+from jaxllm.models.family import DEEPSEEK_DEMO, HUGGING_FACE, family_of, model_arguments
+from jaxllm.models.rule import Rule
+
+PRESETS: dict[str, Mapping[str, object]] = {
+    name: description for family in FAMILIES for name, description in family.presets.items()
+}
+
+CHUNK = 2**18  # numbers that are computed at once: they fit into a processor's cache
+
+# Tensors are named as parameters are, those of a stack one by one.
+_RULES = (Rule(r"([^\[]+)\[(?P<expert>\d+)\]", r"\1"), Rule(r"([^\[]+)", r"\1"))
+
+
+def initialize(
+    config: object,
+    *,
+    mesh: Mesh | str | None = None,
+    seed: int = 0,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
+    attention: str | None = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """A model with random weights, sharded while it is made. It has no tokenizer: prompts are lists of token ids.
+
+    Matrices are uniform with mean 0 and variance 1 / (size of their input), rounded to `dtype`; norms are 1, biases and
+    attention sinks 0. The same seed gives the same numbers on any mesh. What a config says of quantization is ignored.
+
+    Args:
+        config: a name in `jaxllm.PRESETS`, such as "gpt-oss-20b"; the content of a Hugging Face config.json or fields
+            of ModelArgs of DeepSeek's demo, as a dict or the path of a JSON file (or of a directory with a
+            config.json); or a configuration object, such as another model's `config`.
+        quantize: a block type such as "q4_k" that every matrix is encoded into.
+        mesh, dtype, weights, max_seq_len, max_batch_size, attention, progress: see `load`. Matrices that are not
+            quantized are held in `dtype`, unless `weights` says otherwise.
+
+    Raises:
+        InputError: a configuration or argument that cannot be used; one line saying what and where.
+    """
+    if weights is None and quantize is None:
+        weights = "packed"
+    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress)
+    described = _described(config)
+    arguments = model_arguments(FAMILIES, described.family, settings.options)
+    with located(described.name):
+        tensors: dict[str, Weight] = {}
+        for name, param in parameters(described.family.model(described.config, settings.mesh, 1, **arguments)).items():
+            shape = param.get_value().shape
+            parts = [f"{name}[{i}]" for i in range(shape[0])] if len(shape) == 3 else [name]
+            tensors |= {part: Dense(_values(part, shape[-2:], seed, settings.dtype)) for part in parts}
+        return build(replace(described, tensors=tensors), settings)
+
+
+def _described(config: object) -> Checkpoint:
+    """A checkpoint without tensors, of what `config` describes, see `initialize`."""
+    for family in FAMILIES:
+        if isinstance(config, family.config):
+            return Checkpoint(config.model_type, family, config, {}, _RULES, (), Texts())
+    if isinstance(config, Mapping):
+        return _from_entries("config", Entries(config, "config"))
+    if not isinstance(config, str | os.PathLike):
+        raise InputError(f"config is a {type(config).__name__}, not a name, path, dict or configuration of a model")
+    if str(config) in PRESETS:
+        return _from_entries(str(config), Entries(PRESETS[str(config)], str(config)))
+    file = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+    if not file.exists():
+        raise InputError(f"{config}: no such file, and no preset; those are {', '.join(PRESETS)}")
+    name = file.resolve().parent.name if file.name == "config.json" else file.stem
+    return _from_entries(name, Entries(read_json(file), str(file)))
+
+
+def _from_entries(name: str, entries: Entries) -> Checkpoint:
+    kind, dialect, batch = entries.values.get("model_type"), HUGGING_FACE, None
+    if kind is None:
+        kind, dialect, batch = DEMO_TYPE, DEEPSEEK_DEMO, demo_batch(checked_args(entries))
+    with located(entries.where):
+        family = family_of(FAMILIES, dialect, str(kind))
+        config: Any = family.dialects[dialect].config(entries.values, {})
+    return Checkpoint(name, family, config, {}, _RULES, (), Texts(), batch)
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> "np.ndarray | RandomMatrix":
+    """What a parameter, or one matrix of a stack, is before training."""
+    if len(shape) == 1:
+        return np.full(shape, "norm" in name, np.float32)
+    if shape[1] == 1:  # biases of a stack
+        return np.zeros(shape, jnp.dtype(dtype))
+    keys = np.frombuffer(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "<u4")
+    rows, cols = (_mixed(np.arange(n, dtype=np.uint32) ^ key) for n, key in zip(shape, keys, strict=True))
+    return RandomMatrix(rows, cols, math.sqrt(3 / shape[1]), jnp.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class RandomMatrix:
+    """A matrix of uniform random numbers, or some of its rows and columns, computed when it becomes an array.
+
+    rows, cols: uint32, a hash for each of them.
+    bound: of the numbers' magnitudes.
+    """
+
+    rows: np.ndarray
+    cols: np.ndarray
+    bound: float
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.cols)
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def __getitem__(self, index: tuple[Any, ...]) -> "RandomMatrix":
+        """Rows, or rows and columns; nothing is computed."""
+        row, col = (*index, slice(None))[:2]
+        return replace(self, rows=self.rows[row], cols=self.cols[col])
+
+    def take(self, positions: np.ndarray, axis: int) -> "RandomMatrix":
+        return self[(slice(None),) * axis + (positions,)]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        out, step = np.empty(self.shape, dtype or self.dtype), max(1, CHUNK // max(1, len(self.cols)))
+        for start in range(0, len(out), step):
+            bits = _mixed(self.rows[start : start + step, None] + self.cols)
+            out[start : start + step] = bits.view(np.int32).astype(np.float32) * np.float32(self.bound / 2**31)
+        return out
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A hash of each uint32, in place: the finalizer of MurmurHash3 (Appleby), of which every bit depends on every."""
+    x ^= x >> 16
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> 13
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> 16
+    return x
