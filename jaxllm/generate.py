@@ -61,6 +61,12 @@ def parser() -> Parser:
         help="with FP8 or INT8 weights: dequantize them (the default), or quantize activations as well",
     )
     p.add_argument(
+        "--attention",
+        metavar="FORM",
+        help="what DeepSeek's models cache of a token: one latent vector (absorbed, the default), or keys and values of "
+        "every head (naive)",
+    )
+    p.add_argument(
         "--gqa",
         type=int,
         default=1,
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         max_seq_len=args.max_seq_len,
         matmul=args.matmul,
+        attention=args.attention,
         gqa=args.gqa,
         config=args.config,
     )

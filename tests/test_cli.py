@@ -97,6 +97,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 ERRORS = {
+    "attention": (["--prompt", "x", "--attention", "naive"], "attention 'naive' means nothing for models like", "demo"),
     "missing file": (["--prompt", "x"], "no such file", "/no/such.gguf"),
     "an empty directory": (["--prompt", "x"], "tests/config.json: No such file", str(Path(__file__).parent)),
     "not a GGUF file": (["--prompt", "x"], "not a GGUF file", __file__),

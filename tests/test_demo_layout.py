@@ -230,6 +230,16 @@ def test_the_config_may_be_elsewhere(tmp_path):
     assert open_checkpoint(tmp_path / "back").config == open_checkpoint(CHECKPOINTS / "v3").config
 
 
+def test_no_more_prompts_are_answered_together_than_the_config_says(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("jaxllm.language_model.generate_tokens", lambda _, ids, *__: sizes.append(len(ids)) or iter([]))
+    path, prompts = made(tmp_path, max_batch_size=3), [[1, 2]] * 9
+    for given in ({}, {"max_batch_size": 5}):
+        jaxllm.load(path, progress=False, **given).generate(prompts)
+    jaxllm.load(CHECKPOINTS / "v3", progress=False).generate(prompts)
+    assert sizes == [3, 3, 3, 5, 4, 8, 1]
+
+
 def test_tokenizer_files_come_along(tmp_path):
     source = tmp_path / "a"
     source.mkdir()

@@ -727,8 +727,8 @@ READS = {
         "norm|gate": [1],
     },
     ("mixtral_stacked", "ep=3,tp=2"): {
-        "gate_up_proj": 8 * [1 / 8],  # two experts on two of the groups; the third, which holds zeros, reads nothing
-        "experts.down_proj": 4 * [1 / 4],
+        "gate_up_proj": 4 * [0] + 8 * [1 / 8],  # two experts on two of the groups; the third, of zeros, reads nothing
+        "experts.down_proj": 2 * [0] + 4 * [1 / 4],
         "self_attn|embed_tokens|lm_head": 6 * [1 / 2],
         "norm|gate": [1],
     },
