@@ -63,8 +63,8 @@ def parser() -> Parser:
     p.add_argument(
         "--attention",
         metavar="FORM",
-        help="what DeepSeek's models cache of a token: one latent vector (absorbed, the default), or keys and values of "
-        "every head (naive)",
+        help="what DeepSeek's models cache of a token: one latent vector (absorbed, the default), or every head's keys "
+        "and values (naive)",
     )
     p.add_argument(
         "--gqa",

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.demo import checked_args, demo_batch
@@ -27,6 +28,7 @@ from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.language_model import LanguageModel
+from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.parameter import parameters
 from jaxllm.loading import Settings, build
 from jaxllm.models.deepseek.config import DEMO_TYPE
@@ -79,11 +81,8 @@ def initialize(
     described = _described(config)
     arguments = model_arguments(FAMILIES, described.family, settings.options)
     with located(described.name):
-        tensors: dict[str, Weight] = {}
-        for name, param in parameters(described.family.model(described.config, settings.mesh, 1, **arguments)).items():
-            shape = param.get_value().shape
-            parts = [f"{name}[{i}]" for i in range(shape[0])] if len(shape) == 3 else [name]
-            tensors |= {part: Dense(_values(part, shape[-2:], seed, settings.dtype)) for part in parts}
+        sketch = described.family.model(described.config, settings.mesh, 1, **arguments)
+        tensors = _tensors(sketch, seed, jnp.dtype(settings.dtype))
         return build(replace(described, tensors=tensors), settings)
 
 
@@ -91,7 +90,7 @@ def _described(config: object) -> Checkpoint:
     """A checkpoint without tensors, of what `config` describes, see `initialize`."""
     for family in FAMILIES:
         if isinstance(config, family.config):
-            return Checkpoint(config.model_type, family, config, {}, _RULES, (), Texts())
+            return Checkpoint(family.name, family, config, {}, _RULES, (), Texts())
     if isinstance(config, Mapping):
         return _from_entries("config", Entries(config, "config"))
     if not isinstance(config, str | os.PathLike):
@@ -115,15 +114,29 @@ def _from_entries(name: str, entries: Entries) -> Checkpoint:
     return Checkpoint(name, family, config, {}, _RULES, (), Texts(), batch)
 
 
-def _values(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> "np.ndarray | RandomMatrix":
-    """What a parameter, or one matrix of a stack, is before training."""
-    if len(shape) == 1:
-        return np.full(shape, "norm" in name, np.float32)
-    if shape[1] == 1:  # biases of a stack
-        return np.zeros(shape, jnp.dtype(dtype))
+def _tensors(model: nnx.Module, seed: int, dtype: np.dtype) -> dict[str, Weight]:
+    """What each parameter is before training, by its name; of a stack, each of its matrices."""
+    norms = {
+        id(module.weight): 1 - module.offset for _, module in nnx.iter_modules(model) if isinstance(module, RMSNorm)
+    }
+    tensors = {}
+    for name, param in parameters(model).items():
+        shape = param.get_value().shape
+        if len(shape) == 1:
+            tensors[name] = Dense(np.full(shape, norms.get(id(param), 0), np.float32))
+        elif len(shape) == 2:
+            tensors[name] = Dense(_random(name, shape, seed, dtype))
+        else:
+            biases = shape[-1] == 1
+            for one in (f"{name}[{i}]" for i in range(shape[0])):
+                tensors[one] = Dense(np.zeros(shape[1:], dtype) if biases else _random(one, shape[1:], seed, dtype))
+    return tensors
+
+
+def _random(name: str, shape: tuple[int, int], seed: int, dtype: np.dtype) -> "RandomMatrix":
     keys = np.frombuffer(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "<u4")
     rows, cols = (_mixed(np.arange(n, dtype=np.uint32) ^ key) for n, key in zip(shape, keys, strict=True))
-    return RandomMatrix(rows, cols, math.sqrt(3 / shape[1]), jnp.dtype(dtype))
+    return RandomMatrix(rows, cols, math.sqrt(3 / shape[1]), dtype)
 
 
 @dataclass(frozen=True)

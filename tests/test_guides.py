@@ -112,6 +112,12 @@ def test_a_family_from_outside(ripple, monkeypatch, tmp_path, mesh):
     assert model.generate(tokens.tolist(), 6).tokens == grown[len(tokens) :]
 
 
+def test_random_weights_of_a_family_from_outside(ripple):
+    model = jaxllm.initialize(CONFIG, dtype="float32", progress=False)
+    norms = [p.weight for p in model.placed if len(p.declaration.shape) == 1]
+    assert len(norms) > 4 and not any(np.asarray(weight).any() for weight in norms)  # they are added to 1
+
+
 def test_a_format_from_outside(monkeypatch, tmp_path):
     monkeypatch.setitem(READERS, "ternary", declared_ternary)
     rng, group = np.random.default_rng(1), 16

@@ -126,4 +126,4 @@ def rules(config: RippleConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
 
 # ---- 4. The record that the loader looks for: FAMILIES.append(RIPPLE). ---------------------------------------------
 
-RIPPLE = Family("Ripple", ripple, {HUGGING_FACE: Dialect(("ripple",), RippleConfig.from_hf, rules)})
+RIPPLE = Family("Ripple", ripple, RippleConfig, {HUGGING_FACE: Dialect(("ripple",), RippleConfig.from_hf, rules)})
