@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3 against transformers, and against the demo's own mathematics in numpy for what it lacks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import deepseek_numpy
