@@ -1,20 +1,61 @@
 """Eight emulated CPU devices, strict dtypes, and a compilation cache that stays inside the checkout."""
 
+import collections
 import gc
 import os
 from pathlib import Path
 
+import pytest
+
+BEGUN = pytest.StashKey[float]()
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xdg"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # read by jaxllm, in this process and in the command lines that tests start
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 import jaxllm  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="full products of case tables instead of covering ones")
+    parser.addoption("--cpu-times", action="store_true", help="show which files and tests took the most CPU time")
+
+
+def cpu_seconds():
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Wall time says little on a machine that others use too."""
+    item.stash[BEGUN] = cpu_seconds()
+    yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "teardown":
+        outcome.get_result().user_properties.append(("cpu", cpu_seconds() - item.stash[BEGUN]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--cpu-times"):
+        return
+    tests = {
+        r.nodeid: dict(r.user_properties)["cpu"] for r in terminalreporter.stats.get("", []) if r.when == "teardown"
+    }
+    files = collections.Counter()
+    for name, seconds in tests.items():
+        files[name.split("::")[0]] += seconds
+    terminalreporter.section(f"CPU seconds: {sum(files.values()):.0f}")
+    for name, seconds in [*files.most_common(), *collections.Counter(tests).most_common(60)]:
+        terminalreporter.write_line(f"{seconds:8.1f} {name}")
 
 
 @pytest.fixture(autouse=True, scope="module")
