@@ -5,6 +5,7 @@ import gc
 import os
 from pathlib import Path
 
+import covering
 import pytest
 
 BEGUN = pytest.StashKey[float]()
@@ -23,6 +24,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="full products of case tables instead of covering ones")
     parser.addoption("--cpu-times", action="store_true", help="show which files and tests took the most CPU time")
+
+
+def pytest_configure(config):
+    covering.FULL = config.getoption("--full")
 
 
 def cpu_seconds():

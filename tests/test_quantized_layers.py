@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from covering import in_turn
 from flax import nnx
 from quantized_writers import CONFIGS, FORMATS, WRITERS
 
@@ -96,15 +97,15 @@ class Case:
     expected: np.ndarray
     scale: np.ndarray | None
 
-    def check(self, tolerance=1e-5):
+    def check(self, kind, tolerance=1e-5):
         assert self.got.shape == self.expected.shape
         if self.scale is None:
-            np.testing.assert_array_equal(self.got, self.expected)
+            np.testing.assert_array_equal(self.got, self.expected, kind)
         else:
             assert np.isfinite(self.got).all()
             error = np.abs(self.got - self.expected) / self.scale
             assert error.max() < tolerance, (
-                f"wrong by {error.max():.2g} of what was summed, {error.mean():.2g} on average"
+                f"{kind}: wrong by {error.max():.2g} of what was summed, {error.mean():.2g} on average"
             )
 
 
@@ -222,31 +223,21 @@ def stacks(kind: Kind, mesh_name: str, sources: dict[str, Source] | None = None)
     return cases
 
 
-@cache
-def linear_cases(name, mesh):
-    return linears(KINDS[name], mesh)
+@pytest.mark.parametrize(("name", "mesh"), in_turn(FORMATS, *LINEAR_MESHES))
+def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh):
+    cases = linears(KINDS[name], mesh)
+    assert set(cases) == set(LINEAR_KINDS)
+    for kind, case in cases.items():
+        case.check(kind)
 
 
-@cache
-def stack_cases(name, mesh):
-    return stacks(KINDS[name], mesh)
+@pytest.mark.parametrize(("name", "mesh"), in_turn(FORMATS, *EXPERT_MESHES))
+def test_experts_multiply_as_those_they_stand_for(name, mesh):
+    for kind, case in stacks(KINDS[name], mesh).items():
+        case.check(kind)
 
 
-@pytest.mark.parametrize("kind", LINEAR_KINDS)
-@pytest.mark.parametrize("mesh", LINEAR_MESHES)
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh, kind):
-    linear_cases(name, mesh)[kind].check()
-
-
-@pytest.mark.parametrize(("mesh", "kind"), [*((mesh, "experts") for mesh in EXPERT_MESHES), ("tp=1", "gather_forward")])
-@pytest.mark.parametrize("name", FORMATS)
-def test_experts_multiply_as_those_they_stand_for(name, mesh, kind):
-    stack_cases(name, mesh)[kind].check()
-
-
-@pytest.mark.parametrize("mesh", EXPERT_MESHES)
-@pytest.mark.parametrize("name", STACKABLE)
+@pytest.mark.parametrize(("name", "mesh"), in_turn(STACKABLE, *EXPERT_MESHES))
 def test_a_stack_in_one_tensor_multiplies_as_the_experts_one_by_one(name, mesh):
     kind, sources = KINDS[name], {}
     for i, (part, shape) in enumerate({"gate": (96, 64), "up": (96, 64), "down": (64, 96)}.items()):
@@ -254,8 +245,8 @@ def test_a_stack_in_one_tensor_multiplies_as_the_experts_one_by_one(name, mesh):
         whole = {key: Dense(np.stack([tensors[key].values for tensors in each])) for key in each[0]}
         sources[part] = Source(part, (read(name, whole),))
         assert sources[part].shape == (EXPERTS, *shape)
-    for case in stacks(kind, mesh, sources).values():
-        case.check()
+    for name, case in stacks(kind, mesh, sources).items():
+        case.check(name)
 
 
 # ---- what lies where -----------------------------------------------------------------------------------------------
@@ -269,8 +260,7 @@ def codes_of(weight):
     return getattr(weight, next(iter(weight.axes)))
 
 
-@pytest.mark.parametrize("tp", [2, 4, 8])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "tp"), in_turn(FORMATS, 2, 4, 8))
 def test_every_device_holds_its_share(name, tp):
     """No leaf that runs along what is cut is whole on a device, and all leaves together are about 1/tp."""
     weights, _, _ = placed_linears(KINDS[name], make_mesh(f"tp={tp}"))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from covering import covering
 from jax.sharding import PartitionSpec as P
 from test_ggml_formats import example, reference
 
@@ -37,9 +38,7 @@ def decode(weight):
     return np.asarray(weight.values) if isinstance(weight, Dense) else reference(weight.type, np.asarray(weight.blocks))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["dense", *BLOCK_TYPES])
+@pytest.mark.parametrize(("name", "spec", "tp"), covering(["dense", *BLOCK_TYPES], SPECS, [1, 2, 3, 4, 8]))
 def test_every_device_holds_its_own_blocks(name, spec, tp):
     mesh, spec, (source, values) = make_mesh(f"tp={tp}"), SPECS[spec], weight(name)
     padded = source.pad_to(mesh, spec)

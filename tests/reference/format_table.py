@@ -101,7 +101,7 @@ ROWS = {
 
 def passes(case: cases.Case, what: str) -> bool:
     try:
-        case.check()
+        case.check(what)
     except AssertionError as error:
         print(f"{what}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return False
