@@ -9,8 +9,9 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.kernels import dense
 from jaxllm.kernels.experts import Gated, grouped_mlp, tile_size
-from jaxllm.layers.experts import TopKRouter
+from jaxllm.layers.experts import MoE, TopKRouter
 from jaxllm.layers.mlp import swiglu
+from jaxllm.parallel import make_mesh
 
 HIDDEN, INTERMEDIATE, EXPERTS = 32, 64, 8
 
@@ -100,3 +101,16 @@ def test_routing(normalize):
     expected = np.take_along_axis(probs, order, -1)
     np.testing.assert_array_equal(experts, order)
     np.testing.assert_allclose(scores, expected / expected.sum(-1, keepdims=True) if normalize else expected, rtol=1e-5)
+
+
+def test_router_logits_are_float32_whatever_activations_are():
+    """The logits are 64 and 64.125: of two experts the better one, though both are 64 in bfloat16."""
+    with jax.set_mesh(make_mesh("tp=1")):
+        moe = MoE(2, 2, 2, TopKRouter(1, True), 1, 1, 1)
+        ones = np.ones((2, 2, 2), np.float32)
+        moe.gate.weight.set_value(Dense(jnp.array([[1, 0], [1, 0.125]], jnp.bfloat16)))
+        moe.experts.gate_proj.set_value(Dense(jnp.asarray(ones)))
+        moe.experts.up_proj.set_value(Dense(jnp.asarray(ones)))
+        moe.experts.down_proj.set_value(Dense(jnp.asarray(ones * np.array([0, 1])[:, None, None])))
+        y = jax.jit(lambda moe, x: moe(x))(moe, jnp.array([[[64, 1]]], jnp.bfloat16))
+    assert (np.asarray(y) > 1000).all()  # the other expert gives zeros

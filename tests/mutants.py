@@ -1,0 +1,176 @@
+"""Shows that the suite notices what must never happen: each mutant is a mistake, put into a copy of the tree.
+
+    python tests/mutants.py            # all of them; exit code 1 if one survives
+    python tests/mutants.py cache      # those whose name has "cache" in it
+
+A mutant survives if the tests that are named for it pass. It does not fit any more if what it replaces is not found
+exactly once in its file; then it has to be adapted, or the mistake cannot be made there any longer.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """A mistake: in `file`, `new` instead of `old`. `tests` are arguments of pytest, of which one must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+GENERATION = "tests/test_generation.py"
+MUTANTS = [
+    Mutant(
+        "the same random key at every step",
+        "jaxllm/programs.py",
+        "return State(token, occurred, keys[:, 1])",
+        "return State(token, occurred, state.keys)",
+        (GENERATION, "-k", "new_key"),
+    ),
+    Mutant(
+        "a conversation's cache is reused without comparing tokens",
+        "jaxllm/decoding.py",
+        " and self.tokens[same] == prompt[same]",
+        "",
+        (GENERATION, "-k", "keeps_what_is_equal"),
+    ),
+    Mutant(
+        "a conversation's cache is never reused",
+        "jaxllm/decoding.py",
+        "if cache is None or cache.capacity < capacity:",
+        "if True:",
+        (GENERATION, "-k", "only_what_is_new"),
+    ),
+    Mutant(
+        "a ring is taken back further than it remembers",
+        "jaxllm/layers/cache.py",
+        "length - to <= size - window",
+        "True",
+        ("tests/test_cache.py", "-k", "goes_back"),
+    ),
+    Mutant(
+        "router logits in the activations' dtype",
+        "jaxllm/layers/experts.py",
+        "self.route(self.gate(tokens, jnp.float32), bias)",
+        "self.route(self.gate(tokens).astype(jnp.float32), bias)",
+        ("tests/test_experts.py", "-k", "router_logits"),
+    ),
+    Mutant(
+        "matrices are dequantized whether or not they fit into memory",
+        "jaxllm/loading.py",
+        "on_cpu and size < psutil.virtual_memory().available / 2",
+        "on_cpu",
+        (GENERATION, "-k", "half_of_the_memory"),
+    ),
+    Mutant(
+        "the cache is not donated",
+        "jaxllm/programs.py",
+        "out_shardings=shardings, donate_argnums=donated)",
+        "out_shardings=shardings)",
+        (GENERATION, "-k", "donated"),
+    ),
+    Mutant(
+        "a token reads all experts",
+        "jaxllm/bench.py",
+        "nbytes = nbytes * moe.num_experts_per_tok // p.declaration.shape[0]",
+        "pass",
+        (GENERATION, "-k", "routed_to"),
+    ),
+    Mutant(
+        "a token reads the embedding table",
+        "jaxllm/bench.py",
+        'p.name == "embed_tokens.weight" and not model.config.tie_word_embeddings',
+        "False",
+        (GENERATION, "-k", "token_reads"),
+    ),
+    Mutant(
+        "the README says that AWQ cannot be looked up",
+        "README.md",
+        "| AWQ | yes | yes | yes | yes | yes | yes | yes | no |",
+        "| AWQ | yes | yes | yes | yes | yes | no | yes | no |",
+        ("tests/test_readme.py", "-k", "AWQ"),
+    ),
+    Mutant(
+        "sums over devices in the activations' dtype",
+        "jaxllm/parallel.py",
+        "y = jax.lax.psum(y, in_axis)",
+        "y = jax.lax.psum(y.astype(jnp.bfloat16), in_axis).astype(jnp.float32)",
+        ("tests/test_quantized_layers.py", "-k", "multiplies_as and gptq-4"),
+    ),
+    Mutant(
+        "RMSNorm in the activations' dtype",
+        "jaxllm/layers/norm.py",
+        "wide = x.astype(jnp.float32)",
+        "wide = x.astype(jnp.bfloat16).astype(jnp.float32)",
+        ("tests/test_hf.py", "-k", "logits and qwen2-"),
+    ),
+    Mutant(
+        "a bias is added on every device",
+        "jaxllm/parallel.py",
+        "first = jax.lax.axis_index(TP) == 0",
+        "first = jax.lax.axis_index(TP) >= 0",
+        ("tests/test_gpt_oss.py", "-k", "logits_and_tokens"),
+    ),
+    Mutant(
+        "g_idx is off by one",
+        "jaxllm/checkpoint/integer_schemes.py",
+        "in_groups=(index + 1).astype(np.int32)",
+        "in_groups=np.maximum(index, 1).astype(np.int32)",
+        ("tests/test_quantized.py", "-k", "bit_for_bit and gptq"),
+    ),
+    Mutant(
+        "a sliding window is one position too wide",
+        "jaxllm/layers/attention.py",
+        "(back < sliding_window)",
+        "(back <= sliding_window)",
+        ("tests/test_hf.py", "-k", "logits and mistral"),
+    ),
+    Mutant(
+        "chat templates outside their sandbox",
+        "jaxllm/tokenizer/chat.py",
+        "from jinja2.sandbox import ImmutableSandboxedEnvironment",
+        "from jinja2 import Environment as ImmutableSandboxedEnvironment",
+        ("tests/test_tokenizer.py", "-k", "outside"),
+    ),
+]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass although the mistake is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info"), symlinks=True)
+        text = (tree / mutant.file).read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: {mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}")
+        (tree / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        if not (tree / "jaxllm" / "kernels").exists():  # the copy's own, not those that are installed
+            (tree / "jaxllm" / "kernels").symlink_to("../kernels")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
+        done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> None:
+    wanted = [m for m in MUTANTS if all(word in m.name for word in sys.argv[1:])]
+    alive = []
+    for mutant in wanted:
+        alive += [mutant.name] if survives(mutant) else []
+        print(f"{'SURVIVES' if mutant.name in alive else 'caught'}: {mutant.name}", flush=True)
+    sys.exit(f"{len(alive)} of {len(wanted)} mutants survive" if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
