@@ -4,13 +4,24 @@ PROMPT ?= Tell me a short story about the sea, in one paragraph.
 # In float32, with a seed: the same text each time, and with rare exceptions (a draw that is nearly a tie) on every CPU.
 SAMPLING := --dtype float32 --seed 1 --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
 
-.PHONY: run test test-accelerators lint bench bench-peers bench-kernels notebooks
+.PHONY: run test test-all test-fast test-accelerators mutants lint bench bench-peers bench-kernels notebooks
 
 run: .venv/installed
 	@$(BIN)/python -m jaxllm generate --model demo --prompt "$(PROMPT)" $(SAMPLING)
 
+# Case tables that cover; test-all has their full products, test-fast only what needs no model (for while one edits).
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --full
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
+
+# Mistakes put into a copy of the tree, one after the other: each has to be noticed by the tests named for it.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 # The kernels through the compilers of TPUs and GPUs, which need neither. Wheels that do not install here are skipped,
 # and the tests that want them say so.

@@ -23,7 +23,7 @@ from jaxllm import parallel
 from jaxllm.checkpoint.declared import declared
 from jaxllm.checkpoint.matching import match
 from jaxllm.checkpoint.placing import Source, place
-from jaxllm.checkpoint.quantized import join
+from jaxllm.checkpoint.quantized import join, with_activations
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
@@ -73,7 +73,7 @@ def tensors_of(name, shape, seed, module="m"):
 
 
 def read(name, tensors):
-    [weight] = join(tensors, declared(CONFIGS[name], {})).values()
+    [weight] = with_activations(join(tensors, declared(CONFIGS[name], {})), "dequant").values()
     return weight
 
 
