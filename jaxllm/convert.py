@@ -1,30 +1,41 @@
-"""`python -m jaxllm.convert`: a Hugging Face directory in another dtype, or from and to the files of DeepSeek's demo.
+"""`python -m jaxllm.convert`: a Hugging Face directory in another dtype, or to and from the files of DeepSeek's demo.
 
 A tensor is read, converted and written piece by piece, so memory does not grow with the model. (Mapping the file would
-be shorter, but what was read of a map stays with the process, and a file that is cut short meanwhile kills it.)
+be shorter, but pages that were read of a map stay with the process, and a file that is cut short meanwhile kills it.)
+
+To another dtype, there are two cases. A checkpoint with blockwise FP8 chose its dtypes matrix by matrix: only its FP8
+matrices are dequantized, as DeepSeek's fp8_cast_bf16.py does, and nothing else changes. Any other checkpoint is wanted
+in the other dtype as a whole; only the router's correction bias is kept even there, since rounding it changes which
+experts are chosen (transformers keeps it in float32 as well).
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.checkpoint.demo import is_demo
-from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
+from jaxllm.checkpoint.declared import Declared, declared
+from jaxllm.checkpoint.demo import BLOCK, is_demo
+from jaxllm.checkpoint.demo_convert import DECLARATION, to_demo, to_huggingface
 from jaxllm.checkpoint.placing import FileArray
-from jaxllm.checkpoint.quantized import assemble
+from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
-from jaxllm.checkpoint.writing import GB, Tensor, write_directory, write_files
+from jaxllm.checkpoint.scaled_schemes import FP8, block_fp8
+from jaxllm.checkpoint.writing import GB, Tensor, nth, write_directory, write_files
 from jaxllm.checkpoint.writing import pieces as _pieces
 from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
@@ -34,6 +45,9 @@ from jaxllm.formats.scaled import Scaled
 TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("demo", "huggingface")
 DEMO_CONFIG = "config_demo.json"
+# FP8 that is not declared is in DeepSeek's blocks; everyone who writes others declares them.
+_UNDECLARED = only(block_fp8(BLOCK), block_fp8(BLOCK, scales=".weight_scale_inv"))
+_CORRECTION_BIAS = re.compile(r"(?:.*\.)?(?:e_score_correction_bias|expert_bias)")
 _FLOATS = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SCALES = re.compile(r"scales?(_|$)|absmax|zeros?$|SCB")
 # Files that hold weights or run code when they are opened, lists of those (".index."), and what is hidden.
@@ -52,16 +66,21 @@ def convert(
     config: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Write a Hugging Face directory again in another dtype, or as the files of DeepSeek's demo; or those as such.
+    """Write a Hugging Face directory in another dtype or as the files of DeepSeek's demo, or those as such a directory.
 
-    Another dtype is that of every floating-point tensor; integers stay as they are, and blockwise FP8 becomes plain.
-    Files that hold no weights come along; hidden files and subdirectories do not.
+    To another dtype, the FP8 matrices of a blockwise FP8 checkpoint are dequantized, and its other tensors stay bit for
+    bit what they are. A matrix whose scales are missing stays FP8: a warning names it, and the written config.json
+    still declares FP8, with the dequantized matrices left out. Of a checkpoint without FP8, all floating-point tensors
+    are converted except the router's correction bias (`e_score_correction_bias`, `expert_bias`); integers stay what
+    they are.
+
+    Files that hold no weights are copied; hidden files and subdirectories are not.
 
     Args:
         src: the directory to read.
         dst: the directory to write, which must not exist or be empty. It appears when everything is written.
         to: "bfloat16" (rounded to nearest, ties to even) or "float32"; "demo", or "huggingface" from the demo's files,
-            which change no value.
+            both of which change no value.
         max_shard_size: bytes of a file, or text such as "500MB"; a larger tensor has a file of its own.
         model_parallel: how many files to write for the demo, each for one GPU.
         n_experts: how many there should be in what is written for the demo.
@@ -136,30 +155,57 @@ def _open(src: Path) -> HFDirectory:
 
 def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, object]]:
     """The tensors in another dtype, and the config that says so."""
-    config, weights = dict(folder.config), folder.tensors
-    declared = config.get("quantization_config")
-    if isinstance(declared, dict) and declared.get("quant_method") == "fp8" and declared.get("weight_block_size"):
-        weights = assemble(folder)
-        del config["quantization_config"]
-    plain = {name: weight for name, weight in weights.items() if not _is_fp8_matrix(weight)}
-    if reason := _quantized(replace(folder, config=config, tensors=plain)):
+    config, weights, dtype = dict(folder.config), dict(folder.tensors), TARGETS[to]
+    if (found := _blockwise(folder)) is None:
+        fp8, unscaled = [], []
+    else:
+        given = config.pop("quantization_config", None) or DECLARATION
+        fp8 = [name for name, weight in weights.items() if weight.values.dtype.name in FP8]
+        unscaled = [name for name in fp8 if not _has_scales(name, weights, found)]
+        weights = join({name: weight for name, weight in weights.items() if name not in unscaled}, found)
+    if reason := _quantized(config, weights):
         raise InputError(f"quantized ({reason}), which cannot be converted yet")
-    return [_converted(name, weight, TARGETS[to]) for name, weight in weights.items()], _with_dtype(config, to)
+    config = _with_dtype(config, to)
+    if not fp8:
+        kept = _CORRECTION_BIAS.fullmatch
+        return [_same(n, w) if kept(n) else _cast(n, w, dtype) for n, w in weights.items()], config
+    tensors = [_dequantized(n, w, dtype) if isinstance(w, Scaled) else _same(n, w) for n, w in weights.items()]
+    if unscaled:  # what is written is FP8 still, but for the matrices that were dequantized
+        left_out = [name.removesuffix(".weight") for name, weight in weights.items() if isinstance(weight, Scaled)]
+        left_out = [*(given.get("modules_to_not_convert") or ()), *left_out]
+        config["quantization_config"] = {**given, "modules_to_not_convert": left_out}
+    for name in unscaled:
+        warnings.warn(f"'{name}' is FP8, but '{name}_scale_inv' is missing; it stays FP8", stacklevel=3)
+        tensors.append(_same(name, folder.tensors[name]))
+    return tensors, config
 
 
-def _is_fp8_matrix(weight: Weight) -> bool:
-    return isinstance(weight, Scaled) and len(weight.shape) == 2 and weight.values.dtype.itemsize == 1
+def _blockwise(folder: HFDirectory) -> Declared | None:
+    """How FP8 with a scale for each block is declared, or shown by the tensors' names; None if it is not there."""
+    given = folder.config.get("quantization_config")
+    if isinstance(given, dict) and given.get("quant_method") == "fp8" and given.get("weight_block_size"):
+        return declared(folder.config, {})
+    fp8 = [name for name, weight in folder.tensors.items() if weight.values.dtype.name in FP8]
+    shown = any(_has_scales(name, folder.tensors, _UNDECLARED) for name in fp8)
+    return _UNDECLARED if shown and not given else None
 
 
-def _quantized(folder: HFDirectory) -> str | None:
-    """What shows that values mean something only together with others; None if each stands for itself."""
-    for config in (folder.config, *(value for value in folder.config.values() if isinstance(value, dict))):
+def _has_scales(name: str, tensors: Mapping[str, Weight], found: Declared) -> bool:
+    """Whether a matrix has its scales beside it, by any of the names that are declared."""
+    ours = (scheme for scheme in found.schemes(name) if name.endswith(scheme.result))
+    return any(name.removesuffix(scheme.result) + scheme.key in tensors for scheme in ours)
+
+
+def _quantized(config: Mapping[str, object], weights: Mapping[str, Weight]) -> str | None:
+    """What shows that plain values mean something only together with others; None if each stands for itself."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "quantization", "compression_config"):
-            if config.get(key):
+            if part.get(key):
                 return f"config.json has '{key}'"
-    split = [name.rpartition(".") for name in folder.tensors]
+    plain = {name: weight for name, weight in weights.items() if not isinstance(weight, Scaled)}
+    split = [name.rpartition(".") for name in plain]
     scaled = {stem for stem, dot, last in split if dot and _SCALES.search(last)}
-    for name, weight in folder.tensors.items():
+    for name, weight in plain.items():
         dtype = weight.values.dtype
         packed = dtype.kind in "iu" and dtype.itemsize <= 4 and weight.values.ndim > 1
         if packed and not scaled.isdisjoint((name, name.rpartition(".")[0])):
@@ -182,28 +228,45 @@ def _with_dtype(config: Mapping[str, object], to: str) -> dict[str, object]:
     return dict(config) | changed | {key: to for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
 
 
-def _converted(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
-    if isinstance(weight, Scaled):
-        return Tensor(name, dtype, weight.shape, _dequantized(name, weight, dtype))
+def _same(name: str, weight: Weight) -> Tensor:
+    array: FileArray = weight.values
+    return Tensor(name, array.dtype, array.shape, _pieces(name, array))
+
+
+def _cast(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
     array: FileArray = weight.values
     dtype = dtype if array.dtype in _FLOATS else array.dtype
-    return Tensor(name, dtype, array.shape, (_cast(piece, dtype) for piece in _pieces(name, array)))
+    return Tensor(name, dtype, array.shape, (_rounded(piece, dtype) for piece in _pieces(name, array)))
 
 
-def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """In bands of whole blocks."""
-    (rows, cols), (_, width) = weight.block, weight.shape
-    scales = np.concatenate([np.empty(0, weight.scales.dtype), *_pieces(f"the scales of {name}", weight.scales)])
-    scales, begin = scales.reshape(weight.scales.shape).astype(np.float32), 0
-    for band in _pieces(name, weight.values, rows * width):
-        values = band.reshape(-1, width).astype(np.float32)
-        of = scales[begin // rows :].repeat(rows, 0)[: len(values)].repeat(cols, 1)[:, :width]
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield _cast(values * of, dtype)
-        begin += len(values)
+def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Tensor:
+    return Tensor(name, dtype, weight.shape, _bands(name, weight, dtype))
 
 
-def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _bands(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The matrix, or a stack of them, dequantized in bands of whole blocks."""
+    (rows, _), (*lead, _, width) = weight.block, weight.shape
+    scales = np.concatenate([*_pieces(f"the scales of {name}", weight.scales)])
+    for i, grid in enumerate(scales.reshape(math.prod(lead), *weight.scales.shape[-2:])):
+        begin = 0
+        for piece in _pieces(name, nth(weight.values, weight.shape[-2:], i), rows * width):
+            values = piece.reshape(-1, width)
+            high = math.ceil(len(values) / rows)
+            yield _decode(replace(weight, values=values, scales=grid[begin : begin + high]), dtype)
+            begin += high
+
+
+def _decode(band: Scaled, dtype: np.dtype) -> np.ndarray:
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(_dequantize(band, dtype))
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(band: Scaled, dtype: np.dtype) -> jax.Array:
+    return band.dequantize(dtype)
+
+
+def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounded once, to nearest, ties to even; the same dtype keeps every bit."""
     if x.dtype == dtype:
         return x
@@ -227,10 +290,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("paths", nargs="*", metavar="SRC DST", help="a directory, and the one to write, new or empty")
     p.add_argument("--hf-ckpt-path", metavar="SRC", help="instead of SRC, as DeepSeek's convert.py has it")
     p.add_argument("--save-path", metavar="DST", help="instead of DST, likewise")
+    p.add_argument("--input-fp8-hf-path", metavar="SRC", help="instead of SRC, as DeepSeek's fp8_cast_bf16.py has it")
+    p.add_argument("--output-bf16-hf-path", metavar="DST", help="instead of DST, likewise; implies --to bfloat16")
     p.add_argument(
         "--to",
         choices=(*TARGETS, *LAYOUTS),
-        help="a dtype for all floating-point tensors; DeepSeek's demo (with --model-parallel), or from its files",
+        help="a dtype: for the FP8 matrices if there are any, otherwise for all floating-point tensors except the "
+        "router's correction bias; the files of DeepSeek's demo (with --model-parallel); or huggingface from those",
     )
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -240,10 +306,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    paths = [*filter(None, (args.hf_ckpt_path, args.save_path)), *args.paths]
+    paths = [args.hf_ckpt_path, args.input_fp8_hf_path, *args.paths, args.save_path, args.output_bf16_hf_path]
+    paths = [path for path in paths if path is not None]
     if len(paths) != 2:
         raise InputError("give SRC and DST, the directory to read and the one to write")
-    to = args.to or ("demo" if args.model_parallel is not None else None)
+    implied = "bfloat16" if args.output_bf16_hf_path else "demo" if args.model_parallel is not None else None
+    to = args.to or implied
     if to is None:
         raise InputError("give --to, what to convert to")
     options = {name: getattr(args, name) for name in ("max_shard_size", "model_parallel", "n_experts", "config")}

@@ -286,29 +286,68 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     np.testing.assert_array_equal(joined.take(np.array([2**40, 3]), 0)[:, 0], [0, 1])
 
 
+def fp8_made_plain(source, to, kept=()):
+    """What fp8_cast_bf16.py does with each tensor, but for the dtype and the size of blocks."""
+    config, expected = json.loads((source / "config.json").read_text()), {}
+    for key, x in (tensors := read_safetensors(source / "model.safetensors")).items():
+        if x.dtype == E4M3 and key not in kept:
+            block = config["quantization_config"]["weight_block_size"]
+            x = weight_dequant(x, tensors[f"{key}_scale_inv"], block).astype(to)
+        if not key.endswith("_scale_inv"):
+            expected[key] = x
+    return expected
+
+
+def check(path, expected):
+    got = {k: v for file in path.glob("*.safetensors") for k, v in read_safetensors(file).items()}
+    assert got.keys() == expected.keys()
+    for key, x in expected.items():
+        assert got[key].dtype == x.dtype, key
+        assert got[key].tobytes() == x.tobytes(), key
+
+
 @pytest.mark.parametrize("to", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["v3_fp8", "v3_fp8_small_blocks", "fp8"])
 def test_fp8_made_plain_is_numpys(tmp_path, monkeypatch, fp8, name, to):
+    """And everything else is what it was, the router's correction bias in float32 included."""
     monkeypatch.setattr("jaxllm.checkpoint.writing.PIECE", 1000)  # several bands a tensor
     source = fp8 if name == "fp8" else CHECKPOINTS / name
     config = json.loads((source / "config.json").read_text())
     convert(source, tmp_path / "b", to=to, max_shard_size=100_000, progress=False)
-    expected = {}
-    for key, x in (tensors := read_safetensors(source / "model.safetensors")).items():
-        if x.dtype == E4M3:
-            block = config["quantization_config"]["weight_block_size"]
-            x = weight_dequant(x, tensors[f"{key}_scale_inv"], block)
-        if not key.endswith("_scale_inv"):
-            expected[key] = x.astype(to)
-    got = {k: v for file in (tmp_path / "b").glob("*.safetensors") for k, v in read_safetensors(file).items()}
-    assert got.keys() == expected.keys()
-    for key, x in expected.items():
-        assert got[key].dtype == x.dtype
-        assert got[key].tobytes() == x.tobytes(), key
+    expected = fp8_made_plain(source, to)
+    check(tmp_path / "b", expected)
+    assert {x.dtype for k, x in expected.items() if "correction_bias" in k} == {np.dtype(np.float32)}
     del config["quantization_config"]
     assert json.loads((tmp_path / "b" / "config.json").read_text()) == config | {"dtype": to}
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == expected.keys()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_fp8_without_scales_is_kept_and_warned_about(tmp_path, declared):
+    """By the options of the demo's own script. What was written then still says that it has FP8."""
+    kept = [DOWN, "model.layers.1.self_attn.o_proj.weight"]
+    source = hf(tmp_path, "v3_fp8", without(*(f"{name}_scale_inv" for name in kept)))
+    expected = fp8_made_plain(source, "bfloat16", kept)
+    said = json.loads((source / "config.json").read_text())
+    if not declared:
+        block = said.pop("quantization_config")["weight_block_size"]
+        assert block == [128, 128]
+        (source / "config.json").write_text(json.dumps(said))
+    done = run("--output-bf16-hf-path", tmp_path / "b", "--input-fp8-hf-path", source)
+    assert (done.returncode, done.stdout) == (0, "")
+    *warned, _ = done.stderr.splitlines()
+    assert sorted(warned) == sorted(
+        f"warning: '{name}' is FP8, but '{name}_scale_inv' is missing; it stays FP8" for name in kept
+    )
+    check(tmp_path / "b", expected)
+    got = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert (got["quant_method"], got["weight_block_size"]) == ("fp8", [128, 128])
+    before = read_safetensors(source / "model.safetensors")
+    fp8 = {name.removesuffix(".weight") for name, x in before.items() if x.dtype == E4M3 and name not in kept}
+    assert (set(got["modules_to_not_convert"]), len(got["modules_to_not_convert"])) == (fp8, len(fp8))
+    with pytest.raises(jaxllm.InputError, match=f"'{DOWN}' is FP8, but '{DOWN}_scale_inv' is missing"):
+        jaxllm.load(tmp_path / "b", progress=False)
 
 
 def hf(tmp_path, name="v3", change=None, **config):
@@ -451,9 +490,14 @@ CONVERT = {
         ["--model-parallel", 1],
         "model_type 'llama': the demo knows",
     ),
+    "scales of nothing": (
+        lambda p: hf(p, "v3_fp8", without(DOWN)),
+        ["--to", "bfloat16"],
+        f"'{DOWN}_scale_inv' is there, but '{DOWN}' is missing",
+    ),
     "no scales": (
         lambda p: hf(p, "v3_fp8", without(f"{DOWN}_scale_inv")),
-        ["--to", "bfloat16"],
+        ["--model-parallel", 1],
         f"'{DOWN}' is FP8, but '{DOWN}_scale_inv' is missing",
     ),
 }

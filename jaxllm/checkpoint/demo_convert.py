@@ -25,7 +25,7 @@ from jaxllm.checkpoint.demo import (
 from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import HFDirectory
-from jaxllm.checkpoint.writing import Tensor, pieces
+from jaxllm.checkpoint.writing import Tensor, nth, pieces
 from jaxllm.entries import read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -61,6 +61,9 @@ _YARN = {
     "beta_slow": "beta_slow",
     "mscale": "mscale_all_dim",
 }
+
+# What DeepSeek's config.json says of FP8.
+DECLARATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
 
 
 def to_demo(
@@ -160,17 +163,13 @@ def _parts(
     size = array.shape[axis] // count
     shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
     for i in range(count):
-        yield i, Tensor(new, array.dtype, shape, (_rows if axis == 0 else _columns)(name, array, shape, i))
-
-
-def _rows(name: str, array: FileArray, shape: tuple[int, ...], i: int) -> Iterator[np.ndarray]:
-    offset = array.offset + i * math.prod(shape) * array.dtype.itemsize
-    return pieces(name, dataclasses.replace(array, offset=offset, shape=shape))
+        values = pieces(name, nth(array, shape, i)) if axis == 0 else _columns(name, array, shape, i)
+        yield i, Tensor(new, array.dtype, shape, values)
 
 
 def _columns(name: str, array: FileArray, shape: tuple[int, ...], i: int) -> Iterator[np.ndarray]:
-    part = slice(i * shape[-1], (i + 1) * shape[-1])
-    return (band.reshape(-1, array.shape[-1])[:, part] for band in pieces(name, array, array.shape[-1]))
+    columns = slice(i * shape[-1], (i + 1) * shape[-1])
+    return (band.reshape(-1, array.shape[-1])[:, columns] for band in pieces(name, array, array.shape[-1]))
 
 
 def _args(
@@ -210,8 +209,8 @@ def _hf_config(given: Mapping[str, object], weights: Mapping[str, Weight], names
         yarn = {key: args[arg] for arg, key in _YARN.items()}
         config["rope_scaling"] = {"type": "yarn", **yarn, "mscale": args["mscale"]}
     if any(isinstance(w, Scaled) for w in weights.values()):
-        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
-        config["quantization_config"] = fp8 | ({"scale_fmt": args["scale_fmt"]} if args["scale_fmt"] else {})
+        scale_fmt = {"scale_fmt": args["scale_fmt"]} if args["scale_fmt"] else {}
+        config["quantization_config"] = DECLARATION | scale_fmt
     if unlike := _unlike(DeepseekConfig.from_hf(config, dict.fromkeys(names)), model):
         raise InputError(f"a config.json cannot say this model's {', '.join(unlike)}; give one with --config")
     return config

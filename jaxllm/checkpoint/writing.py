@@ -4,6 +4,7 @@ Values come as pieces that are made while they are written, so no tensor is ever
 package writes a file from a dictionary of everything in it, and over a file that is there already.)
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -183,6 +184,11 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
             if piece.size < min(left + piece.size, most):
                 raise InputError(f"{array.path}: cut short: {left} values of tensor '{name}' are missing")
             yield piece
+
+
+def nth(array: FileArray, shape: tuple[int, ...], i: int) -> FileArray:
+    """The i-th of the arrays of this shape that lie one after another in an array."""
+    return dataclasses.replace(array, offset=array.offset + i * math.prod(shape) * array.dtype.itemsize, shape=shape)
 
 
 def _header(tensors: Iterable[Tensor]) -> bytes:
