@@ -493,7 +493,7 @@ CONVERT = {
     "scales of nothing": (
         lambda p: hf(p, "v3_fp8", without(DOWN)),
         ["--to", "bfloat16"],
-        f"'{DOWN}_scale_inv' is there, but '{DOWN}' is missing",
+        rf"'{DOWN}_scale_inv' is there, but '{DOWN.removesuffix('.weight')}(.weight)?' is missing",  # a stack has none
     ),
     "no scales": (
         lambda p: hf(p, "v3_fp8", without(f"{DOWN}_scale_inv")),
