@@ -271,7 +271,7 @@ def test_of_a_joined_array_the_right_parts_are_read(tmp_path, axis, positions):
                 if i is not None:
                     zeros = np.expand_dims(i < 0, 1 - a)
                     want = np.where(zeros, 0, want.take(i, a))
-            np.testing.assert_array_equal(_read([joined], False, index, section), want[section])
+            np.testing.assert_array_equal(_read([joined], False, index, tuple(sizes), section), want[section])
 
 
 def test_only_what_is_asked_for_is_read(tmp_path):
