@@ -70,7 +70,7 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
 
 def _known(name: str, found: Declared) -> list[tuple[str, Scheme]]:
     """Modules and the schemes in which a tensor of this name would be the one by which they are recognised."""
-    modules = ((key, name.removesuffix(key)) for key in found.keys if name.endswith(key))
+    modules = ((key, name.removesuffix(key)) for key in sorted(found.keys) if name.endswith(key))
     return [(module, scheme) for key, module in modules for scheme in found.schemes(module) if scheme.key == key]
 
 
