@@ -25,12 +25,19 @@ def _pairs(row: tuple) -> list[tuple]:
     return list(itertools.combinations(enumerate(row), 2))
 
 
-def in_turn(names: Iterable, *meshes: str) -> list[tuple]:
-    """Every name on the last of `meshes`, the widest, and on one of the others in turn."""
-    names, others = list(names), meshes[:-1]
+def in_turn(names: Iterable, *meshes: object) -> list[tuple]:
+    """Every name on one of the meshes, which take turns."""
+    names = list(names)
     if FULL:
-        return [(name, mesh) for name in names for mesh in meshes]
-    return [(name, mesh) for i, name in enumerate(names) for mesh in (others[i % len(others)], meshes[-1])]
+        return list(itertools.product(names, meshes))
+    return [(name, meshes[i % len(meshes)]) for i, name in enumerate(names)]
+
+
+def widest_and_in_turn(names: Iterable, *meshes: object) -> list[tuple]:
+    """Every name on the last of the meshes, the widest, and on one of the others, which take turns."""
+    names = list(names)
+    rows = [*in_turn(names, *meshes[:-1]), *((name, meshes[-1]) for name in names)]
+    return sorted(rows, key=lambda row: names.index(row[0]))
 
 
 def some(values: Sequence, few: Sequence) -> Sequence:

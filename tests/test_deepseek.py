@@ -11,6 +11,7 @@ import kernel_cases
 import ml_dtypes
 import numpy as np
 import pytest
+from covering import in_turn
 from deepseek_numpy import Transformer, act_quant, load, read_safetensors
 from safetensors.numpy import save_file
 
@@ -24,7 +25,7 @@ from jaxllm.plan import collectives
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
-CASES = [(name, mesh) for name in NAMES for mesh in ("tp=1", "tp=2,ep=4")]
+CASES = [*in_turn(NAMES, "tp=1", "tp=2,ep=4")]
 CASES += [(name, mesh) for name in ("v3", "v3_fp8_small_blocks") for mesh in ("tp=8", "ep=4")]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from covering import some
 
 import jaxllm
 from jaxllm.language_model import Completion
@@ -27,7 +28,7 @@ def test_the_conversation_is_tokenized_as_in_transformers(demo, golden):
     assert demo.encode([{"role": "user", "content": golden["prompt"]}]) == golden["ids"]
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"])
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"], ["tp=1", "tp=3", "tp=8"]))
 def test_logits_are_those_of_transformers_on_every_mesh(load_once, mesh):
     model = load_once("demo", dtype="float32", **({"mesh": mesh} if mesh != "tp=1" else {}))
     for golden in GOLDEN:
@@ -44,7 +45,7 @@ def test_greedy_tokens_are_those_of_transformers(demo, golden):
     assert answer.finish_reason == ("stop" if golden["new"][-1] == 2 else "length")
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", "tp=3", "tp=4", "tp=8"])
+@pytest.mark.parametrize("mesh", some(["tp=2", "tp=3", "tp=4", "tp=8"], ["tp=3"]))
 def test_a_few_tokens_on_several_devices(load_once, mesh):
     assert load_once("demo", dtype="float32", mesh=mesh).generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
 

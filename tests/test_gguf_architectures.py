@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from covering import in_turn
 from hf_to_gguf import convert
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -35,8 +36,7 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2,ep=4"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "mesh"), in_turn(FILES, "tp=1", "tp=2,ep=4"))
 def test_logits_and_tokens_are_those_of_transformers(load_once, files, name, mesh):
     golden = np.load(CHECKPOINTS / name.split(",")[0] / "golden.npz")
     model = load_once(files / f"{name}.gguf", mesh=mesh, dtype="float32")

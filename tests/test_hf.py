@@ -5,18 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from covering import in_turn, widest_and_in_turn
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
-MESHES = [("tp=1", NAMES), ("tp=2", NAMES), ("tp=8", NAMES), ("ep=4", SPARSE), ("tp=2,ep=2", SPARSE)]
+CASES = [*widest_and_in_turn(NAMES, "tp=1", "tp=2", "tp=8"), *in_turn(SPARSE, "ep=4", "tp=2,ep=2")]
 
 
 def golden(name):
     return np.load(CHECKPOINTS / name / "golden.npz")
 
 
-@pytest.mark.parametrize(("name", "mesh"), [(name, mesh) for mesh, names in MESHES for name in names])
+@pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_logits_are_those_of_transformers(load_once, name, mesh):
     expected = golden(name)
     got = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32").logits(expected["tokens"])

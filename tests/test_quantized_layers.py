@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from covering import in_turn
+from covering import widest_and_in_turn
 from flax import nnx
 from quantized_writers import CONFIGS, FORMATS, WRITERS
 
@@ -223,7 +223,7 @@ def stacks(kind: Kind, mesh_name: str, sources: dict[str, Source] | None = None)
     return cases
 
 
-@pytest.mark.parametrize(("name", "mesh"), in_turn(FORMATS, *LINEAR_MESHES))
+@pytest.mark.parametrize(("name", "mesh"), widest_and_in_turn(FORMATS, *LINEAR_MESHES))
 def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh):
     cases = linears(KINDS[name], mesh)
     assert set(cases) == set(LINEAR_KINDS)
@@ -231,13 +231,13 @@ def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh):
         case.check(kind)
 
 
-@pytest.mark.parametrize(("name", "mesh"), in_turn(FORMATS, *EXPERT_MESHES))
+@pytest.mark.parametrize(("name", "mesh"), widest_and_in_turn(FORMATS, *EXPERT_MESHES))
 def test_experts_multiply_as_those_they_stand_for(name, mesh):
     for kind, case in stacks(KINDS[name], mesh).items():
         case.check(kind)
 
 
-@pytest.mark.parametrize(("name", "mesh"), in_turn(STACKABLE, *EXPERT_MESHES))
+@pytest.mark.parametrize(("name", "mesh"), widest_and_in_turn(STACKABLE, *EXPERT_MESHES))
 def test_a_stack_in_one_tensor_multiplies_as_the_experts_one_by_one(name, mesh):
     kind, sources = KINDS[name], {}
     for i, (part, shape) in enumerate({"gate": (96, 64), "up": (96, 64), "down": (64, 96)}.items()):
@@ -260,7 +260,7 @@ def codes_of(weight):
     return getattr(weight, next(iter(weight.axes)))
 
 
-@pytest.mark.parametrize(("name", "tp"), in_turn(FORMATS, 2, 4, 8))
+@pytest.mark.parametrize(("name", "tp"), widest_and_in_turn(FORMATS, 2, 4, 8))
 def test_every_device_holds_its_share(name, tp):
     """No leaf that runs along what is cut is whole on a device, and all leaves together are about 1/tp."""
     weights, _, _ = placed_linears(KINDS[name], make_mesh(f"tp={tp}"))

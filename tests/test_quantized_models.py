@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import tiny_hf
+from covering import some
 from quantized_writers import FORMATS, quantized_checkpoint, read_safetensors, write_safetensors
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
@@ -24,7 +25,8 @@ def plain(tmp_path_factory):
 def test_logits_are_those_of_the_dequantized_model(load_once, plain, tmp_path, model, name):
     packed, twin = quantized_checkpoint(plain[model], tmp_path, name, np.random.default_rng(1))
     expected = np.asarray(load_once(twin, dtype="float32").logits(TOKENS))
-    for mesh in MESHES[model]:
+    # One device alone is what test_quantized_layers has for every format.
+    for mesh in some(MESHES[model], MESHES[model][1:]):
         loaded = load_once(packed, mesh=mesh, dtype="float32", weights="packed")
         formats = {p.weight.format for p in loaded.placed if p.name.endswith("down_proj") or "_proj." in p.name}
         assert not any(f.startswith(("float", "bfloat")) for f in formats), formats
