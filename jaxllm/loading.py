@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Self
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from jaxllm.checkpoint import filling, matching
 from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
+from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_cache
 from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import registry
@@ -150,7 +150,8 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     def track(results: Iterable, count: int) -> tqdm:
         return tqdm(results, "loading", count, unit=" tensors", disable=not s.progress, leave=False, file=sys.stderr)
 
-    placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
+    with damaged_entries_removed():
+        placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
     platform, texts, name = s.mesh.devices.flat[0].platform, checkpoint.texts, checkpoint.name
     if reason := registry.missing([p.weight for p in placed], platform):
         warnings.warn(f"{name}: runs without the kernels for {platform}: {reason}", stacklevel=3)
@@ -174,14 +175,6 @@ def default_weights(tensors: Mapping[str, Weight], dtype: str, mesh: Mesh) -> st
     size = jnp.dtype(dtype).itemsize * sum(math.prod(w.shape) for w in tensors.values())
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return dtype if on_cpu and size < psutil.virtual_memory().available / 2 else "packed"
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk between runs, unless the user has set up JAX's cache already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.layers.cache import KVCache
 from jaxllm.sampling import Sampler
 
@@ -37,6 +38,11 @@ def runs_ahead(mesh: Mesh) -> bool:
     the threads that the collectives of an earlier one wait for.
     """
     return mesh.devices.size == 1 or mesh.devices.flat[0].platform != "cpu"
+
+
+# A program takes some 40 mappings of memory, of which Linux gives a process 65,530, and without them XLA crashes. So of
+# a long-lived server's many lengths of prompts, only those used last stay.
+MOST_PROGRAMS = 64
 
 
 class Programs:
@@ -84,7 +90,8 @@ class Programs:
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` sequences of up to `capacity` tokens, which holds none yet."""
-        return self._model.cache(batch, capacity, self.dtype, self.mesh).zeros()
+        with damaged_entries_removed():
+            return self._model.cache(batch, capacity, self.dtype, self.mesh).zeros()
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
@@ -136,14 +143,18 @@ class Programs:
             outputs: gives the shardings of the results; by default they are replicated.
             donated: the number of the argument that is updated in place.
         """
-        if key not in self.compiled:
+        program = self.compiled.pop(key, None)
+        if program is None:
             begun = time.perf_counter()
             shardings = self._replicated if outputs is None else outputs()
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), damaged_entries_removed():
                 jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
-                self.compiled[key] = jitted.lower(*args).compile()
+                program = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begun
-        result = self.compiled[key](*args)
+        self.compiled[key] = program  # the newest is the last
+        if len(self.compiled) > MOST_PROGRAMS:
+            del self.compiled[next(iter(self.compiled))]
+        result = program(*args)
         return result if self.runs_ahead else jax.block_until_ready(result)
 
 

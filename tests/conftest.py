@@ -63,24 +63,31 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{seconds:8.1f} {name}")
 
 
-@pytest.fixture(autouse=True, scope="module")
+MOST_MAPPINGS, MOST_MODELS = 20_000, 12
+
+
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Each compiled program is several mappings of memory, of which a process may have some ten thousands: without
-    this, a worker that runs many files dies of a segmentation fault."""
+    """A compiled program is some 40 mappings of memory, of which a process may have 65,530: without this, a worker that
+    runs many tests dies of a segmentation fault."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
-def load_once(forget_programs):
-    """`jaxllm.load`, but the same arguments give the same model, and compiled programs, to all tests of a file."""
+def load_once():
+    """`jaxllm.load`, but the same arguments give the same model, and compiled programs, to the tests of a file; of many
+    models, those that were asked for last."""
     loaded = {}
 
     def load(path, **options):
         key = str(path), tuple(sorted(options.items()))
-        if key not in loaded:
-            loaded[key] = jaxllm.load(path, progress=False, **options)
+        loaded[key] = loaded.pop(key, None) or jaxllm.load(path, progress=False, **options)
+        if len(loaded) > MOST_MODELS:
+            del loaded[next(iter(loaded))]
         return loaded[key]
 
     return load

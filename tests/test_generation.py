@@ -333,3 +333,13 @@ def test_a_token_reads_only_the_experts_that_it_is_routed_to(tmp_path, name):
     matrices = {n: int(np.prod(s)) for n, s in shapes.items() if len(s) > 1 and "embed" not in n}
     idle = sum(size for n, size in matrices.items() if ".experts.2." in n or ".experts.3." in n)  # two of four
     assert bench.bytes_per_token(model) == 4 * (sum(matrices.values()) - idle)
+
+
+def test_only_the_newest_programs_are_kept(tmp_path, monkeypatch):
+    write(tmp_path / "x.gguf", TINY)
+    model = jaxllm.load(tmp_path / "x.gguf", dtype="float32", weights="packed", progress=False)
+    expected = [np.asarray(model.logits([PROMPT * n], last_only=True)) for n in (1, 2, 1)]
+    monkeypatch.setattr("jaxllm.programs.MOST_PROGRAMS", 2)
+    for n, logits in zip((1, 2, 1), expected, strict=True):
+        np.testing.assert_array_equal(model.logits([PROMPT * n], last_only=True), logits)
+    assert len(model.programs.compiled) == 2

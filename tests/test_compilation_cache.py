@@ -1,0 +1,56 @@
+"""The folder of compiled programs: shared by processes, and mended where an entry is damaged."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_gguf import Tiny, write
+
+CODE = """
+import sys
+import jaxllm
+from jaxllm import compilation_cache
+compilation_cache.WORTH = 0.0
+model = jaxllm.load(sys.argv[1], dtype="float32", weights="float32", progress=False)
+print(model.generate([1, 2, 3], 4).tokens)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that answers with a tiny model, in a cache of its own."""
+    path = tmp_path / "tiny.gguf"
+    write(path, Tiny(layers=1))
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", CODE, str(path)]
+    return lambda: subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answered(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_processes_share_a_folder_and_damage_is_mended(start, tmp_path):
+    both = [start(), start()]  # which write the same entries at the same time
+    [(answer, said), (other, also_said)] = map(answered, both)
+    assert (other, said, also_said) == (answer, "", "")
+
+    [folder] = (tmp_path / "cache" / "jaxllm" / "xla").iterdir()
+    # Programs so small that they are worth keeping only in this test are left alone.
+    names = ("jit_extend", "jit_head", "jit_decode_step")
+    entries = {entry: entry.read_bytes() for name in names for entry in folder.glob(f"{name}-*-cache")}
+    assert len(entries) == 3
+    for entry, content in entries.items():
+        entry.write_bytes(content[: len(content) // 2])
+    again, warned = answered(start())
+    assert again == answer
+    assert "damaged entries of the compilation cache" in warned
+    assert "Error reading" not in warned
+    assert all(warned.count(name) == 1 for name in names)
+    answered(start())  # writes those that are missing
+    assert answered(start()) == (answer, "")
+    assert all(len(entry.read_bytes()) > len(entries[entry]) // 2 for entry in entries if entry.exists())
