@@ -68,7 +68,7 @@ MOST_MAPPINGS, MOST_MODELS = 20_000, 12
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program is some 40 mappings of memory, of which a process may have 65,530: without this, a worker that
+    """A compiled program is about 100 mappings of memory, of which a process may have 65,530: without this, a worker that
     runs many tests dies of a segmentation fault."""
     yield
     maps = Path("/proc/self/maps")
