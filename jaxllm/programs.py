@@ -40,8 +40,8 @@ def runs_ahead(mesh: Mesh) -> bool:
     return mesh.devices.size == 1 or mesh.devices.flat[0].platform != "cpu"
 
 
-# A program takes about 100 mappings of memory, of which Linux gives a process 65,530, and without them XLA crashes. So of
-# a long-lived server's many lengths of prompts, only those used last stay.
+# A program takes about 100 mappings of memory. Linux gives a process 65,530 of them, and XLA crashes without. So of all
+# the programs that a long-lived process comes to need, those used last stay.
 MOST_PROGRAMS = 64
 
 

@@ -68,8 +68,8 @@ MOST_MAPPINGS, MOST_MODELS = 20_000, 12
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program is about 100 mappings of memory, of which a process may have 65,530: without this, a worker that
-    runs many tests dies of a segmentation fault."""
+    """A compiled program is about 100 mappings of memory, of which a process may have 65,530: a worker that runs many
+    tests died of a segmentation fault."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
