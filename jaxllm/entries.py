@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,30 @@ class Entries:
         what = f"a whole number from {least} to {most}"
         return self.get(key, default, lambda value: type(value) is int and least <= value <= most, what)
 
-    def number(self, key: str, default: float | None = None, above: float = 0.0, most: float = math.inf) -> float:
-        above_what = f" above {above:g}" if above > -math.inf else ""
-        what = f"a number{above_what}" + (f", at most {most:g}" if most < math.inf else "")
-        return self.get(key, default, lambda value: _is_number(value) and above < value <= most, what)
+    def whole_up_to(self, key: str, limit: int, limit_key: str, default: int | None = None) -> int:
+        """A whole number from 1 to `limit`, which is what the entry `limit_key` says."""
+        value = self.whole(key, default)
+        if value > limit:
+            raise InputError(f"{self.where}: '{key}' is {value}, more than '{limit_key}', which is {limit}")
+        return value
+
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        above: float = 0.0,
+        most: float = math.inf,
+        least: float | None = None,
+    ) -> float:
+        """A finite number: above `above` or, if `least` is given, that or more."""
+        bound = "" if above == -math.inf else f" above {above:g}"
+        what = f"a number{bound}" if least is None else f"a number of {least:g} or more"
+        what += f", at most {most:g}" if most < math.inf else ""
+
+        def good(value: object) -> bool:
+            return _is_number(value) and (above < value if least is None else least <= value) and value <= most
+
+        return self.get(key, default, good, what)
 
     def numbers(self, key: str, count: int) -> list[float]:
         """So many numbers above 0."""
@@ -75,6 +95,13 @@ class Entries:
             return isinstance(value, list) and len(value) == count and all(_is_number(n) and n > 0 for n in value)
 
         return self.get(key, None, good, f"a list of {count} numbers above 0")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self.get(key, default, lambda value: isinstance(value, str), "text")
+
+    def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
+        what = f"one of {', '.join(choices)}"
+        return self.get(key, default, lambda value: isinstance(value, str) and value in choices, what)
 
     def flag(self, key: str, default: bool = False) -> bool:
         return self.get(key, default, lambda value: isinstance(value, bool), "true or false")

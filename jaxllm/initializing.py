@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.demo import checked_args, demo_batch
 from jaxllm.checkpoint.opening import Checkpoint
 from jaxllm.checkpoint.texts import Texts
 from jaxllm.entries import Entries, read_json
@@ -31,7 +30,7 @@ from jaxllm.language_model import LanguageModel
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.parameter import parameters
 from jaxllm.loading import Settings, build
-from jaxllm.models.deepseek.config import DEMO_TYPE
+from jaxllm.models.deepseek.config import DEMO_TYPE, demo_args
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import DEEPSEEK_DEMO, HUGGING_FACE, family_of, model_arguments
 from jaxllm.models.rule import Rule
@@ -106,9 +105,9 @@ def _described(config: object) -> Checkpoint:
 
 def _from_entries(name: str, entries: Entries) -> Checkpoint:
     kind, dialect, batch = entries.values.get("model_type"), HUGGING_FACE, None
-    if kind is None:
-        kind, dialect, batch = DEMO_TYPE, DEEPSEEK_DEMO, demo_batch(checked_args(entries))
     with located(entries.where):
+        if kind is None:
+            kind, dialect, batch = DEMO_TYPE, DEEPSEEK_DEMO, demo_args(entries.values)["max_batch_size"]
         family = family_of(FAMILIES, dialect, str(kind))
         config: Any = family.dialects[dialect].config(entries.values, {})
     return Checkpoint(name, family, config, {}, _RULES, (), Texts(), batch)

@@ -437,7 +437,7 @@ CONVERT = {
     "3 files": (hf, ["--to", "demo", "--model-parallel", 3], "3 does not divide the model's num_attention_heads, 4"),
     "8 files": (hf, ["--model-parallel", 8], "8 does not divide the model's num_attention_heads, 4"),
     "experts": (
-        lambda p: hf(p, n_routed_experts=6),
+        lambda p: hf(p, n_routed_experts=6, n_group=3),
         ["--model-parallel", 4],
         "4 does not divide the model's n_routed_experts, 6",
     ),

@@ -321,8 +321,8 @@ def test_bad_parts_are_one_line(parts, name):
 
 UNFIT = {
     "architecture": ({"arch": "mamba"}, "models of type 'mamba' are not supported; supported in GGUF files: llama"),
-    "missing key": ({"block_count": ("block_count", None)}, "metadata key 'llama.block_count' is missing"),
-    "experts": ({"experts": ("expert_count", 8)}, "metadata key 'llama.expert_used_count' is missing"),
+    "missing key": ({"block_count": ("block_count", None)}, r"metadata llama\.\*: 'block_count' is missing"),
+    "experts": ({"experts": ("expert_count", 8)}, r"metadata llama\.\*: 'expert_used_count' is missing"),
     "per layer": ({"per_layer": ("feed_forward_length", [96, 64])}, "'feed_forward_length' has 2 values for 1 layers"),
     "missing tensor": ({"drop": ["blk.0.ffn_up.weight"]}, "missing tensor for layers.0.mlp.up_proj.weight"),
     "unknown tensor": ({"add": {"blk.0.surprise": (2,)}}, "unknown tensor 'blk.0.surprise'"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxllm.checkpoint.demo import demo_batch, is_demo, open_demo
+from jaxllm.checkpoint.demo import is_demo, open_demo
 from jaxllm.checkpoint.ggml import GGMLFile, is_ggml, open_ggml
 from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.quantized import assemble
@@ -76,7 +76,7 @@ def open_container(path: Path, options: Mapping[str, object]) -> Opened:
 def _open_demo(path: Path, config: Path | None = None) -> Opened:
     args, tensors = open_demo(path, config)
     name, texts = path.resolve().name, read_texts(path, args)
-    return Opened(name, DEEPSEEK_DEMO, DEMO_TYPE, args, tensors, texts, demo_batch(args))
+    return Opened(name, DEEPSEEK_DEMO, DEMO_TYPE, args, tensors, texts, args["max_batch_size"])
 
 
 def _open_directory(path: Path) -> Opened:

@@ -7,30 +7,28 @@ whole, each in one file; what is not cut is in every file, and read from the fir
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import read_header
-from jaxllm.checkpoint.scaled_schemes import SCALE_FORMATS, block_fp8, is_ue8m0
+from jaxllm.checkpoint.scaled_schemes import block_fp8, is_ue8m0
 from jaxllm.entries import Entries, read_json
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.models.deepseek.config import DEMO_DEFAULTS
+from jaxllm.models.deepseek.config import DEMO_DEFAULTS, DeepseekConfig, demo_args
 from jaxllm.models.deepseek.names import DEMO_AXES, DEMO_EXPERT
 
 BLOCK = (128, 128)
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-_NUMBERS = ("route_scale", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale")
-_MAY_BE_NONE = ("n_dense_layers", "n_shared_experts", "q_lora_rank")
-_CHOICES = {"score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8"), "scale_fmt": SCALE_FORMATS}
 
 
 def is_demo(path: Path) -> bool:
     return path.is_dir() and any(_FILE.fullmatch(file.name) for file in path.iterdir())
 
 
-def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, object], dict[str, Weight]]:
+def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Open a directory of the demo's files: fields of its `ModelArgs`, and tensors, FP8 ones joined with their scales.
 
     Args:
@@ -58,34 +56,16 @@ def demo_tensors(path: Path) -> dict[str, Weight]:
     return {name: Dense(array) for name, array in arrays.items()}
 
 
-def read_args(file: Path) -> dict[str, object]:
-    """What a JSON file says of the fields of `ModelArgs`.
+def read_args(file: Path) -> dict[str, Any]:
+    """All fields of the demo's `ModelArgs`, from what a JSON file says of them.
 
     Raises:
         InputError: a field that the demo does not have, or with an impossible value.
     """
-    return checked_args(Entries(read_json(file), str(file)))
-
-
-def checked_args(args: Entries) -> dict[str, object]:
-    """Fields of `ModelArgs`. Raises InputError as `read_args` does."""
-    for key in args.values:
-        if key not in DEMO_DEFAULTS:
-            raise InputError(f"{args.where}: '{key}' is not a field of the demo's ModelArgs")
-        if args.values[key] is None and DEMO_DEFAULTS[key] is None:
-            continue
-        if choices := _CHOICES.get(key):
-            args.get(key, None, lambda value, known=choices: value in known, f"one of {', '.join(choices)}")
-        elif key in _NUMBERS:
-            args.number(key)
-        else:
-            args.whole(key, least=0 if key in _MAY_BE_NONE else 1)
-    return dict(args.values)
-
-
-def demo_batch(args: Mapping[str, object]) -> int:
-    """How many prompts the demo answers together, given fields of its `ModelArgs`."""
-    return int((DEMO_DEFAULTS | dict(args))["max_batch_size"])
+    with located(file):
+        args = demo_args(read_json(file))
+        DeepseekConfig.from_demo(args)  # it reads them again with the tensors; here, errors are said of the file
+    return args
 
 
 def find_config(path: Path) -> Path:

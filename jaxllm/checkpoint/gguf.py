@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
@@ -64,7 +65,7 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture"))
+        return Entries(self.metadata, "metadata").text("general.architecture")
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -1,16 +1,73 @@
-"""What configurations of several families have in common."""
+"""What configurations of several families have in common: sizes that depend on each other, and GGUF's own words."""
+
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
 
 # The most that is believed of a file, so that a hostile one cannot keep a machine busy.
 MANY = 2**14  # layers, heads, experts, dimensions of a head
+WIDEST = 2**24  # all heads together
 POSITIONS = 2**31 - 1
+
+
+def gguf_entries(metadata: Mapping[str, object], architectures: Sequence[str]) -> tuple[str, Entries]:
+    """The architecture of a GGUF file, and the entries of its metadata that have its name as their prefix, without it.
+
+    Raises:
+        InputError: it is none of `architectures`.
+    """
+    arch = Entries(metadata, "metadata").choice("general.architecture", architectures)
+    own = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
+    return arch, Entries(own, f"metadata {arch}.*")
+
+
+def gguf_vocab_size(given: Entries, tensors: Mapping[str, Weight]) -> int:
+    """Few files say it; the embedding table does."""
+    table = tensors.get("token_embd.weight")
+    return given.whole("vocab_size") if table is None else table.shape[0]
+
+
+def layer_count(config: Entries, key: str, tensors: Collection[str]) -> int:
+    """How many layers there are: no more than tensors, as each has some (`tensors` is empty where they are unknown)."""
+    count = config.whole(key, most=MANY)
+    if tensors and count > len(tensors):
+        raise InputError(f"{config.where}: '{key}' is {count}, but there are {len(tensors)} tensors only")
+    return count
+
+
+def per_layer(config: Entries, key: str, count: int, default: object = None, least: int = 1) -> list[int]:
+    """A whole number up to `WIDEST` for each of `count` layers, from a list of them or from one that all share."""
+
+    def good(value: object) -> bool:
+        return all(type(n) is int and least <= n <= WIDEST for n in (value if isinstance(value, list) else [value]))
+
+    value = config.get(key, default, good, f"a whole number from {least} to {WIDEST}, or a list of them")
+    if isinstance(value, list) and len(value) != count:
+        raise InputError(f"{config.where}: '{key}' has {len(value)} values for {count} layers")
+    return value if isinstance(value, list) else [value] * count
+
+
+def check_shared(config: Entries, heads_key: str, heads: int, kv_key: str, kv_heads: int) -> None:
+    """Raise InputError unless every key/value head serves equally many query heads."""
+    if heads % kv_heads:
+        raise InputError(
+            f"{config.where}: {heads} query heads cannot share {kv_heads} key/value heads evenly ('{heads_key}', "
+            f"'{kv_key}')"
+        )
+
+
+def check_activation(config: Entries) -> None:
+    """Raise InputError if a config.json asks for another activation than SiLU."""
+    if (activation := config.values.get("hidden_act")) not in (None, "silu", "swish"):
+        raise InputError(f"{config.where}: hidden_act {reprlib.repr(activation)} is not supported, only silu")
 
 
 def typed_windows(config: Entries, count: int, window: int) -> list[int | None]:
     """The sliding window of each of `count` layers, from `layer_types`."""
     types = config.get("layer_types", None, lambda v: isinstance(v, list) and len(v) == count, f"a list of {count}")
     if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
-        raise InputError(f"{config.where}: 'layer_types' with {unknown[0]!r} are not supported")
+        raise InputError(f"{config.where}: 'layer_types' with {reprlib.repr(unknown[0])} are not supported")
     return [window if entry == "sliding_attention" else None for entry in types]

@@ -1,8 +1,6 @@
 """Rotary frequencies as checkpoints describe them, the same way for most families."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -13,51 +11,99 @@ from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
 from jaxllm.models.config import POSITIONS
 
+GGUF_KINDS = ("none", "linear", "yarn", "longrope")
+MSCALE = 1000.0  # the most that is believed of YaRN's temperature
+HF_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "su")
+
 
 @np.errstate(all="ignore")
-def gguf_rope(get: Callable[..., Any], tensors: Mapping[str, Weight], head_dim: int, truncate: bool = True) -> Rope:
+def gguf_rope(
+    given: Entries,
+    tensors: Mapping[str, Weight],
+    head_dim: int,
+    truncate: bool = True,
+    supported: Collection[str] = GGUF_KINDS,
+) -> Rope:
     """Frequencies from a GGUF file's metadata.
 
     Args:
-        get: the value of a key without the architecture's prefix, or a default.
+        given: entries without the architecture's prefix.
         truncate: whether the ends of YaRN's ramp are rounded, which no key says.
+        supported: kinds of scaling, of GGUF_KINDS.
+
+    Raises:
+        InputError: a key is missing or has no sensible value, or asks for something that is not supported.
     """
-    theta, dim = get("rope.freq_base", 10000.0), get("rope.dimension_count", head_dim)
+    theta = given.number("rope.freq_base", 10000.0, above=1.0)
+    dim = given.whole_up_to("rope.dimension_count", head_dim, "attention.key_length", head_dim)
+    if dim % 2:
+        raise InputError(f"{given.where}: 'rope.dimension_count' is {dim}, which must be even")
+    context = given.whole("context_length", most=POSITIONS)
+    original = given.whole("rope.scaling.original_context_length", max(context, 2), 2, POSITIONS)
+    extra = given.number("rope.scaling.attn_factor", 1.0)
     base = rope.frequencies(dim, theta)
 
-    def factors(name: str) -> np.ndarray | None:
-        return np.asarray(tensors[name].dequantize(), np.float64) if name in tensors else None
+    def divided(name: str) -> tuple[float, ...]:
+        if name not in tensors:
+            raise InputError(f"tensor '{name}' is missing")
+        if (shape := tensors[name].shape) != base.shape:
+            raise InputError(f"tensor '{name}' has shape {list(shape)}, expected {list(base.shape)}")
+        return _fixed(rope.divided(base, np.asarray(tensors[name].dequantize(), np.float64)), f"tensor '{name}'")
 
-    if (short := factors("rope_factors_short.weight")) is not None:
-        long, original = factors("rope_factors_long.weight"), get("rope.scaling.original_context_length")
-        scale = get("rope.scaling.attn_factor", rope.longrope_scale(get("context_length") / original, original))
-        stretched = Rope(_fixed(rope.divided(base, long)), scale)
-        return Rope(_fixed(rope.divided(base, short)), scale, stretched, original)
-    if (given := factors("rope_freqs.weight")) is not None:
-        base = rope.divided(base, given)
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
+    if "rope_factors_short.weight" in tensors:
+        scale = extra
+        if "rope.scaling.attn_factor" not in given:
+            scale = rope.longrope_scale(context / original, original)
+        stretched = Rope(divided("rope_factors_long.weight"), scale)
+        return Rope(divided("rope_factors_short.weight"), scale, stretched, original)
+    if "rope_freqs.weight" in tensors:
+        base = np.asarray(divided("rope_freqs.weight"))
+    kind, factor = given.choice("rope.scaling.type", GGUF_KINDS, "none"), given.number("rope.scaling.factor", 1.0)
+    if kind not in supported:
+        raise InputError(f"{given.where}: rope scaling '{kind}' is not supported ('rope.scaling.type')")
     if kind == "linear":
-        return Rope(_fixed(rope.divided(base, factor)))
+        base = rope.divided(base, factor)
     if kind == "yarn":
-        original = get("rope.scaling.original_context_length", get("context_length"))
-        ramp = get("rope.scaling.yarn_beta_fast", 32.0), get("rope.scaling.yarn_beta_slow", 1.0)
-        scale = get("rope.scaling.attn_factor", 1.0) * rope.yarn_scale(factor)
-        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp, truncate)), scale)
-    if kind not in ("none", "longrope"):
-        raise InputError(f"rope scaling '{kind}' is not supported")
-    return Rope(_fixed(base))
+        ramp = (
+            given.number("rope.scaling.yarn_beta_fast", 32.0),
+            given.number("rope.scaling.yarn_beta_slow", 1.0),
+        )
+        base = rope.yarn(base, factor, theta, original, *ramp, truncate)
+    return Rope(_fixed(base, given.where), extra * rope.yarn_scale(factor) if kind == "yarn" else 1.0)
+
+
+def hf_rope_entries(config: Entries) -> tuple[str, Entries]:
+    """What a config.json says of rotary embeddings, and the kind of scaling.
+
+    It has either spelling: `rope_parameters` of transformers 5, or `rope_scaling` with `rope_theta` beside it.
+    """
+    name = next((n for n in ("rope_parameters", "rope_scaling") if config.values.get(n) not in (None, {})), None)
+    if name is None:
+        return "default", Entries({}, config.where)
+    values = config.get(name, None, lambda value: isinstance(value, dict), "a JSON object")
+    given = Entries(values, f"{config.where}: {name}")
+    if nested := [key for key, value in given.values.items() if isinstance(value, dict)]:
+        raise InputError(f"{given.where}: {nested[0]!r} is an object; settings by kind of layer are not supported")
+    key = "rope_type" if "rope_type" in given else "type"
+    return given.text(key, "default"), given
 
 
 @np.errstate(all="ignore")
-def hf_rope(config: Entries, head_dim: int) -> Rope:
-    """Frequencies from a config.json in either spelling: `rope_parameters` of transformers 5, or `rope_theta` and
-    `rope_scaling`."""
-    name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    values = config.get(name, {}, lambda value: isinstance(value, dict), "a JSON object")
-    given = Entries(values, f"{config.where}: {name}")
-    if any(isinstance(value, dict) for value in values.values()):
-        raise InputError(f"{given.where} by kind of layer is not supported")
-    kind = values.get("rope_type") or values.get("type") or "default"
+def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Collection[str] = HF_KINDS) -> Rope:
+    """Frequencies from a config.json, see `hf_rope_entries`.
+
+    Args:
+        head_dim, key: dimensions of a head that may be rotary, and the entry that says it.
+        supported: kinds of scaling, of HF_KINDS.
+
+    Raises:
+        InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+    """
+    kind, given = hf_rope_entries(config)
+    if kind not in supported:
+        raise InputError(
+            f"{given.where}: rope scaling {kind!r} is not supported; 'rope_type' can be {', '.join(supported)}"
+        )
 
     def having(key: str) -> Entries:
         return given if key in given else config
@@ -69,38 +115,40 @@ def hf_rope(config: Entries, head_dim: int) -> Rope:
 
     dim = int(head_dim * having("partial_rotary_factor").number("partial_rotary_factor", 1.0, most=1.0))
     if dim < 2 or dim % 2:
-        raise InputError(f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions, which must be even")
+        raise InputError(
+            f"{config.where}: rotary embeddings of {dim} of {head_dim} dimensions, which must be even ('{key}', "
+            "'partial_rotary_factor')"
+        )
     theta = having("rope_theta").number("rope_theta", 10000.0, above=1.0)
     base = rope.frequencies(dim, theta)
     context = config.whole("max_position_embeddings", 2048, most=POSITIONS)
     before = having("original_max_position_embeddings")
     original = before.whole("original_max_position_embeddings", max(context, 2), 2, POSITIONS)
+    scale = 1.0
 
-    if kind == "default":
-        return Rope(_fixed(base))
+    if kind in ("longrope", "su"):
+        stretch = context / original if "original_max_position_embeddings" in before else given.number("factor", 1)
+        scale = given.number("attention_factor", rope.longrope_scale(stretch, original))
+        long, short = (given.numbers(f"{length}_factor", len(base)) for length in ("long", "short"))
+        stretched = Rope(_fixed(rope.divided(base, long), f"{given.where}: 'long_factor'"), scale)
+        return Rope(_fixed(rope.divided(base, short), f"{given.where}: 'short_factor'"), scale, stretched, original)
     if kind == "linear":
-        return Rope(_fixed(rope.divided(base, need("factor"))))
+        base = rope.divided(base, need("factor"))
     if kind == "llama3":
         factor, low = need("factor"), need("low_freq_factor")
-        return Rope(_fixed(rope.llama3(base, factor, low, need("high_freq_factor", above=low), original)))
+        base = rope.llama3(base, factor, low, need("high_freq_factor", above=low), original)
     if kind == "yarn":
         factor, ramp = need("factor"), (given.number("beta_fast", 32), given.number("beta_slow", 1))
-        mscale, over = (given.number(key, 0.0, above=-math.inf) for key in ("mscale", "mscale_all_dim"))
+        mscale, over = (given.number(key, 0.0, least=0.0, most=MSCALE) for key in ("mscale", "mscale_all_dim"))
         scale = rope.yarn_scale(factor)
         if mscale and over:
             scale = rope.yarn_scale(factor, mscale) / rope.yarn_scale(factor, over)
         scale = given.number("attention_factor", scale)
-        return Rope(_fixed(rope.yarn(base, factor, theta, original, *ramp, given.flag("truncate", True))), scale)
-    if kind in ("longrope", "su"):
-        stretch = context / original if "original_max_position_embeddings" in before else given.number("factor", 1)
-        scale = given.number("attention_factor", rope.longrope_scale(stretch, original))
-        stretched = Rope(_fixed(rope.divided(base, given.numbers("long_factor", len(base)))), scale)
-        short = _fixed(rope.divided(base, given.numbers("short_factor", len(base))))
-        return Rope(short, scale, stretched, original)
-    raise InputError(f"{given.where}: rope scaling {kind!r} is not supported")
+        base = rope.yarn(base, factor, theta, original, *ramp, given.flag("truncate", True))
+    return Rope(_fixed(base, f"{given.where}: 'factor'"), scale)
 
 
-def _fixed(inv_freq: np.ndarray) -> tuple[float, ...]:
-    if not all(map(math.isfinite, inv_freq)):
-        raise InputError("rotary frequencies are not finite: factors of zero?")
+def _fixed(inv_freq: np.ndarray, what: str) -> tuple[float, ...]:
+    if not np.isfinite(inv_freq.astype(np.float32)).all():
+        raise InputError(f"{what} makes rotary frequencies that are not finite: is a factor zero or tiny?")
     return tuple(inv_freq.tolist())

@@ -3,22 +3,33 @@
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Self
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
-from jaxllm.models.config import MANY, POSITIONS
+from jaxllm.models.config import (
+    MANY,
+    POSITIONS,
+    WIDEST,
+    check_activation,
+    gguf_entries,
+    gguf_vocab_size,
+    layer_count,
+)
+from jaxllm.models.rope_config import MSCALE, gguf_rope, hf_rope, hf_rope_entries
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 GGUF_ARCHITECTURES = ("deepseek2",)
 DEMO_TYPE = "deepseek_demo"
-GGUF_SCORING = {1: "softmax", 2: "sigmoid"}
+SCORING = ("softmax", "sigmoid")
+GGUF_SCORING = dict(enumerate(SCORING, 1))
+GGUF_ROUTING = "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"
+DEMO_ROUTING = "n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups"
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 DEMO_DEFAULTS = {
     "max_batch_size": 8,
@@ -119,47 +130,45 @@ class DeepseekConfig:
             InputError: a key is missing, or asks for something that is not supported.
         """
 
-        def get(key: str, default: object = None) -> object:
-            value = config.get(key)
-            value = default if value is None else value
-            if value is None:
-                raise InputError(f"'{key}' is missing")
-            return value
-
-        v3 = config["model_type"] == "deepseek_v3"
-        head = get("qk_nope_head_dim", 128), get("qk_rope_head_dim", 64)
-        grouped = v3 or config.get("topk_method", "greedy") == "group_limited_greedy"
-        frequencies, scale = _yarn(config, head[1])
+        given = Entries(config, "config.json")
+        kind = given.choice("model_type", MODEL_TYPES)
+        check_activation(given)
+        given.whole("moe_layer_freq", 1, most=1)  # others would have dense layers between sparse ones
+        v3 = kind == "deepseek_v3"
+        method = given.choice("topk_method", TOPK_METHODS, "noaux_tc" if v3 else "greedy")
+        heads = given.whole("num_attention_heads", most=MANY)
+        nope, rotary, value = _head_dims(given, heads)
+        frequencies, scale = _hf_yarn(given, rotary)
+        names = ["n_routed_experts", "num_experts_per_tok"]
+        names += ["n_group", "topk_group"] if v3 or method == "group_limited_greedy" else []
         return cls(
-            model_type=config["model_type"],
-            **{
-                key: get(key)
-                for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "kv_lora_rank")
-            },
-            moe_intermediate_size=get("moe_intermediate_size"),
-            first_k_dense_replace=get("first_k_dense_replace", 0),
-            num_attention_heads=get("num_attention_heads"),
-            n_routed_experts=get("n_routed_experts"),
-            n_shared_experts=get("n_shared_experts", 0),
-            num_experts_per_tok=get("num_experts_per_tok"),
-            n_group=get("n_group", 1) if grouped else 1,
-            topk_group=get("topk_group", 1) if grouped else 1,
-            scoring_func=get("scoring_func", "sigmoid" if v3 else "softmax"),
+            model_type=kind,
+            vocab_size=given.whole("vocab_size"),
+            hidden_size=given.whole("hidden_size"),
+            intermediate_size=given.whole("intermediate_size"),
+            moe_intermediate_size=given.whole("moe_intermediate_size"),
+            num_hidden_layers=layer_count(given, "num_hidden_layers", tensors),
+            first_k_dense_replace=given.whole("first_k_dense_replace", 0, 0, MANY),
+            num_attention_heads=heads,
+            n_shared_experts=given.whole("n_shared_experts", 0, 0, MANY),
+            **_routing(given, *names, least=2 if v3 else 1),
+            scoring_func=given.choice("scoring_func", SCORING, "sigmoid" if v3 else "softmax"),
             group_score="top2" if v3 else "max",
-            norm_topk_prob=get("norm_topk_prob", v3),
-            routed_scaling_factor=get("routed_scaling_factor", 1.0),
+            norm_topk_prob=given.flag("norm_topk_prob", v3),
+            routed_scaling_factor=given.number("routed_scaling_factor", 1.0),
             has_correction_bias=any(name.endswith("e_score_correction_bias") for name in tensors) if tensors else v3,
-            q_lora_rank=config.get("q_lora_rank"),
-            qk_nope_head_dim=head[0],
-            qk_rope_head_dim=head[1],
-            v_head_dim=get("v_head_dim", 128),
-            rms_norm_eps=get("rms_norm_eps", 1e-6),
-            max_position_embeddings=get("max_position_embeddings", 2048),
-            tie_word_embeddings=get("tie_word_embeddings", False) and "lm_head.weight" not in tensors,
-            attention_bias=get("attention_bias", False),
+            q_lora_rank=given.whole("q_lora_rank", 0, 0) or None,
+            kv_lora_rank=given.whole("kv_lora_rank"),
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=rotary,
+            v_head_dim=value,
+            rms_norm_eps=given.number("rms_norm_eps", 1e-6, most=1.0),
+            max_position_embeddings=given.whole("max_position_embeddings", 2048, most=POSITIONS),
+            tie_word_embeddings=given.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
+            attention_bias=given.flag("attention_bias"),
             rope=frequencies,
-            interleaved=get("rope_interleave", True),
-            softmax_scale=sum(head) ** -0.5 * scale,
+            interleaved=given.flag("rope_interleave", True),
+            softmax_scale=(nope + rotary) ** -0.5 * scale,
         )
 
     @classmethod
@@ -169,48 +178,42 @@ class DeepseekConfig:
         Raises:
             InputError: a key is missing or has no sensible value, or asks for something that is not supported.
         """
-        arch = metadata["general.architecture"]
-        prefix = f"{arch}."
-        own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        given = Entries(own, f"metadata {prefix}*")
+        arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
         if given.number("attention.temperature_scale", 0.0, above=-math.inf):
             raise InputError(f"{given.where}: 'attention.temperature_scale' is not supported")
 
         def head(key: str) -> int:
             """Of files with kv_b in two stacks, `key` is the size of a latent key or value."""
-            return given.whole(f"{key}_mla" if f"{key}_mla" in given else key, most=MANY)
+            key = f"{key}_mla" if f"{key}_mla" in given else key
+            return given.whole(key, most=min(MANY, WIDEST // heads))
 
-        key = head("attention.key_length")
+        heads = given.whole("attention.head_count", most=MANY)
+        key, value = head("attention.key_length"), head("attention.value_length")
         rotary = given.whole("rope.dimension_count", most=key - 1)
         biased = any(name.endswith("exp_probs_b.bias") for name in tensors)
-        frequencies, scale = _gguf_yarn(given, rotary)
+        frequencies, scale = _gguf_yarn(given, tensors, rotary)
         return cls(
             model_type=arch,
-            vocab_size=tensors["token_embd.weight"].shape[0]
-            if "token_embd.weight" in tensors
-            else given.whole("vocab_size"),
+            vocab_size=gguf_vocab_size(given, tensors),
             hidden_size=given.whole("embedding_length"),
             intermediate_size=given.whole("feed_forward_length"),
             moe_intermediate_size=given.whole("expert_feed_forward_length"),
-            num_hidden_layers=min([given.whole("block_count", most=MANY), *_predicting_layers(tensors)]),
-            first_k_dense_replace=given.whole("leading_dense_block_count", 0, 0),
-            num_attention_heads=given.whole("attention.head_count", most=MANY),
-            n_routed_experts=given.whole("expert_count", most=MANY),
+            num_hidden_layers=min([layer_count(given, "block_count", tensors), *_predicting_layers(tensors)]),
+            first_k_dense_replace=given.whole("leading_dense_block_count", 0, 0, MANY),
+            num_attention_heads=heads,
             n_shared_experts=given.whole("expert_shared_count", 0, 0, MANY),
-            num_experts_per_tok=given.whole("expert_used_count", most=MANY),
-            n_group=given.whole("expert_group_count", 1, most=MANY),
-            topk_group=given.whole("expert_group_used_count", 1, most=MANY),
+            **_routing(given, *GGUF_ROUTING, least=2 if biased else 1),
             scoring_func=_gguf_scoring(given, biased),
             group_score="top2" if biased else "max",
             norm_topk_prob=given.flag("expert_weights_norm"),
-            routed_scaling_factor=given.number("expert_weights_scale", 0.0, above=-math.inf) or 1.0,
+            routed_scaling_factor=given.number("expert_weights_scale", 0.0, least=0.0) or 1.0,
             has_correction_bias=biased,
             q_lora_rank=given.whole("attention.q_lora_rank", 0, 0) or None,
             kv_lora_rank=given.whole("attention.kv_lora_rank"),
             qk_nope_head_dim=key - rotary,
             qk_rope_head_dim=rotary,
-            v_head_dim=head("attention.value_length"),
-            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon"),
+            v_head_dim=value,
+            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
             max_position_embeddings=given.whole("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             attention_bias=False,
@@ -229,94 +232,132 @@ class DeepseekConfig:
                 the files decide.
 
         Raises:
-            InputError: a field that `ModelArgs` does not have.
+            InputError: a field that `ModelArgs` does not have, or that has no sensible value.
         """
-        if unknown := sorted(args.keys() - DEMO_DEFAULTS.keys()):
-            raise InputError(f"'{unknown[0]}' is not a field of ModelArgs")
-        a = DEMO_DEFAULTS | dict(args)
-        sigmoid, head = a["score_func"] == "sigmoid", a["qk_nope_head_dim"] + a["qk_rope_head_dim"]
+        given = Entries(demo_args(args), "ModelArgs")
+        sigmoid = given.values["score_func"] == "sigmoid"
         biased = any(name.endswith(".gate.bias") for name in tensors) if tensors else sigmoid
-        base, theta = rope.frequencies(a["qk_rope_head_dim"], a["rope_theta"]), a["rope_theta"]
-        scale = head**-0.5
-        if a["max_seq_len"] > a["original_seq_len"]:
-            ramp = a["beta_fast"], a["beta_slow"]
-            base = rope.yarn(base, a["rope_factor"], theta, a["original_seq_len"], *ramp)
-            scale *= rope.yarn_scale(a["rope_factor"], a["mscale"]) ** 2
+        heads, positions = given.whole("n_heads", most=MANY), given.whole("max_seq_len", most=POSITIONS)
+        nope, rotary, value = _head_dims(given, heads)
+        frequencies, scale = _demo_yarn(given, rotary)
         return cls(
             model_type=DEMO_TYPE,
-            vocab_size=a["vocab_size"],
-            hidden_size=a["dim"],
-            intermediate_size=a["inter_dim"],
-            moe_intermediate_size=a["moe_inter_dim"],
-            num_hidden_layers=a["n_layers"],
-            first_k_dense_replace=a["n_dense_layers"],
-            num_attention_heads=a["n_heads"],
-            n_routed_experts=a["n_routed_experts"],
-            n_shared_experts=a["n_shared_experts"],
-            num_experts_per_tok=a["n_activated_experts"],
-            n_group=a["n_expert_groups"],
-            topk_group=a["n_limited_groups"],
-            scoring_func=a["score_func"],
+            vocab_size=given.whole("vocab_size"),
+            hidden_size=given.whole("dim"),
+            intermediate_size=given.whole("inter_dim"),
+            moe_intermediate_size=given.whole("moe_inter_dim"),
+            num_hidden_layers=layer_count(given, "n_layers", tensors),
+            first_k_dense_replace=given.whole("n_dense_layers", least=0, most=MANY),
+            num_attention_heads=heads,
+            n_shared_experts=given.whole("n_shared_experts", least=0, most=MANY),
+            **_routing(given, *DEMO_ROUTING, least=2 if biased else 1),
+            scoring_func=given.choice("score_func", SCORING),
             group_score="top2" if biased else "max",
             norm_topk_prob=sigmoid,
-            routed_scaling_factor=a["route_scale"],
+            routed_scaling_factor=given.number("route_scale"),
             has_correction_bias=biased,
-            q_lora_rank=a["q_lora_rank"] or None,
-            kv_lora_rank=a["kv_lora_rank"],
-            qk_nope_head_dim=a["qk_nope_head_dim"],
-            qk_rope_head_dim=a["qk_rope_head_dim"],
-            v_head_dim=a["v_head_dim"],
+            q_lora_rank=given.whole("q_lora_rank", least=0) or None,
+            kv_lora_rank=given.whole("kv_lora_rank"),
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=rotary,
+            v_head_dim=value,
             rms_norm_eps=1e-6,
-            max_position_embeddings=a["max_seq_len"],
+            max_position_embeddings=positions,
             tie_word_embeddings=False,
             attention_bias=False,
-            rope=Rope(tuple(base.tolist())),
+            rope=frequencies,
             interleaved=True,
-            softmax_scale=scale,
+            softmax_scale=(nope + rotary) ** -0.5 * scale,
         )
 
 
-def _yarn(config: Mapping[str, object], dim: int) -> tuple[Rope, float]:
-    """Rotary frequencies and what YaRN multiplies scores by."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    base, kind = rope.frequencies(dim, theta), given.get("rope_type", given.get("type", "default"))
+def demo_args(args: Mapping[str, object]) -> dict[str, Any]:
+    """All fields of the demo's `ModelArgs`, those that `args` does not give (or gives as null) as they are there.
+
+    Raises:
+        InputError: a field that `ModelArgs` does not have, or one that no other reader checks and that makes no sense.
+    """
+    for key in args:
+        if key not in DEMO_DEFAULTS:
+            raise InputError(f"{key!r} is not a field of the demo's ModelArgs")
+    given = Entries(DEMO_DEFAULTS | {key: value for key, value in args.items() if value is not None}, "ModelArgs")
+    given.choice("dtype", ("bf16", "fp8"))
+    given.choice("scale_fmt", ("ue8m0", "float"), "float")
+    given.whole("max_batch_size")
+    return dict(given.values)
+
+
+def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
+    """Dimensions of a head: without position, rotary, and of values. A config.json and ModelArgs share the words."""
+    most = min(MANY, WIDEST // heads)
+    nope, rotary = config.whole("qk_nope_head_dim", 128, most=most), config.whole("qk_rope_head_dim", 64, most=most)
+    return nope, rotary, config.whole("v_head_dim", 128, most=most)
+
+
+def _routing(
+    config: Entries, experts: str, chosen: str, groups: str = "", limited: str = "", least: int = 1
+) -> dict[str, int]:
+    """How many experts there are and are chosen, and from how many groups; the arguments name the entries.
+
+    Args:
+        groups, limited: "" if the model does not choose groups.
+        least: experts that a group must have for its score.
+    """
+    count = config.whole(experts, most=MANY)
+    used = config.whole_up_to(chosen, count, experts)
+    sizes = {"n_routed_experts": count, "num_experts_per_tok": used}
+    if not groups:
+        return sizes | {"n_group": 1, "topk_group": 1}
+    number = config.whole_up_to(groups, count, experts, 1)
+    kept = config.whole_up_to(limited, number, groups, 1)
+    if count % number or (number > 1 and count // number < least):
+        raise InputError(
+            f"{config.where}: {count} experts ('{experts}') are not {number} equal groups ('{groups}') of {least} or "
+            "more"
+        )
+    if used > kept * (count // number):
+        raise InputError(
+            f"{config.where}: '{chosen}' is {used}, more than the {kept * (count // number)} experts in {kept} "
+            f"groups ('{limited}') of {number} ('{groups}')"
+        )
+    return sizes | {"n_group": number, "topk_group": kept}
+
+
+def _hf_yarn(config: Entries, dim: int) -> tuple[Rope, float]:
+    """Rotary frequencies, and what YaRN multiplies scores by: its temperature, squared (once for q and once for k)."""
+    frequencies = hf_rope(config, dim, "qk_rope_head_dim", ("default", "yarn"))
+    if frequencies.rotary_dim != dim:
+        raise InputError(f"{config.where}: 'partial_rotary_factor' is not supported for this model")
+    kind, given = hf_rope_entries(config)
     if kind == "default":
-        return Rope(tuple(base.tolist())), 1.0
-    if kind != "yarn":
-        raise InputError(f"rope scaling '{kind}' is not supported for this model")
-    factor, original = given.get("factor"), given.get("original_max_position_embeddings")
-    if factor is None or original is None:
-        raise InputError("rope scaling 'yarn' without 'factor' and 'original_max_position_embeddings'")
-    mscale, over = given.get("mscale"), given.get("mscale_all_dim")
-    scale = given.get("attention_factor")
-    if scale is None:
-        both = mscale and over
-        scale = rope.yarn_scale(factor, mscale) / rope.yarn_scale(factor, over) if both else rope.yarn_scale(factor)
-    ramp = given.get("beta_fast") or 32, given.get("beta_slow") or 1
-    frequencies: np.ndarray = rope.yarn(base, factor, theta, original, *ramp, given.get("truncate", True))
-    return Rope(tuple(frequencies.tolist()), scale), rope.yarn_scale(factor, over) ** 2 if over else 1.0
+        return frequencies, 1.0
+    return frequencies, rope.yarn_scale(given.number("factor"), given.number("mscale_all_dim", 0.0, least=0.0)) ** 2
 
 
-def _gguf_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
-    """As `_yarn`. A file has a tenth of mscale_all_dim and no mscale, which llama.cpp takes to be the same."""
-    kinds = ("none", "linear", "yarn", "longrope")
-    kind = given.get("rope.scaling.type", "none", lambda value: value in kinds, f"one of {', '.join(kinds)}")
-    factor = given.number("rope.scaling.factor", 1.0)
-    mscale = given.number("rope.scaling.yarn_log_multiplier", 0.0, above=-math.inf) / 0.1
+def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
+    """As `_hf_yarn`. The demo stretches contexts that are longer than the original, and has one temperature only."""
+    mscale = given.number("mscale", most=MSCALE)
     values = {
-        "rope_theta": given.number("rope.freq_base", 10000.0, above=1.0),
-        "rope_type": "default" if factor == 1 else kind.replace("none", "default"),
-        "factor": factor,
-        "original_max_position_embeddings": given.whole(
-            "rope.scaling.original_context_length", given.whole("context_length", most=POSITIONS), most=POSITIONS
-        ),
-        "beta_fast": given.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": given.number("rope.scaling.yarn_beta_slow", 1.0),
+        "rope_theta": given.number("rope_theta", above=1.0),
+        "factor": given.number("rope_factor"),
+        "original_max_position_embeddings": given.whole("original_seq_len", least=2, most=POSITIONS),
+        "beta_fast": given.number("beta_fast"),
+        "beta_slow": given.number("beta_slow"),
         "mscale": mscale,
         "mscale_all_dim": mscale,
     }
-    return _yarn({"rope_parameters": values}, dim)
+    stretched = given.whole("max_seq_len", most=POSITIONS) > values["original_max_position_embeddings"]
+    values["rope_type"] = "yarn" if stretched else "default"
+    return _hf_yarn(Entries({"rope_parameters": values}, given.where), dim)
+
+
+def _gguf_yarn(given: Entries, tensors: Mapping[str, Weight], dim: int) -> tuple[Rope, float]:
+    """As `_hf_yarn`. A file has a tenth of mscale_all_dim and no mscale, which llama.cpp takes to be the same."""
+    frequencies = gguf_rope(given, tensors, dim, supported=("none", "yarn"))
+    mscale = given.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=MSCALE) / 0.1
+    if not mscale or given.values.get("rope.scaling.type") != "yarn":
+        return frequencies, 1.0
+    return replace(frequencies, scale=1.0), rope.yarn_scale(given.number("rope.scaling.factor", 1.0), mscale) ** 2
 
 
 def _gguf_scoring(given: Entries, biased: bool) -> str:

@@ -7,7 +7,17 @@ from typing import Self
 from jaxllm.entries import Entries
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import Rope
-from jaxllm.models.config import MANY, POSITIONS, typed_windows
+from jaxllm.models.config import (
+    MANY,
+    POSITIONS,
+    WIDEST,
+    check_activation,
+    check_shared,
+    gguf_entries,
+    gguf_vocab_size,
+    layer_count,
+    typed_windows,
+)
 from jaxllm.models.rope_config import gguf_rope, hf_rope
 
 MODEL_TYPES = ("gpt_oss",)
@@ -61,30 +71,32 @@ class GptOssConfig:
         Raises:
             InputError: a key is missing or has no sensible value, or asks for something that is not supported.
         """
-        given = {"rope_theta": 150000.0, **config}
-        if not given.get("rope_parameters") and not given.get("rope_scaling"):
-            given["rope_scaling"] = _ROPE  # as transformers has it
+        given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value not in (None, {})}
+        if "rope_parameters" not in given:
+            given.setdefault("rope_scaling", _ROPE)  # as transformers has it
         entries = Entries(given, "config.json")
+        kind = entries.choice("model_type", MODEL_TYPES)
+        check_activation(entries)
         heads, hidden = entries.whole("num_attention_heads", most=MANY), entries.whole("hidden_size")
-        head_dim = entries.whole("head_dim", 64, most=MANY)
-        count, window = (
-            entries.whole("num_hidden_layers", most=MANY),
-            entries.whole("sliding_window", 128, 1, POSITIONS),
-        )
+        kv_heads = entries.whole("num_key_value_heads", heads, most=MANY)
+        check_shared(entries, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
+        head_dim = entries.whole("head_dim", 64, most=min(MANY, WIDEST // heads))
+        count = layer_count(entries, "num_hidden_layers", tensors)
+        window = entries.whole("sliding_window", 128, 1, POSITIONS)
         windows = typed_windows(entries, count, window) if "layer_types" in entries else _by_turns(count, window)
         experts = entries.whole("num_local_experts", most=MANY)
         return cls(
-            model_type=given["model_type"],
+            model_type=kind,
             vocab_size=entries.whole("vocab_size"),
             hidden_size=hidden,
             intermediate_size=entries.whole("intermediate_size"),
             num_attention_heads=heads,
-            num_key_value_heads=entries.whole("num_key_value_heads", heads, most=MANY),
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             num_local_experts=experts,
-            num_experts_per_tok=entries.whole("num_experts_per_tok", 4, most=experts),
+            num_experts_per_tok=entries.whole_up_to("num_experts_per_tok", experts, "num_local_experts", 4),
             sliding_windows=tuple(windows),
-            rms_norm_eps=entries.number("rms_norm_eps", 1e-5),
+            rms_norm_eps=entries.number("rms_norm_eps", 1e-5, most=1.0),
             max_position_embeddings=entries.whole("max_position_embeddings", 131072, most=POSITIONS),
             tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             attention_bias=entries.flag("attention_bias", True),
@@ -100,33 +112,33 @@ class GptOssConfig:
         Raises:
             InputError: a key is missing or has no sensible value.
         """
-        prefix = f"{metadata['general.architecture']}."
-        own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        given = Entries(own, f"metadata {prefix}*")
-        count, window = given.whole("block_count", most=MANY), given.whole("attention.sliding_window", 128)
-        heads, head_dim = given.whole("attention.head_count", most=MANY), given.whole("attention.key_length", most=MANY)
+        arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
+        count = layer_count(given, "block_count", tensors)
+        window = given.whole("attention.sliding_window", 128, 1, POSITIONS)
+        heads = given.whole("attention.head_count", most=MANY)
+        kv_heads = given.whole("attention.head_count_kv", heads, most=MANY)
+        check_shared(given, "attention.head_count", heads, "attention.head_count_kv", kv_heads)
+        head_dim = given.whole("attention.key_length", most=min(MANY, WIDEST // heads))
         experts = given.whole("expert_count", most=MANY)
         return cls(
-            model_type=metadata["general.architecture"],
-            vocab_size=tensors["token_embd.weight"].shape[0]
-            if "token_embd.weight" in tensors
-            else given.whole("vocab_size"),
+            model_type=arch,
+            vocab_size=gguf_vocab_size(given, tensors),
             hidden_size=given.whole("embedding_length"),
             intermediate_size=given.whole("expert_feed_forward_length"),
             num_attention_heads=heads,
-            num_key_value_heads=given.whole("attention.head_count_kv", heads, most=MANY),
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             num_local_experts=experts,
-            num_experts_per_tok=given.whole("expert_used_count", most=experts),
+            num_experts_per_tok=given.whole_up_to("expert_used_count", experts, "expert_count"),
             sliding_windows=tuple(_by_turns(count, window)),
-            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon"),
+            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
             max_position_embeddings=given.whole("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             attention_bias="blk.0.attn_q.bias" in tensors,
             swiglu_alpha=SWIGLU_ALPHA,
             swiglu_limit=SWIGLU_LIMIT,
             # The models were trained with the ends of YaRN's ramp as they are; llama.cpp rounds them.
-            rope=gguf_rope(given.values.get, tensors, head_dim, truncate=False),
+            rope=gguf_rope(given, tensors, head_dim, truncate=False),
         )
 
 

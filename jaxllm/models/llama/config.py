@@ -1,6 +1,6 @@
 """Sizes and constants of the Llama family, from a GGUF file's metadata or a Hugging Face config.json."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -8,7 +8,18 @@ from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import Rope
-from jaxllm.models.config import MANY, POSITIONS, typed_windows
+from jaxllm.models.config import (
+    MANY,
+    POSITIONS,
+    WIDEST,
+    check_activation,
+    check_shared,
+    gguf_entries,
+    gguf_vocab_size,
+    layer_count,
+    per_layer,
+    typed_windows,
+)
 from jaxllm.models.rope_config import gguf_rope, hf_rope
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3")
@@ -62,52 +73,33 @@ class LlamaConfig:
         Raises:
             InputError: a key is missing or has no sensible value.
         """
-        arch = str(metadata.get("general.architecture"))
-
-        def get(key: str, default: object = None) -> object:
-            value = metadata.get(f"{arch}.{key}", default)
-            if value is None:
-                raise InputError(f"metadata key '{arch}.{key}' is missing")
-            return value
+        arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
+        count, hidden = layer_count(given, "block_count", tensors), given.whole("embedding_length")
 
         def has(name: str) -> bool:
             return any(f"blk.{i}.{name}" in tensors for i in range(count))
 
-        count, hidden = get("block_count"), get("embedding_length")
-        heads = _per_layer(get("attention.head_count"), count, "attention.head_count")
-        kv_heads = _per_layer(get("attention.head_count_kv", heads), count, "attention.head_count_kv")
-        widths = _per_layer(get("feed_forward_length", 0), count, "feed_forward_length")
-        head_dim = get("attention.key_length", hidden // heads[0])
-        window = get("attention.sliding_window", 0) or None
-        experts = get("expert_count", 0)
-        layers = tuple(
-            LayerConfig(h, kv, width, window, sparse=f"blk.{i}.ffn_gate_inp.weight" in tensors)
-            for i, (h, kv, width) in enumerate(zip(heads, kv_heads, widths, strict=True))
-        )
+        layers, moe = _gguf_layers(given, count, tensors), _gguf_experts(given, arch, tensors)
+        if moe is None and any(layer.sparse for layer in layers):
+            raise InputError(f"{given.where}: there are layers with a router, but 'expert_count' is missing or 0")
+        heads = max(layer.num_attention_heads for layer in layers)
+        head_dim = given.whole("attention.key_length", hidden // heads, most=min(MANY, WIDEST // heads))
         return cls(
             model_type=arch,
-            vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else get("vocab_size"),
+            vocab_size=gguf_vocab_size(given, tensors),
             hidden_size=hidden,
             head_dim=head_dim,
-            v_head_dim=get("attention.value_length", head_dim),
-            rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-            max_position_embeddings=get("context_length"),
+            v_head_dim=given.whole("attention.value_length", head_dim, most=min(MANY, WIDEST // heads)),
+            rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
+            max_position_embeddings=given.whole("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             qkv_bias=has("attn_q.bias") or has("attn_qkv.bias"),
             o_bias=has("attn_output.bias"),
             mlp_bias=has("ffn_down.bias"),
             qk_norm=has("attn_q_norm.weight"),
-            rope=gguf_rope(get, tensors, head_dim),
+            rope=gguf_rope(given, tensors, head_dim),
             layers=layers,
-            moe=None
-            if not experts
-            else MoEConfig(
-                num_experts=experts,
-                num_experts_per_tok=get("expert_used_count"),
-                moe_intermediate_size=get("expert_feed_forward_length", widths[0]),
-                norm_topk_prob=bool(get("expert_weights_norm", arch != "qwen2moe")),
-                shared_expert_intermediate_size=_shared_size(tensors),
-            ),
+            moe=moe,
         )
 
     @classmethod
@@ -121,13 +113,17 @@ class LlamaConfig:
         Raises:
             InputError: a key is missing or has no sensible value, or asks for something that is not supported.
         """
-        kind, entries = config["model_type"], Entries(config, "config.json")
-        if (activation := config.get("hidden_act") or "silu") not in ("silu", "swish"):
-            raise InputError(f"config.json: hidden_act {activation!r} is not supported, only silu")
+        entries = Entries(config, "config.json")
+        kind = entries.choice("model_type", MODEL_TYPES)
+        check_activation(entries)
         hidden, heads = entries.whole("hidden_size"), entries.whole("num_attention_heads", most=MANY)
-        head_dim = entries.whole("head_dim", 128 if kind == "qwen3" else hidden // heads, most=MANY)
+        kv_heads = entries.whole("num_key_value_heads", heads, most=MANY)
+        check_shared(entries, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
+        head_dim = entries.whole(
+            "head_dim", 128 if kind == "qwen3" else hidden // heads, most=min(MANY, WIDEST // heads)
+        )
         width, bias = entries.whole("intermediate_size"), entries.flag("attention_bias")
-        layer = entries.whole("num_key_value_heads", heads, most=MANY), width
+        windows = _hf_windows(entries, kind, layer_count(entries, "num_hidden_layers", tensors))
         sparse, moe = _hf_experts(entries, kind, width)
 
         def has(name: str) -> bool:
@@ -139,7 +135,7 @@ class LlamaConfig:
             hidden_size=hidden,
             head_dim=head_dim,
             v_head_dim=head_dim,
-            rms_norm_eps=entries.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=entries.number("rms_norm_eps", 1e-6, most=1.0),
             max_position_embeddings=entries.whole("max_position_embeddings", 2048, most=POSITIONS),
             tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             qkv_bias=bias or kind in ("qwen2", "qwen2_moe") or has("self_attn.q_proj"),
@@ -147,27 +143,47 @@ class LlamaConfig:
             mlp_bias=entries.flag("mlp_bias") or has("mlp.down_proj"),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             rope=hf_rope(entries, head_dim),
-            layers=tuple(
-                LayerConfig(heads, *layer, window, sparse(i)) for i, window in enumerate(_hf_windows(entries, kind))
-            ),
+            layers=tuple(LayerConfig(heads, kv_heads, width, window, sparse(i)) for i, window in enumerate(windows)),
             moe=moe,
         )
 
 
-def _per_layer(value: object, count: int, key: str) -> Sequence[int]:
-    values = value if isinstance(value, list) else [value] * count
-    if len(values) != count or min(values, default=0) < 0:
-        raise InputError(f"metadata key '{key}' has {len(values)} values for {count} layers")
-    return values
+def _gguf_layers(given: Entries, count: int, tensors: Mapping[str, Weight]) -> tuple[LayerConfig, ...]:
+    heads_key, kv_key, width_key = "attention.head_count", "attention.head_count_kv", "feed_forward_length"
+    heads = per_layer(given, heads_key, count)
+    kv_heads = per_layer(given, kv_key, count, heads)
+    widths = per_layer(given, width_key, count, 0, least=0)  # of a sparse layer, it need not be there
+    window = given.whole("attention.sliding_window", 0, 0, POSITIONS) or None
+    layers = []
+    for i, (h, kv, width) in enumerate(zip(heads, kv_heads, widths, strict=True)):
+        check_shared(given, heads_key, h, kv_key, kv)
+        sparse = f"blk.{i}.ffn_gate_inp.weight" in tensors
+        if not sparse and not width:
+            raise InputError(f"{given.where}: '{width_key}' of layer {i} is missing or 0")
+        layers.append(LayerConfig(h, kv, width, window, sparse))
+    return tuple(layers)
+
+
+def _gguf_experts(given: Entries, arch: str, tensors: Mapping[str, Weight]) -> MoEConfig | None:
+    if not (experts := given.whole("expert_count", 0, 0, MANY)):
+        return None
+    width = given.values.get("feed_forward_length")
+    return MoEConfig(
+        num_experts=experts,
+        num_experts_per_tok=given.whole_up_to("expert_used_count", experts, "expert_count"),
+        moe_intermediate_size=given.whole("expert_feed_forward_length", width[0] if isinstance(width, list) else width),
+        norm_topk_prob=given.flag("expert_weights_norm", arch != "qwen2moe"),
+        shared_expert_intermediate_size=_shared_size(tensors),
+    )
 
 
 def _shared_size(tensors: Mapping[str, Weight]) -> int | None:
     return next((w.shape[0] for name, w in tensors.items() if name.endswith("ffn_gate_shexp.weight")), None)
 
 
-def _hf_windows(config: Entries, kind: str) -> list[int | None]:
+def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
     """The sliding window of each layer. Every architecture has its own way to say which layers have one."""
-    count, window = config.whole("num_hidden_layers", most=MANY), config.whole("sliding_window", 0, 0, POSITIONS)
+    window = config.whole("sliding_window", 0, 0, POSITIONS)
     qwen = kind.startswith("qwen")
     if not window or kind == "llama" or not config.flag("use_sliding_window", default=not qwen):
         return [None] * count
@@ -186,12 +202,17 @@ def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int],
     name = "num_local_experts" if "num_local_experts" in config else "num_experts"
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe") or not (experts := config.whole(name, 0, 0, MANY)):
         return lambda i: False, None
-    dense = config.get("mlp_only_layers", [], lambda value: isinstance(value, list), "a list")
+    dense = config.get(
+        "mlp_only_layers",
+        [],
+        lambda value: isinstance(value, list) and all(type(i) is int for i in value),
+        "a list of whole numbers",
+    )
     step = config.whole("decoder_sparse_step", 1)
     shared = config.whole("shared_expert_intermediate_size") if kind == "qwen2_moe" else None
     moe = MoEConfig(
         num_experts=experts,
-        num_experts_per_tok=config.whole("num_experts_per_tok", 2, most=experts),
+        num_experts_per_tok=config.whole_up_to("num_experts_per_tok", experts, name, 2),
         moe_intermediate_size=config.whole("moe_intermediate_size", width),
         norm_topk_prob=kind == "mixtral" or config.flag("norm_topk_prob"),
         shared_expert_intermediate_size=shared,
