@@ -1,5 +1,6 @@
 """A family of models as one record: everything that the loader has to know of it."""
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
             if kind in family.dialects[dialect].kinds:
                 return family
             known += family.dialects[dialect].kinds
-    raise InputError(f"models of type {kind!r} are not supported; supported in {dialect} files: {', '.join(known)}")
+    what = reprlib.repr(kind)
+    raise InputError(f"models of type {what} are not supported; supported in {dialect} files: {', '.join(known)}")
 
 
 def model_arguments(families: Sequence[Family], family: Family, options: Mapping[str, str | None]) -> dict[str, object]:

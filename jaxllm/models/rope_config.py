@@ -108,10 +108,10 @@ def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Co
     def having(key: str) -> Entries:
         return given if key in given else config
 
-    def need(key: str, above: float = 0.0) -> float:
+    def need(key: str) -> float:
         if key not in given:
             raise InputError(f"{given.where}: rope scaling '{kind}' without '{key}'")
-        return given.number(key, above=above)
+        return given.number(key)
 
     dim = int(head_dim * having("partial_rotary_factor").number("partial_rotary_factor", 1.0, most=1.0))
     if dim < 2 or dim % 2:
@@ -135,8 +135,10 @@ def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Co
     if kind == "linear":
         base = rope.divided(base, need("factor"))
     if kind == "llama3":
-        factor, low = need("factor"), need("low_freq_factor")
-        base = rope.llama3(base, factor, low, need("high_freq_factor", above=low), original)
+        factor, low, high = (need(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        if low >= high:
+            raise InputError(f"{given.where}: 'low_freq_factor' {low:g} is not below 'high_freq_factor' {high:g}")
+        base = rope.llama3(base, factor, low, high, original)
     if kind == "yarn":
         factor, ramp = need("factor"), (given.number("beta_fast", 32), given.number("beta_slow", 1))
         mscale, over = (given.number(key, 0.0, least=0.0, most=MSCALE) for key in ("mscale", "mscale_all_dim"))

@@ -370,4 +370,4 @@ def _gguf_scoring(given: Entries, biased: bool) -> str:
 
 def _predicting_layers(tensors: Mapping[str, Weight]) -> set[int]:
     """Layers for multi-token prediction, which stand after the others."""
-    return {int(m[1]) for name in tensors if (m := re.match(r"blk\.(\d+)\.nextn\.", name))}
+    return {int(m[1]) for name in tensors if (m := re.match(r"blk\.([1-9]\d{0,5})\.nextn\.", name))}

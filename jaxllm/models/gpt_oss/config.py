@@ -71,9 +71,9 @@ class GptOssConfig:
         Raises:
             InputError: a key is missing or has no sensible value, or asks for something that is not supported.
         """
-        given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value not in (None, {})}
-        if "rope_parameters" not in given:
-            given.setdefault("rope_scaling", _ROPE)  # as transformers has it
+        given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value is not None}
+        if all(given.get(key, {}) == {} for key in ("rope_parameters", "rope_scaling")):
+            given |= {"rope_scaling": _ROPE}  # as transformers has it
         entries = Entries(given, "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
         check_activation(entries)

@@ -185,7 +185,8 @@ def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
     """The sliding window of each layer. Every architecture has its own way to say which layers have one."""
     window = config.whole("sliding_window", 0, 0, POSITIONS)
     qwen = kind.startswith("qwen")
-    if not window or kind == "llama" or not config.flag("use_sliding_window", default=not qwen):
+    used = config.flag("use_sliding_window", default=not qwen)
+    if not window or kind == "llama" or not used:
         return [None] * count
     if "layer_types" in config and kind != "qwen3_moe":
         return typed_windows(config, count, window)
@@ -205,7 +206,7 @@ def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int],
     dense = config.get(
         "mlp_only_layers",
         [],
-        lambda value: isinstance(value, list) and all(type(i) is int for i in value),
+        lambda value: isinstance(value, list) and all(type(i) is int and i >= 0 for i in value),
         "a list of whole numbers",
     )
     step = config.whole("decoder_sparse_step", 1)
