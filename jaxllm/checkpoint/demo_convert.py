@@ -193,9 +193,9 @@ def _args(
     return args
 
 
-def _hf_config(given: Mapping[str, object], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, object]:
-    """The config.json of the model that ModelArgs are of."""
-    model, args = DeepseekConfig.from_demo(given, weights), DEMO_DEFAULTS | dict(given)
+def _hf_config(args: Mapping[str, object], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, object]:
+    """The config.json of the model that (all fields of) ModelArgs are of."""
+    model = DeepseekConfig.from_demo(args, weights)
     v3 = model.scoring_func == "sigmoid" or model.has_correction_bias
     version = 3 if v3 else 2
     config: dict[str, object] = {"architectures": [f"DeepseekV{version}ForCausalLM"]}

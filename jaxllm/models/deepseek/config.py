@@ -27,6 +27,8 @@ GGUF_ARCHITECTURES = ("deepseek2",)
 DEMO_TYPE = "deepseek_demo"
 SCORING = ("softmax", "sigmoid")
 GGUF_SCORING = dict(enumerate(SCORING, 1))
+# What the entries for `_routing` are called.
+HF_ROUTING = "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"
 GGUF_ROUTING = "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"
 DEMO_ROUTING = "n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups"
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -139,8 +141,7 @@ class DeepseekConfig:
         heads = given.whole("num_attention_heads", most=MANY)
         nope, rotary, value = _head_dims(given, heads)
         frequencies, scale = _hf_yarn(given, rotary)
-        names = ["n_routed_experts", "num_experts_per_tok"]
-        names += ["n_group", "topk_group"] if v3 or method == "group_limited_greedy" else []
+        names = HF_ROUTING if v3 or method == "group_limited_greedy" else HF_ROUTING[:2]
         return cls(
             model_type=kind,
             vocab_size=given.whole("vocab_size"),
@@ -275,7 +276,8 @@ def demo_args(args: Mapping[str, object]) -> dict[str, Any]:
     """All fields of the demo's `ModelArgs`, those that `args` does not give (or gives as null) as they are there.
 
     Raises:
-        InputError: a field that `ModelArgs` does not have, or one that no other reader checks and that makes no sense.
+        InputError: a field that `ModelArgs` does not have, or one of those that do not become part of a
+            `DeepseekConfig` without a sensible value. The others are for `DeepseekConfig.from_demo` to check.
     """
     for key in args:
         if key not in DEMO_DEFAULTS:
