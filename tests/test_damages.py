@@ -225,7 +225,7 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
         "'partial_rotary_factor' is not supported",
     ),
     "dense layers between": ("hf deepseek v2", {"moe_layer_freq": 2}, "'moe_layer_freq' is 2"),
-    "another score": ("hf deepseek v3", {"scoring_func": "tanh"}, "'scoring_func' is 'tanh', not one of 'softmax'"),
+    "another score": ("hf deepseek v3", {"scoring_func": "tanh"}, "'scoring_func' is 'tanh', not one of softmax"),
     "another way to choose": ("hf deepseek v3", {"topk_method": "luck"}, "'topk_method' is 'luck', not one of"),
     "another activation": ("hf gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     "a scaling of bools": ("hf llama3_rope", {"rope_parameters/factor": True}, "'factor' is True, not a number"),
@@ -261,7 +261,7 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
     "fields: chosen groups": ("demo v3", {"n_limited_groups": 5}, "'n_limited_groups' is 5, more than 'n_expert_gr"),
     "fields: chosen experts": ("demo v2", {"n_activated_experts": 9}, "more than 'n_routed_experts', which is 8"),
     "fields: layers": ("demo v3", {"n_layers": 10**9}, "'n_layers' is 1000000000, not a whole number"),
-    "fields: scales": ("demo v3", {"scale_fmt": "e8m23"}, "'scale_fmt' is 'e8m23', not one of '', 'ue8m0'"),
+    "fields: scales": ("demo v3", {"scale_fmt": "e8m23"}, "'scale_fmt' is 'e8m23', not one of ue8m0, float"),
     "fields: an odd rotation": ("demo v3", {"qk_rope_head_dim": 7}, "rotary embeddings of 7"),
 }
 
