@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.checkpoint.placing import Source, place, place_of
+from jaxllm.declaration import Declaration
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
-from jaxllm.layers.parameter import Declaration, parameters
+from jaxllm.layers.parameter import parameters
 
 READERS = 4  # threads: parameters that are read at the same time
 

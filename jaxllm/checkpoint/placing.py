@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import layout as layouts
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, block_index, finest, shards
 from jaxllm.kernels.registry import row_major
-from jaxllm.layers.parameter import Declaration
 
 
 @dataclass(frozen=True)

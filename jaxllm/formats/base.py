@@ -55,7 +55,9 @@ class Weight(ABC):
     def axes(self) -> dict[str, Axes]:
         """For each leaf, what its trailing axes run along; axes before those are the batch.
 
-        A leaf of a field's own fields is named with a dot, as for `leaf`.
+        A leaf of a field's own fields is named with a dot, as for `leaf`. A weight may hold another one, say a
+        quantized matrix to which an adapter adds something: it lists that one's axes, too, see `inner_axes`. The first
+        leaf runs along all dimensions of the matrix.
         """
 
     @abstractmethod
@@ -72,8 +74,22 @@ class Weight(ABC):
         for name, leaf in leaves.items():
             field, _, inner = name.partition(".")
             held = fields.get(field, getattr(self, field))
-            fields[field] = dataclasses.replace(held, **{inner: leaf}) if inner else leaf
+            fields[field] = Weight.with_leaves(held, {inner: leaf}) if inner else leaf
         return dataclasses.replace(self, **fields)
+
+    @property
+    def inner(self) -> "dict[str, Weight]":
+        """The weights that this one holds, by the names of the fields."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Weight)}
+
+    def inner_axes(self) -> dict[str, Axes]:
+        """The axes of the weights that this one holds, as they are named in its own `axes`."""
+        return {f"{field}.{name}": axes for field, weight in self.inner.items() for name, axes in weight.axes.items()}
+
+    def own_axes(self) -> dict[str, Axes]:
+        """The axes of the leaves that are not those of a weight it holds."""
+        return {name: axes for name, axes in self.axes.items() if name.partition(".")[0] not in self.inner}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,16 +104,17 @@ class Weight(ABC):
 
     def unit(self, dim: str) -> int:
         """How many positions of `dim` cannot be told apart by cutting: its block size."""
-        return math.lcm(*(cut.unit for axes in self.axes.values() for cut in axes if cut and cut.dim == dim))
+        return _common_unit(self.axes, dim)
 
     def granularity(self, dim: str) -> int:
         """The smallest part that `dim` can be cut into, after `refined` if the format has that: its block size."""
-        return self.unit(dim)
+        return math.lcm(_common_unit(self.own_axes(), dim), *(w.granularity(dim) for w in self.inner.values()))
 
     def refined(self, out: int, in_: int) -> Self:
         """The same matrix with units of `out` and `in_`, which divide its own. For formats with scales that can be
         repeated; others stay what they are, and cannot be cut there."""
-        return self
+        units = {name: (math.gcd(w.unit("out"), out), math.gcd(w.unit("in"), in_)) for name, w in self.inner.items()}
+        return dataclasses.replace(self, **{name: w.refined(*units[name]) for name, w in self.inner.items()})
 
     @property
     def nbytes(self) -> int:
@@ -162,15 +179,20 @@ class Weight(ABC):
             leaf = self.leaf(name)
             for i, index in enumerate(block_index(axes, rows, cols)):
                 if index is not None:
-                    leaf = _take(leaf, index, leaf.ndim - len(axes) + i)
+                    leaf = take(leaf, index, leaf.ndim - len(axes) + i)
             leaves[name] = leaf
         return self.with_leaves(leaves)
 
     def take(self, ids: jax.Array) -> Self:
         """Rows `ids` of an unbatched matrix, as a weight of shape `[*ids.shape, in]`: an embedding lookup."""
-        cut = {name for name, axes in self.axes.items() if any(c and c.dim == "out" for c in axes)}
-        assert all(self.axes[name][0] == Cut("out") for name in cut), f"{self.format} cannot look up single rows"
-        return self.with_leaves({name: self.leaf(name)[ids] for name in cut})
+        cut = {name: axes for name, axes in self.own_axes().items() if any(c and c.dim == "out" for c in axes)}
+        assert all(axes[0] == Cut("out") for axes in cut.values()), f"{self.format} cannot look up single rows"
+        taken = self.with_leaves({name: self.leaf(name)[ids] for name in cut})
+        return dataclasses.replace(taken, **{name: weight.take(ids) for name, weight in self.inner.items()})
+
+
+def _common_unit(axes: Mapping[str, Axes], dim: str) -> int:
+    return math.lcm(*(cut.unit for along in axes.values() for cut in along if cut and cut.dim == dim))
 
 
 def repeated(leaf: jax.Array, times: int, axis: int, size: int) -> jax.Array | jax.ShapeDtypeStruct:
@@ -224,7 +246,8 @@ def _whole_blocks(index: np.ndarray, cut: Cut) -> np.ndarray:
     return np.where(first < 0, -1, first // cut.unit)
 
 
-def _take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Array | np.ndarray:
+def take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Array | np.ndarray:
+    """The positions `index` along an axis, zeros for -1."""
     taken = leaf.take(np.maximum(index, 0), axis=axis)
     if (index >= 0).all():
         return taken

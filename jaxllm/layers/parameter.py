@@ -1,28 +1,10 @@
-"""What a model says about a parameter before a checkpoint fills it in."""
-
-from dataclasses import dataclass
+"""Parameters, from what a model says of them before a checkpoint fills them in."""
 
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-
-@dataclass(frozen=True)
-class Declaration:
-    """A parameter to be loaded: its logical shape in the checkpoint, its cut, and where its rows and columns go.
-
-    `rows` and `cols` say which row or column of the checkpoint stands at each place, -1 being zeros (`Weight.arrange`),
-    and `stack` which matrix of a stack; None is all of them in order. That is how heads are spread over devices and odd
-    sizes padded. A parameter that is kept (a router) stays in the checkpoint's format, whatever the others are
-    quantized or decoded to.
-    """
-
-    shape: tuple[int, ...]
-    spec: PartitionSpec
-    rows: np.ndarray | None = None
-    cols: np.ndarray | None = None
-    keep: bool = False
-    stack: np.ndarray | None = None
+from jaxllm.declaration import Declaration
 
 
 def declare(
@@ -33,8 +15,10 @@ def declare(
     keep: bool = False,
     stack: np.ndarray | None = None,
 ) -> nnx.Param:
-    """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it."""
-    return nnx.Param(Declaration(shape, spec, rows, cols, keep, stack))
+    """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it, and
+    remembers it afterwards, as `declared`."""
+    declaration = Declaration(shape, spec, rows, cols, keep, stack)
+    return nnx.Param(declaration, declared=declaration)
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:

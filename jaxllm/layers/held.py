@@ -1,0 +1,114 @@
+"""The matrix that a layer's parameter holds, on its devices: back in the checkpoint's order, changed, encoded anew.
+
+Nothing here gathers a matrix on one device or on the host: what is done is done to the shards where they lie.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.checkpoint.placing import Source, place
+from jaxllm.declaration import Declaration
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.parallel import placing_mesh
+from jaxllm.quantize import requantize
+
+Matrix = Weight | np.ndarray | jax.Array
+
+
+def as_weight(matrix: Matrix, ndim: int, name: str) -> Weight:
+    """What a layer is made of, as a weight in the host's memory or in a file.
+
+    Raises:
+        InputError: another number of dimensions, or an array of something other than floating-point numbers.
+    """
+    if isinstance(matrix, Weight):
+        weight = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, matrix)
+    else:
+        values = np.asarray(matrix)
+        weight = Dense(values.astype(np.float32) if values.dtype == np.float64 else values)
+    if len(weight.shape) != ndim:
+        raise InputError(f"{name} has shape {[*weight.shape]}, expected {ndim} dimensions")
+    if isinstance(weight, Dense) and not jax.dtypes.issubdtype(weight.values.dtype, np.floating):
+        raise InputError(f"{name} is of {weight.format}, not of floating-point numbers")
+    return weight
+
+
+def fill(param: nnx.Param, parts: Weight | tuple[Weight, ...], name: str) -> None:
+    """Place a weight, or one for each matrix of a stack, on the ambient mesh as the parameter is declared.
+
+    Raises:
+        InputError: the shape is not the declared one, or there is no mesh.
+    """
+    declared = param.declared
+    stacked = isinstance(parts, tuple)
+    source = Source(name, parts if stacked else (parts,), stacked)
+    if source.shape != declared.shape:
+        raise InputError(f"{name} has shape {[*source.shape]}, expected {[*declared.shape]}")
+    weight = place(source, declared, placing_mesh())
+    param.set_value(weight.dequantize() if len(declared.shape) == 1 else weight)
+
+
+def held(param: nnx.Param) -> Weight:
+    """The parameter's weight. Raises InputError if nothing was loaded."""
+    weight = param.get_value()
+    if isinstance(weight, Declaration):
+        raise InputError(
+            f"this layer's matrix {[*weight.shape]} is only declared, nothing is loaded: make the layer by from_weight() "
+            "or its model by jaxllm.load()"
+        )
+    return weight
+
+
+def dequantized(param: nnx.Param) -> jax.Array:
+    """The checkpoint's matrix, float32, in its own order and size."""
+    return _restored(held(param), param.declared)
+
+
+@partial(jax.jit, static_argnums=1)
+def _restored(weight: Weight, declared: Declaration) -> jax.Array:
+    return declared.restore(weight.dequantize())
+
+
+def with_delta(param: nnx.Param, delta: jax.Array) -> Weight:
+    """The parameter's weight plus a delta in the checkpoint's order and size, sharded and encoded as it is.
+
+    Raises:
+        InputError: a delta of another shape, or a format that cannot be encoded.
+    """
+    weight, declared = held(param), param.declared
+    mesh = jax.tree.leaves(weight)[0].sharding.mesh
+    arranged = declared.arrange(jnp.asarray(delta, jnp.float32))
+    arranged = jax.device_put(arranged, NamedSharding(mesh, declared.spec))
+    changed = weight.add_delta(arranged)
+    specs = changed.shard_specs(declared.spec, mesh)
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), changed, specs)
+
+
+def requantized(param: nnx.Param, type: str) -> Weight:
+    """The parameter's weight encoded as `type`, see `quantize.requantize`."""
+    return requantize(held(param), param.declared.spec, type)
+
+
+def replaced(module: nnx.Module, **weights: Weight) -> nnx.Module:
+    """A copy of the layer with other weights in the parameters named; the given one stays as it is."""
+    copy = nnx.clone(module)
+    for name, weight in weights.items():
+        getattr(copy, name).set_value(weight)
+    return copy
+
+
+def checked(x: jax.Array, features: int, spec: PartitionSpec) -> jax.Array:
+    """Activations `[..., features]` as a layer takes them. Raises InputError for others, in one line."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(f"x is of {x.dtype}, not of floating-point numbers")
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise InputError(f"x has shape {[*x.shape]}, but this layer takes [..., {features}]")
+    return x
