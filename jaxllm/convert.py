@@ -31,7 +31,6 @@ from tqdm import tqdm
 from jaxllm.checkpoint.declared import Declared, declared
 from jaxllm.checkpoint.demo import BLOCK, is_demo
 from jaxllm.checkpoint.demo_convert import DECLARATION, to_demo, to_huggingface
-from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
 from jaxllm.checkpoint.scaled_schemes import FP8, block_fp8
@@ -41,6 +40,7 @@ from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Scaled
+from jaxllm.placing import FileArray
 
 TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("demo", "huggingface")

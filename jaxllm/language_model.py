@@ -71,6 +71,8 @@ class LanguageModel:
         name: of the file or directory.
         sampling: what the checkpoint says about sampling.
         eos_ids: the tokens that end an answer.
+        model: the layers; each gives its matrix back, or a changed copy of itself (`jaxllm.layers`). The programs keep
+            what was loaded.
         placed: every parameter as it was loaded.
         programs: the compiled functions.
     """
@@ -92,7 +94,7 @@ class LanguageModel:
         self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
         self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
         self.placed, self.max_batch_size = list(placed), max_batch_size
-        self.programs = Programs(model, mesh, dtype)
+        self.model, self.programs = model, Programs(model, mesh, dtype)
 
     def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
         """Next-token logits float32 `[batch, time, vocab]` after every one of `tokens[batch, time]`.

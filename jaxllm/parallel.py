@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -78,6 +78,26 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def ambient_mesh() -> AbstractMesh:
+    """The shape of the mesh that `jax.set_mesh` has set.
+
+    Raises:
+        InputError: there is none, or not one as `make_mesh` makes them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise InputError("no mesh is set: call jax.set_mesh(jaxllm.make_mesh('tp=8')) first, or use it in a with block")
+    if set(mesh.axis_names) != {EP, TP} or AxisType.Explicit in mesh.axis_types:
+        raise InputError(f"the mesh {mesh} is not for this: set jaxllm.make_mesh('tp=8'), or make_mesh(your_mesh)")
+    return mesh
+
+
+def placing_mesh() -> Mesh:
+    """The mesh that `jax.set_mesh` has set, with its devices. Raises InputError as `ambient_mesh` does."""
+    ambient_mesh()
+    return jax.sharding.get_mesh()
+
+
 def local(f: Callable, in_specs: object, out_specs: object, check_vma: bool = True) -> Callable:
     """`f` on each device's own shards, cut as the PartitionSpecs say."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
@@ -85,7 +105,7 @@ def local(f: Callable, in_specs: object, out_specs: object, check_vma: bool = Tr
 
 def local_specs(weight: Weight, spec: PartitionSpec) -> Weight:
     """How each leaf of a weight is cut, for `local`."""
-    return weight.shard_specs(spec, jax.sharding.get_abstract_mesh())
+    return weight.shard_specs(spec, ambient_mesh())
 
 
 def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:

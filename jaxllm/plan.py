@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.checkpoint.placing import Source, layout
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
+from jaxllm.placing import Source, layout
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -93,6 +93,19 @@ def lower_decode(
 
     with jax.set_mesh(mesh):
         return jax.jit(decode, donate_argnames="cache").lower(state, cache, tokens)
+
+
+def collectives_of(layer: nnx.Module, *args: object) -> Counter[str]:
+    """How often each kind of collective runs when `layer(*args)` is compiled for the mesh that `jax.set_mesh` has set.
+
+    The layer's matrices have to be placed on that mesh; nothing is run.
+    """
+    graph, state = nnx.split(layer)
+
+    def call(state: nnx.State, *args: object) -> object:
+        return nnx.merge(graph, state)(*args)
+
+    return collectives(jax.jit(call).lower(state, *args).compile().as_text())
 
 
 def collectives(program: str) -> Counter[str]:

@@ -1,15 +1,19 @@
-"""Encoding matrices while they are loaded, whatever format they come in."""
+"""Encoding matrices, whatever format they come in: while they are loaded, or later where they lie on their devices."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, shards
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
-from jaxllm.formats.ggml_encode import ENCODERS, fitting_type
+from jaxllm.formats.ggml_encode import ENCODERS, check_finite, encode_blocks, fitting_type
+from jaxllm.parallel import local
 
 # Tables of tokens are looked up and, as heads, decide the answer: they get the better type of the two (mistral.rs).
 SENSITIVE = ("embed_tokens.weight", "lm_head.weight")
@@ -27,6 +31,31 @@ def quantize(w: jax.Array | Weight, type: str) -> Weight:
     values = jax.tree.map(np.asarray, w).dequantize() if isinstance(w, Weight) else jnp.asarray(w)
     type = fitting_type(block_type(type), values.shape[-1])
     return Dense.from_dense(values, jnp.float16) if type == "F16" else GGML.from_dense(values, type)
+
+
+def requantize(weight: Weight, spec: PartitionSpec, type: str) -> Weight:
+    """A weight that lies on a mesh, sharded by `spec`, encoded as `type` and sharded the same.
+
+    Every device encodes its own shard; nothing is communicated. So it is the columns of one device that have to be
+    whole blocks. Where they are not, the weight gets what `quantize` takes instead. Not for use under `jit`.
+
+    Raises:
+        InputError: as `quantize`.
+    """
+    mesh = jax.tree.leaves(weight)[0].sharding.mesh
+    values = _dequantized(weight, NamedSharding(mesh, spec))
+    type = fitting_type(block_type(type), values.shape[-1] // shards(spec[-1], mesh))
+    if type == "F16":
+        return Dense.from_dense(values, jnp.float16)
+    check_finite(values, type)
+    with jax.set_mesh(mesh):
+        encode = local(partial(encode_blocks, type=type), spec, PartitionSpec(*spec, None), check_vma=False)
+        return GGML(jax.jit(encode)(values), type)
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantized(weight: Weight, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight.dequantize(), sharding)
 
 
 def block_type(text: str) -> str:

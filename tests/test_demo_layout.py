@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 import jaxllm.generate
 from jaxllm.checkpoint.demo import demo_tensors
 from jaxllm.checkpoint.opening import open_checkpoint
-from jaxllm.checkpoint.placing import FileArray, JoinedArray, _read
 from jaxllm.cli import execute
 from jaxllm.convert import DEMO_CONFIG, convert
 from jaxllm.errors import InputError
 from jaxllm.formats.scaled import Scaled
+from jaxllm.placing import FileArray, JoinedArray, _read
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())

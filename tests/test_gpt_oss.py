@@ -17,7 +17,6 @@ from hf_to_gguf import convert
 from safetensors.numpy import load_file, save_file
 
 import jaxllm
-from jaxllm.checkpoint.placing import Source, place
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.layers.experts import MoE, TopKRouter
@@ -26,6 +25,7 @@ from jaxllm.layers.parameter import parameters
 from jaxllm.models.gpt_oss.config import PRESETS, GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.parallel import make_mesh
+from jaxllm.placing import Source, place
 from jaxllm.plan import collectives, dense, fill_with_shapes
 from jaxllm.tokenizer import Tokenizer
 

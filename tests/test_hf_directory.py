@@ -22,10 +22,10 @@ from tokenizers.decoders import ByteLevel
 import jaxllm
 from jaxllm.checkpoint import filling
 from jaxllm.checkpoint.opening import open_checkpoint
-from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.errors import InputError
 from jaxllm.models.llama.config import LlamaConfig
+from jaxllm.placing import FileArray
 from jaxllm.sampling import Sampling
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"

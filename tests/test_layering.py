@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # From the lowest to the highest. What is not named stands above all of these.
-LAYERS = ("errors", "entries", "formats", "requantize", "kernels", "parallel", "layers", "models", "sampling")
-LAYERS += ("tokenizer", "checkpoint")
+LAYERS = ("errors", "entries", "formats", "kernels", "parallel", "requantize", "declaration", "placing", "layers")
+LAYERS += ("models", "sampling", "tokenizer", "checkpoint")
 TOP = len(LAYERS)
 TOOLS = tuple(
     f"jaxllm.kernels.{name}" for name in ("bench", "gpu_report", "tpu_report")

@@ -13,7 +13,6 @@ from quantized_writers import dequantize, hqq, read_safetensors
 from jaxllm import parallel
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.declared import declared
-from jaxllm.checkpoint.placing import Source, place
 from jaxllm.checkpoint.quantized import assemble, join
 from jaxllm.checkpoint.safetensors import HFDirectory, read_header
 from jaxllm.errors import InputError
@@ -23,6 +22,7 @@ from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Gated
 from jaxllm.layers.parameter import Declaration
 from jaxllm.parallel import COLUMN, ROW, make_mesh
+from jaxllm.placing import Source, place
 
 GOLDEN = Path(__file__).parent / "golden" / "quantized"
 HQQ = {"quant_method": "hqq"}

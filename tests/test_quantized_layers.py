@@ -22,7 +22,6 @@ from quantized_writers import CONFIGS, FORMATS, WRITERS
 from jaxllm import parallel
 from jaxllm.checkpoint.declared import declared
 from jaxllm.checkpoint.matching import match
-from jaxllm.checkpoint.placing import Source, place
 from jaxllm.checkpoint.quantized import join, with_activations
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.formats.dense import Dense
@@ -33,6 +32,7 @@ from jaxllm.layers.mlp import swiglu
 from jaxllm.layers.parameter import Declaration, parameters
 from jaxllm.models.names import expert_rules
 from jaxllm.parallel import COLUMN, EXPERT_COLUMN, EXPERT_ROW, REPLICATED, ROW, make_mesh
+from jaxllm.placing import Source, place
 
 TOKENS, CHOICES, EXPERTS, VOCAB = 3, 2, 8, 96
 IDS = np.array([[0, 95, 13], [50, 1, 64]], np.int32)

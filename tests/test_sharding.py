@@ -7,7 +7,6 @@ from covering import covering
 from jax.sharding import PartitionSpec as P
 from test_ggml_formats import example, reference
 
-from jaxllm.checkpoint.placing import FileArray, Source, place
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Cut, block_index, padded_index
 from jaxllm.formats.dense import Dense
@@ -16,6 +15,7 @@ from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.layers.heads import place_heads
 from jaxllm.layers.parameter import Declaration
 from jaxllm.parallel import COLUMN, REPLICATED, ROW, linear, make_mesh
+from jaxllm.placing import FileArray, Source, place
 
 ROWS, BLOCKS = 12, 6
 SPECS = {"column": COLUMN, "row": ROW, "replicated": REPLICATED}

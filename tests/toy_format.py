@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.checkpoint.declared import Declared
-from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.schemes import Part, Scheme, expect
 from jaxllm.entries import Entries
 from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.placing import HostArray
 
 # ---- 1. The weight: its leaves, what their axes run along, and what they mean. -------------------------------------
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.quantized import join, only
 from jaxllm.checkpoint.safetensors import read_header
 from jaxllm.checkpoint.scaled_schemes import block_fp8, is_ue8m0
@@ -19,6 +18,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.models.deepseek.config import DEMO_DEFAULTS, DeepseekConfig, demo_args
 from jaxllm.models.deepseek.names import DEMO_AXES, DEMO_EXPERT
+from jaxllm.placing import FileArray, JoinedArray
 
 BLOCK = (128, 128)
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")

@@ -22,7 +22,6 @@ from jaxllm.checkpoint.demo import (
     joined,
     read_args,
 )
-from jaxllm.checkpoint.placing import FileArray
 from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import HFDirectory
 from jaxllm.checkpoint.writing import Tensor, nth, pieces
@@ -32,6 +31,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Scaled
 from jaxllm.models.deepseek.config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekConfig
 from jaxllm.models.deepseek.names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
+from jaxllm.placing import FileArray
 
 _FIELDS = {  # of ModelArgs, and what they are called in a config.json
     "vocab_size": "vocab_size",

@@ -11,12 +11,12 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.checkpoint.placing import Source, place, place_of
 from jaxllm.declaration import Declaration
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
 from jaxllm.layers.parameter import parameters
+from jaxllm.placing import Source, place, place_of
 
 READERS = 4  # threads: parameters that are read at the same time
 

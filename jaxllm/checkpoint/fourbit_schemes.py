@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint import repack
-from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.schemes import ANY, Part, Scheme, decoded, expect
 from jaxllm.entries import Entries
@@ -19,6 +18,7 @@ from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.nvfp4 import NVFP4
+from jaxllm.placing import HostArray
 
 
 def _mxfp4(blocks: HostArray, scales: HostArray) -> MXFP4:

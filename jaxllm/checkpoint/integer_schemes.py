@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 
 from jaxllm.checkpoint import repack
-from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect, mapped
 from jaxllm.errors import InputError
 from jaxllm.formats.affine import WORD, Affine, word_values
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.placing import HostArray
 
 
 def affine(

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoint.placing import Source
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.rule import Rule
+from jaxllm.placing import Source
 
 
 def match(

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxllm.checkpoint.placing import DerivedArray, HostArray
 from jaxllm.formats.affine import WORD, word_values
+from jaxllm.placing import DerivedArray, HostArray
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble of a word that each of its 8 columns is in
 

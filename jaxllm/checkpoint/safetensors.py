@@ -10,11 +10,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxllm.checkpoint.placing import FileArray
 from jaxllm.entries import Entries, json_object, read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.placing import FileArray
 
 DTYPES = {
     "F64": np.float64,

@@ -7,13 +7,13 @@ import numpy as np
 
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.integer_schemes import affine, grouped, sizes
-from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, mapped
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.placing import HostArray
 
 SCALE_FORMATS = ("ue8m0", "float")
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxllm.checkpoint.placing import HostArray
 from jaxllm.checkpoint.repack import derived
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.placing import HostArray
 
 WORDS = frozenset({"int32", "uint32"})
 INTEGERS = frozenset({"int32", "int64"})

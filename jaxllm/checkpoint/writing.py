@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.checkpoint.placing import FileArray, JoinedArray
 from jaxllm.checkpoint.safetensors import DTYPES, INDEX, SINGLE
 from jaxllm.errors import InputError
+from jaxllm.placing import FileArray, JoinedArray
 
 GB = 10**9
 PIECE = 1 << 18  # values that are in memory at a time, or a little more

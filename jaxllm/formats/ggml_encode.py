@@ -295,7 +295,7 @@ def encode(w: jax.Array, type: str) -> jax.Array:
     """Weights of any floating dtype `[..., n]` as blocks of `type`, uint8 `[..., n / block_size, block_bytes]`.
 
     Converts to float32 first. Works through the matrix `CHUNK` weights at a time, so that the peak of memory is the
-    matrix, its blocks and some 20 MB. Looks at the values, hence not for use under `jit`: what is in `ENCODERS` is.
+    matrix, its blocks and some 20 MB. Looks at the values, hence not for use under `jit`: `encode_blocks` is.
 
     Raises:
         InputError: `type` has no encoder; rows are not whole blocks; or a weight is NaN, infinite or over 65504, the
@@ -305,9 +305,14 @@ def encode(w: jax.Array, type: str) -> jax.Array:
     if (fitting := fitting_type(type, n)) != type:
         size = BLOCK_TYPES[type].size
         raise InputError(f"rows of {n} weights are not whole {type} blocks of {size}; {fitting} fits")
+    check_finite(w, type)
+    return encode_blocks(w, type)
+
+
+def check_finite(w: jax.Array, type: str) -> None:
+    """Raises InputError if a weight is NaN, infinite or over 65504."""
     if not _peak(w) <= LIMIT:
         raise InputError(f"weights that are NaN, infinite or over {LIMIT:.0f} have no {type} blocks")
-    return _encode(w, type)
 
 
 @jax.jit
@@ -316,7 +321,8 @@ def _peak(w: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=1)
-def _encode(w: jax.Array, type: str) -> jax.Array:
+def encode_blocks(w: jax.Array, type: str) -> jax.Array:
+    """As `encode`, but without looking at the values first: for use under `jit`."""
     size, nbytes = BLOCK_TYPES[type].size, BLOCK_TYPES[type].nbytes
     blocks = w.reshape(-1, size)
     step = min(len(blocks), CHUNK // size)

@@ -1,19 +1,36 @@
 """Mixtures of experts: a router, a stack of feed-forward blocks, and perhaps one that every token goes through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm import parallel
-from jaxllm.formats.base import padded_index
+from jaxllm.errors import InputError
+from jaxllm.formats.base import Weight, padded_index
 from jaxllm.kernels.experts import Activation, Gated
+from jaxllm.layers.held import (
+    Matrix,
+    as_floating,
+    as_weight,
+    dequantized,
+    fill,
+    held,
+    replaced,
+    requantized,
+    with_delta,
+)
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.mlp import MLP, swiglu
 from jaxllm.layers.parameter import declare
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+BIASES = ("gate_bias", "up_bias", "down_bias")
 
 Route = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
@@ -75,12 +92,90 @@ class Experts(nnx.Module):
         self.up_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack, keep=True) if bias else None
         self.down_bias = declare(narrow, parallel.EXPERT_WHOLE, stack=stack, keep=True) if bias else None
 
+    @classmethod
+    def from_weight(
+        cls,
+        gate: Matrix | Sequence[Matrix],
+        up: Matrix | Sequence[Matrix],
+        down: Matrix | Sequence[Matrix],
+        bias: tuple[np.ndarray | jax.Array, ...] | None = None,
+    ) -> Self:
+        """Experts that stand alone, placed on the mesh that `jax.set_mesh` has set; the sizes may be any.
+
+        Args:
+            gate, up: a stack `[experts, intermediate, hidden]`, or a matrix for each expert.
+            down: `[experts, hidden, intermediate]`, likewise.
+            bias: of the three, `[experts, intermediate]` twice and `[experts, hidden]`.
+
+        Raises:
+            InputError: no mesh, shapes that do not belong together, experts of different formats, or not floating-point
+                numbers.
+        """
+        mesh = parallel.placing_mesh()
+        gate, up, down = (_stack(m, name) for name, m in zip(MATRICES, (gate, up, down), strict=True))
+        one = down[0] if isinstance(down, tuple) else down
+        count, (hidden, inner) = len(down) if isinstance(down, tuple) else one.shape[0], one.shape[-2:]
+        multiple = one.granularity("in") * mesh.shape[parallel.TP]
+        experts = cls(count, hidden, inner, multiple, mesh.shape[parallel.EP], bias is not None)
+        for name, parts in zip(MATRICES, (gate, up, down), strict=True):
+            fill(getattr(experts, name), parts, name)
+        for name, values in zip(BIASES, bias or (), strict=bias is not None):
+            fill(getattr(experts, name), as_weight(np.asarray(values)[..., None], 3, name), name)
+        return experts
+
     @property
     def weights(self) -> Gated:
-        matrices = (p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj))
+        """The placed stacks. Raises InputError if nothing is loaded."""
+        matrices = (held(getattr(self, name)) for name in MATRICES)
         if self.gate_bias is None:
             return Gated(*matrices)
-        return Gated(*matrices, Gated(*(p.get_value() for p in (self.gate_bias, self.up_bias, self.down_bias))))
+        return Gated(*matrices, Gated(*(held(getattr(self, name)) for name in BIASES)))
+
+    def __call__(
+        self, x: jax.Array, scores: jax.Array, chosen: jax.Array, activation: Activation = swiglu
+    ) -> jax.Array:
+        """Each token through the experts that it has chosen, weighted by their scores, and one sum over all devices.
+
+        Args:
+            x: `[tokens, hidden]`.
+            scores, chosen: `[tokens, k]`, expert numbers being int32; those of no expert add nothing.
+            activation: of an expert's gate and up projection.
+
+        Returns:
+            `[tokens, hidden]` in x's dtype.
+
+        Raises:
+            InputError: nothing is loaded, no mesh is set, or arguments that do not fit.
+        """
+        count, hidden, _ = self.down_proj.declared.shape
+        stack, x, scores, chosen = self.weights, as_floating(x, hidden), jnp.asarray(scores), jnp.asarray(chosen)
+        if x.ndim != 2 or scores.shape != chosen.shape or chosen.ndim != 2 or len(chosen) != len(x):
+            raise InputError(
+                f"x {[*x.shape]}, scores {[*scores.shape]} and chosen {[*chosen.shape]}: expected [tokens, hidden] and "
+                "[tokens, k] twice"
+            )
+        return parallel.experts(x, scores, chosen, stack, count, activation)
+
+    def dequantize(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The stacks of gate, up and down as the checkpoint has them, float32."""
+        return tuple(dequantized(getattr(self, name)) for name in MATRICES)
+
+    def add_delta(
+        self, gate: jax.Array | None = None, up: jax.Array | None = None, down: jax.Array | None = None
+    ) -> Self:
+        """With a delta, shaped as the stack, added to each that has one; see `Linear.add_delta`."""
+        deltas = {name: d for name, d in zip(MATRICES, (gate, up, down), strict=True) if d is not None}
+        return replaced(self, **{name: with_delta(getattr(self, name), delta) for name, delta in deltas.items()})
+
+    def requantize(self, type: str) -> Self:
+        """With all three stacks encoded as `type`, see `Linear.requantize`."""
+        return replaced(self, **{name: requantized(getattr(self, name), type) for name in MATRICES})
+
+
+def _stack(matrices: Matrix | Sequence[Matrix], name: str) -> Weight | tuple[Weight, ...]:
+    if isinstance(matrices, Sequence):
+        return tuple(as_weight(m, 2, f"{name} of expert {i}") for i, m in enumerate(matrices))
+    return as_weight(matrices, 3, name)
 
 
 class MoE(nnx.Module):

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from jaxllm.checkpoint.placing import Source, place
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.parallel import placing_mesh
-from jaxllm.quantize import requantize
+from jaxllm.placing import Source, place
+from jaxllm.requantize import requantize
 
 Matrix = Weight | np.ndarray | jax.Array
 
@@ -60,8 +60,8 @@ def held(param: nnx.Param) -> Weight:
     weight = param.get_value()
     if isinstance(weight, Declaration):
         raise InputError(
-            f"this layer's matrix {[*weight.shape]} is only declared, nothing is loaded: make the layer by from_weight() "
-            "or its model by jaxllm.load()"
+            f"nothing is loaded, this layer's matrix {[*weight.shape]} is only declared: make the layer with "
+            "from_weight(), or its model with jaxllm.load()"
         )
     return weight
 
@@ -92,7 +92,7 @@ def with_delta(param: nnx.Param, delta: jax.Array) -> Weight:
 
 
 def requantized(param: nnx.Param, type: str) -> Weight:
-    """The parameter's weight encoded as `type`, see `quantize.requantize`."""
+    """The parameter's weight encoded as `type`, see `requantize`."""
     return requantize(held(param), param.declared.spec, type)
 
 
@@ -104,8 +104,8 @@ def replaced(module: nnx.Module, **weights: Weight) -> nnx.Module:
     return copy
 
 
-def checked(x: jax.Array, features: int, spec: PartitionSpec) -> jax.Array:
-    """Activations `[..., features]` as a layer takes them. Raises InputError for others, in one line."""
+def as_floating(x: jax.Array, features: int) -> jax.Array:
+    """Activations `[..., features]`. Raises InputError for anything else."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(f"x is of {x.dtype}, not of floating-point numbers")
