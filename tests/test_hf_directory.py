@@ -289,7 +289,7 @@ BAD = {
     "no kv heads": ("llama", config(num_key_value_heads=0), "'num_key_value_heads' is 0, not a whole number"),
     "kv heads in words": ("llama", config(num_key_value_heads="2"), "'num_key_value_heads' is '2', not a whole number"),
     "head_dim zero": ("llama", config(head_dim=0), "'head_dim' is 0, not a whole number"),
-    "head_dim odd": ("llama", config(head_dim=15), "15"),
+    "head_dim odd": ("llama", config(head_dim=15), "embeddings of 15 of 15 dimensions, which must be even"),
     "vocab_size below zero": ("llama", config(vocab_size=-64), "'vocab_size' is -64, not a whole number"),
     "no intermediate_size": ("llama", config(intermediate_size=...), "'intermediate_size' is missing"),
     "intermediate_size a list": (

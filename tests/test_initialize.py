@@ -25,7 +25,7 @@ DEMO |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "max_
 
 
 @pytest.fixture(scope="module")
-def make(forget_programs):
+def make():
     made = {}
 
     def make(name, **options):
