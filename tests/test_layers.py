@@ -285,8 +285,8 @@ class Adapted(Weight):
         return f"{self.base.format} + rank {self.a.shape[-2]}"
 
     @property
-    def axes(self) -> dict[str, Axes | dict]:
-        return {"base": self.base.axes, "a": (None, Cut("in")), "b": (Cut("out"), None)}
+    def axes(self) -> dict[str, Axes]:
+        return self.inner_axes() | {"a": (None, Cut("in")), "b": (Cut("out"), None)}
 
     def dequantize(self, dtype=jnp.float32):
         return (self.base.dequantize() + self.b @ self.a).astype(dtype)
