@@ -27,6 +27,7 @@ from jaxllm.language_model import LanguageModel
 from jaxllm.loading import DTYPES, WEIGHTS, find_checkpoint, load
 from jaxllm.parallel import EP
 from jaxllm.sampling import Sampler
+from jaxllm.startup import measure_startup
 
 PEERS = ("llama.cpp", "mistral.rs")
 PEER_SCRIPT = Path(__file__).with_name("peer_bench.py")
@@ -122,6 +123,11 @@ def run(args: argparse.Namespace) -> None:
             ratios = [f"{ours[k] / theirs[k]:.2f}x" for k in ("prefill_tok_s", "decode_tok_s")]
             rows.append((f"{name} {theirs['version']}", theirs["prefill_tok_s"], theirs["decode_tok_s"], *ratios))
     print(tabulate(rows, ("", "prefill tok/s", "decode tok/s", "we prefill", "we decode"), floatfmt=".1f"))
+    startup = measure_startup(args.model, args.dtype)
+    print(
+        f"first token {startup.cold:.1f} s after the start of the process, {startup.warm:.1f} s once programs are on "
+        f"disk; decode step of DeepSeek-V3's 61 layers compiled from shapes in {startup.deepseek_v3:.0f} s"
+    )
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:

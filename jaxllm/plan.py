@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
@@ -43,6 +44,19 @@ class Plan:
 def dense(dtype: jax.typing.DTypeLike) -> Format:
     """Every matrix plain, of one dtype."""
     return lambda name, shape: Dense(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def deepseek_fp8(activations: Activations | None = None) -> Format:
+    """Matrices as DeepSeek publishes V3: FP8 in blocks of 128 x 128, but for both ends and the routers (bfloat16)."""
+
+    def format(name: str, shape: tuple[int, ...]) -> Weight:
+        if name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("mlp.gate.weight"):
+            return dense(jnp.bfloat16)(name, shape)
+        *stack, out, in_ = shape
+        scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
+        return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), activations)
+
+    return format
 
 
 def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str, int]:

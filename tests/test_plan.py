@@ -41,25 +41,16 @@ CODE = """
 import dataclasses, json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 256)
-import jax.numpy as jnp
-from jaxllm.formats.scaled import Scaled
 from jaxllm.models.deepseek.model import deepseek
 from jaxllm.models.deepseek.config import PRESETS, DeepseekConfig
 from jaxllm.parallel import make_mesh
-from jaxllm.plan import dense, plan
-
-def fp8(name, shape):
-    if name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("mlp.gate.weight"):
-        return dense(jnp.bfloat16)(name, shape)
-    *stack, out, in_ = shape
-    scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
-    return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), None)
+from jaxllm.plan import deepseek_fp8, plan
 
 config = DeepseekConfig.from_demo(PRESETS["deepseek-v3-671b"])
 one_of_each = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
 for text in sys.argv[1:]:
     mesh = make_mesh(text)
-    got = plan(deepseek(one_of_each, mesh), mesh, fp8, batch=8, capacity=4096)
+    got = plan(deepseek(one_of_each, mesh), mesh, deepseek_fp8(), batch=8, capacity=4096)
     parts = {"dense": "layers.0.", "sparse": "layers.1."}
     sizes = {k: sum(v for n, v in got.parameter_bytes.items() if n.startswith(p)) for k, p in parts.items()}
     sizes["ends"] = sum(got.parameter_bytes.values()) - sum(sizes.values())

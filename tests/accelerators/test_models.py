@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.formats.mxfp4 import MXFP4
-from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.formats.scaled import Activations
 from jaxllm.models.deepseek.config import PRESETS as DEEPSEEK
 from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.models.deepseek.model import deepseek
@@ -19,7 +19,7 @@ from jaxllm.models.gpt_oss.config import PRESETS as GPT_OSS
 from jaxllm.models.gpt_oss.config import GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.parallel import make_mesh
-from jaxllm.plan import collectives, dense, fill_with_shapes, lower_decode
+from jaxllm.plan import collectives, deepseek_fp8, dense, fill_with_shapes, lower_decode
 
 
 def has(*modules):
@@ -53,17 +53,6 @@ def mxfp4_experts(name, shape):
     return MXFP4(*(jax.ShapeDtypeStruct((*lead, in_ // n), jnp.uint8) for n in (2, 32)))
 
 
-def fp8(activations):
-    def format(name, shape):
-        if name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("mlp.gate.weight"):
-            return dense(jnp.bfloat16)(name, shape)
-        *stack, out, in_ = shape
-        scales = jax.ShapeDtypeStruct((*stack, -(-out // 128), -(-in_ // 128)), jnp.float32)
-        return Scaled(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, (128, 128), activations)
-
-    return format
-
-
 def two_layers(name, mesh):
     """Two layers of a published model, its parameters shapes: what differs between layers is there once."""
     if name == "gpt-oss-120b":
@@ -73,7 +62,7 @@ def two_layers(name, mesh):
         return model
     config = DeepseekConfig.from_demo(DEEPSEEK["deepseek-v3-671b"])
     model = deepseek(dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1), mesh)
-    fill_with_shapes(model, mesh, fp8(Activations(128) if name.endswith("W8A8") else None))
+    fill_with_shapes(model, mesh, deepseek_fp8(Activations(128) if name.endswith("W8A8") else None))
     return model
 
 
