@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -134,7 +135,7 @@ class JoinedArray:
 
 
 LazyArray = FileArray | DerivedArray | JoinedArray
-HostArray = np.ndarray | LazyArray
+HostArray = Any  # a numpy array, or one of these: what they share is used, and more checked by `schemes.Part`
 
 
 @dataclass(frozen=True)

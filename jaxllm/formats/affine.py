@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight, repeated, static_field
 
 WORD = 32
 
@@ -39,16 +39,16 @@ class Affine(Weight):
         out_groups: int32 `[*batch, out]` or None.
     """
 
-    codes: jax.Array
-    scales: jax.Array
+    codes: Leaf
+    scales: Leaf
     bits: int = static_field()
     group: int = static_field()
     name: str = static_field()
     zero: int = static_field(0)
-    zeros: jax.Array | None = None
-    biases: jax.Array | None = None
-    in_groups: jax.Array | None = None
-    out_groups: jax.Array | None = None
+    zeros: Leaf | None = None
+    biases: Leaf | None = None
+    in_groups: Leaf | None = None
+    out_groups: Leaf | None = None
 
     @property
     def format(self) -> str:

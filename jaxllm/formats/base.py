@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,11 @@ class Cut(NamedTuple):
 
 
 Axes = tuple[Cut | None, ...]
+
+# A leaf of a weight. Where one computes, it is a `jax.Array`; but the same classes describe weights in files
+# (numpy arrays, or lazy arrays of `jaxllm.placing`), their shapes (`ShapeDtypeStruct`) and how they are sharded
+# (`PartitionSpec`, `NamedSharding`), which no union says without a check at every use.
+Leaf = Any
 
 
 def static_field(default: object = dataclasses.MISSING) -> dataclasses.Field:

@@ -7,7 +7,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight, repeated, static_field
 from jaxllm.formats.ggml_bits import fields, flat
 
 
@@ -23,9 +23,9 @@ class Codebook(Weight):
         name: "NF4" or "FP4".
     """
 
-    codes: jax.Array
-    scales: jax.Array
-    table: jax.Array
+    codes: Leaf
+    scales: Leaf
+    table: Leaf
     group: int = static_field()
     name: str = static_field()
 

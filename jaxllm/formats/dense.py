@@ -6,7 +6,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from jaxllm.formats.base import Axes, Cut, Weight
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +14,7 @@ from jaxllm.formats.base import Axes, Cut, Weight
 class Dense(Weight):
     """A float matrix as it is: `values` `[*batch, out, in]`, or a vector `[out]`, of any floating dtype."""
 
-    values: jax.Array
+    values: Leaf
 
     @property
     def format(self) -> str:

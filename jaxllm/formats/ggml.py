@@ -6,7 +6,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight, static_field
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.formats.ggml_encode import encode
 
@@ -19,7 +19,7 @@ class GGML(Weight):
     Keeping the bytes of a block on an axis of their own makes cutting the matrix the same as cutting whole blocks.
     """
 
-    blocks: jax.Array
+    blocks: Leaf
     type: str = static_field()
 
     @property

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxllm.errors import InputError
 from jaxllm.formats import e2m1
-from jaxllm.formats.base import Axes, Cut, Weight
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_bits import nibbles
 
@@ -31,8 +31,8 @@ class MXFP4(Weight):
         scales: uint8 `[*batch, out, in / 32]`, the bits of float8_e8m0fnu.
     """
 
-    blocks: jax.Array
-    scales: jax.Array
+    blocks: Leaf
+    scales: Leaf
 
     @property
     def format(self) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.formats import e2m1
-from jaxllm.formats.base import Axes, Cut, Weight, static_field
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight, static_field
 from jaxllm.formats.ggml_bits import lookup
 
 BLOCK = 16
@@ -26,9 +26,9 @@ class NVFP4(Weight):
         divides: whether scales are divided by `whole` instead (compressed-tensors).
     """
 
-    blocks: jax.Array
-    scales: jax.Array
-    whole: jax.Array | None
+    blocks: Leaf
+    scales: Leaf
+    whole: Leaf | None
     divides: bool = static_field(False)
 
     @property

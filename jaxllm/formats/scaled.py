@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.formats.base import Axes, Cut, Weight, repeated, static_field
+from jaxllm.formats.base import Axes, Cut, Leaf, Weight, repeated, static_field
 
 E4M3_MAX = 448.0
 NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
@@ -51,7 +51,7 @@ class Activations:
     group: int | None = static_field(None)
     power_of_two: bool = static_field(False)
     threshold: float = static_field(0.0)
-    scale: jax.Array | None = None
+    scale: Leaf | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +67,8 @@ class Scaled(Weight):
         activations: how the other operand of a matmul is rounded; None: it is not, and this matrix is only dequantized.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Leaf
+    scales: Leaf
     block: tuple[int | None, int | None] = static_field()
     activations: Activations | None = None
     factor: float = static_field(1.0)
