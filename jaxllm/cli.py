@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Never
 
 from jaxllm.errors import InputError
 
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=command, description=description)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> Never:
         raise InputError(f"{message} (--help lists the options)")
 
 

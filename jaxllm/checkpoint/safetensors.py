@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxllm.entries import Entries, json_object, read_json
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.placing import FileArray
 
@@ -44,7 +43,7 @@ class HFDirectory:
 
     path: Path
     config: Mapping[str, object]
-    tensors: Mapping[str, Weight]
+    tensors: Mapping[str, Dense]
 
 
 def open_directory(path: Path) -> HFDirectory:

@@ -39,11 +39,12 @@ Axes = tuple[Cut | None, ...]
 Leaf = Any
 
 
-def static_field(default: object = dataclasses.MISSING) -> dataclasses.Field:
+def static_field(default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field that is part of the type of a weight (known at trace time), not a leaf."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@dataclasses.dataclass(frozen=True)
 class Weight(ABC):
     """A matrix `[*batch, out, in]` in some format. Subclasses are final, frozen, registered dataclasses.
 

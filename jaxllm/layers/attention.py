@@ -1,7 +1,7 @@
 """Grouped-query attention over a cache, heads sharded over tp."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,20 @@ from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
 
+Operand = Any  # an array or a pytree of them; or how they are sharded
+
 
 class _Operands(NamedTuple):
     """What one device attends with: its own heads of everything but the positions."""
 
-    q: jax.Array
-    k: jax.Array | None
-    v: jax.Array | None
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    counts: jax.Array
-    sinks: jax.Array | None
+    q: Operand
+    k: Operand
+    v: Operand
+    keys: Operand
+    values: Operand
+    positions: Operand
+    counts: Operand
+    sinks: Operand
 
 
 _SPECS = _Operands(HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec(), PartitionSpec(), PartitionSpec(TP))

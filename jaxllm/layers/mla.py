@@ -12,7 +12,7 @@ sums over.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +56,19 @@ class LatentSizes:
     value: int
 
 
+Operand = Any  # an array or a pytree of them; or how they are sharded
+
+
 class _Operands(NamedTuple):
     """What one device attends with: its heads' queries, what all heads share, and the cache."""
 
-    q_nope: jax.Array
-    q_rope: jax.Array
-    latent: jax.Array
-    k_rope: jax.Array
-    kv_b: list[Weight]
-    cache: LayerCache
-    positions: jax.Array
+    q_nope: Operand
+    q_rope: Operand
+    latent: Operand
+    k_rope: Operand
+    kv_b: Operand
+    cache: Operand
+    positions: Operand
 
 
 class LatentAttention(nnx.Module):
