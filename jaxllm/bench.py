@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def bytes_per_token(model: LanguageModel) -> int:
     return total
 
 
-def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, object]:
+def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The speed of another engine, as `peer_bench.py` measures it in a process of the Python that has that engine.
 
     Raises:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {bytes_per_token(model) / 2**20:.0f} MiB of "
         f"weights a token, {read / 1e9:.1f} GB/s, {read / limit:.0%} of that"
     )
-    rows = [("jaxllm", ours["prefill_tok_s"], ours["decode_tok_s"], "", "")]
+    rows: list[tuple] = [("jaxllm", ours["prefill_tok_s"], ours["decode_tok_s"], "", "")]
     if args.peers:
         for name in PEERS:
             theirs = peer(name, args.peers, find_checkpoint(args.model), args)

@@ -17,11 +17,12 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -106,15 +107,15 @@ def convert(
     else:
         folder = _open(src)
         try:
-            if to == "demo":
-                parts, said = to_demo(folder, model_parallel, n_experts)
-                tensors, configs = list(chain(*parts.values())), {} if said is None else {DEMO_CONFIG: said}
+            if model_parallel is not None:  # to the demo's files
+                parts, args = to_demo(folder, model_parallel, n_experts)
+                tensors, configs = list(chain(*parts.values())), {} if args is None else {DEMO_CONFIG: args}
             else:
                 tensors, said = _to_dtype(folder, to)
                 configs = {"config.json": said}
         except InputError as error:
             raise InputError(f"{src}: {error}") from error
-    files = {file.name: file for file in sorted(src.iterdir()) if _comes_along(file)}
+    files: dict[str, Path | bytes] = {file.name: file for file in sorted(src.iterdir()) if _comes_along(file)}
     if to in LAYOUTS:
         files = {name: file for name, file in files.items() if not re.fullmatch(r"config.*\.json", name)}
     files |= {name: (json.dumps(said, indent=2) + "\n").encode() for name, said in configs.items()}
@@ -153,16 +154,17 @@ def _open(src: Path) -> HFDirectory:
     return open_directory(src)
 
 
-def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, object]]:
+def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, Any]]:
     """The tensors in another dtype, and the config that says so."""
-    config, weights, dtype = dict(folder.config), dict(folder.tensors), TARGETS[to]
+    config, dtype = dict(folder.config), TARGETS[to]
+    weights: dict[str, Weight] = dict(folder.tensors)
     if (found := _blockwise(folder)) is None:
         fp8, unscaled = [], []
     else:
         given = config.pop("quantization_config", None) or DECLARATION
-        fp8 = [name for name, weight in weights.items() if weight.values.dtype.name in FP8]
+        fp8 = [name for name, weight in weights.items() if weight.leaf("values").dtype.name in FP8]
         unscaled = [name for name in fp8 if not _has_scales(name, weights, found)]
-        weights = join({name: weight for name, weight in weights.items() if name not in unscaled}, found)
+        weights = join({name: weight for name, weight in folder.tensors.items() if name not in unscaled}, found)
     if reason := _quantized(config, weights):
         raise InputError(f"quantized ({reason}), which cannot be converted yet")
     config = _with_dtype(config, to)
@@ -185,7 +187,7 @@ def _blockwise(folder: HFDirectory) -> Declared | None:
     given = folder.config.get("quantization_config")
     if isinstance(given, dict) and given.get("quant_method") == "fp8" and given.get("weight_block_size"):
         return declared(folder.config, {})
-    fp8 = [name for name, weight in folder.tensors.items() if weight.values.dtype.name in FP8]
+    fp8 = [name for name, weight in folder.tensors.items() if weight.leaf("values").dtype.name in FP8]
     shown = any(_has_scales(name, folder.tensors, _UNDECLARED) for name in fp8)
     return _UNDECLARED if shown and not given else None
 
@@ -196,7 +198,7 @@ def _has_scales(name: str, tensors: Mapping[str, Weight], found: Declared) -> bo
     return any(name.removesuffix(scheme.result) + scheme.key in tensors for scheme in ours)
 
 
-def _quantized(config: Mapping[str, object], weights: Mapping[str, Weight]) -> str | None:
+def _quantized(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> str | None:
     """What shows that plain values mean something only together with others; None if each stands for itself."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "quantization", "compression_config"):
@@ -206,8 +208,9 @@ def _quantized(config: Mapping[str, object], weights: Mapping[str, Weight]) -> s
     split = [name.rpartition(".") for name in plain]
     scaled = {stem for stem, dot, last in split if dot and _SCALES.search(last)}
     for name, weight in plain.items():
-        dtype = weight.values.dtype
-        packed = dtype.kind in "iu" and dtype.itemsize <= 4 and weight.values.ndim > 1
+        values = weight.leaf("values")
+        dtype = values.dtype
+        packed = dtype.kind in "iu" and dtype.itemsize <= 4 and values.ndim > 1
         if packed and not scaled.isdisjoint((name, name.rpartition(".")[0])):
             return f"tensor '{name}' of {dtype} has scales"
         if dtype.kind not in "iub" and dtype not in _FLOATS:
@@ -222,19 +225,19 @@ def _comes_along(file: Path) -> bool:
         return not opened.read(4).startswith(_PICKLES)
 
 
-def _with_dtype(config: Mapping[str, object], to: str) -> dict[str, object]:
+def _with_dtype(config: Mapping[str, Any], to: str) -> dict[str, Any]:
     """The config, and the configs inside it of a model's parts, with another dtype where they name one."""
     changed = {key: _with_dtype(value, to) for key, value in config.items() if isinstance(value, dict)}
     return dict(config) | changed | {key: to for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
 
 
 def _same(name: str, weight: Weight) -> Tensor:
-    array: FileArray = weight.values
+    array: FileArray = weight.leaf("values")
     return Tensor(name, array.dtype, array.shape, _pieces(name, array))
 
 
 def _cast(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
-    array: FileArray = weight.values
+    array: FileArray = weight.leaf("values")
     dtype = dtype if array.dtype in _FLOATS else array.dtype
     return Tensor(name, dtype, array.shape, (_rounded(piece, dtype) for piece in _pieces(name, array)))
 
@@ -246,6 +249,7 @@ def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Tensor:
 def _bands(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The matrix, or a stack of them, dequantized in bands of whole blocks."""
     (rows, _), (*lead, _, width) = weight.block, weight.shape
+    assert rows is not None  # blockwise
     scales = np.concatenate([*_pieces(f"the scales of {name}", weight.scales)])
     for i, grid in enumerate(scales.reshape(math.prod(lead), *weight.scales.shape[-2:])):
         begin = 0
@@ -281,7 +285,7 @@ def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class _Parser(Parser):
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         return self.parse_intermixed_args(args, namespace)  # SRC and DST may be apart
 
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxllm.errors import InputError
-from jaxllm.formats.base import take
+from jaxllm.formats.base import Leaf, take
 
 
 @dataclass(frozen=True, eq=False)  # arrays compare place by place
@@ -44,7 +43,7 @@ class Declaration:
         """For each axis of `shape`, which position of the checkpoint stands at each place, -1 being zeros."""
         return (self.stack, self.rows, self.cols)[-len(self.shape) :] if len(self.shape) > 1 else (self.rows,)
 
-    def arrange(self, values: jax.Array) -> jax.Array:
+    def arrange(self, values: Leaf) -> Leaf:
         """From the checkpoint's order and size to those on the mesh: `shape` -> the placed shape.
 
         Raises:
@@ -57,7 +56,7 @@ class Declaration:
                 values = take(values, index, axis)
         return values
 
-    def restore(self, values: jax.Array) -> jax.Array:
+    def restore(self, values: Leaf) -> Leaf:
         """The inverse of `arrange`. Of what is held several times, the first is taken."""
         for axis, (index, size) in enumerate(zip(self.index, self.shape, strict=True)):
             if index is not None:

@@ -6,7 +6,6 @@ and, beyond CHUNK tokens, processed in several chunks; a cache has the capacity 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +60,12 @@ def cache_for(programs: Programs, batch: int, length: int) -> KVCache:
     return replace(cache, limits=programs.replicate(np.full(batch, length, np.int32)))
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """A part of a text that was processed at once."""
 
-    hidden: jax.Array  # [batch, count or more, hidden]: padding follows the real tokens
-    count: int
+    hidden: jax.Array  # [batch, real or more, hidden]: padding follows the real tokens
+    real: int
     cache: KVCache  # holds the text up to here
 
 
@@ -111,6 +111,7 @@ def prefill(
         hidden, cache = programs.extend(cache, tokens, counts, window)
         newest = hidden[np.arange(len(prompts)), np.maximum(counts - 1, 0)]
         last = newest if last is None else jnp.where(counts[:, None] > 0, newest, last)
+    assert last is not None  # prompts are not empty
     return programs.head(last), cache
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm.errors import InputError
 
 
-def read_json(file: Path, where: str | None = None) -> dict[str, object]:
+def read_json(file: Path, where: str | None = None) -> dict[str, Any]:
     """A JSON object; `where` stands for the file in errors.
 
     Raises:
@@ -25,7 +25,7 @@ def read_json(file: Path, where: str | None = None) -> dict[str, object]:
     return json_object(text, where)
 
 
-def json_object(text: bytes, where: str) -> dict[str, object]:
+def json_object(text: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `text`, which errors call `where`. Raises InputError if it is something else."""
     try:
         value = json.loads(text.decode())
@@ -83,7 +83,7 @@ class Entries:
         what = f"a number{bound}" if least is None else f"a number of {least:g} or more"
         what += f", at most {most:g}" if most < math.inf else ""
 
-        def good(value: object) -> bool:
+        def good(value: Any) -> bool:
             return _is_number(value) and (above < value if least is None else least <= value) and value <= most
 
         return self.get(key, default, good, what)

@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def located(path: os.PathLike) -> Iterator[None]:
+def located(path: os.PathLike | str) -> Iterator[None]:
     """What is wrong inside is said with the path that it is about, once."""
     try:
         yield

@@ -181,6 +181,7 @@ class Session:
         """Answer many prompts in batches, then print them."""
         prompts = [self.prompt(line, where) for line in lines]
         completions = self.model.generate(prompts, self.max_new_tokens, seed=self.seed, sampling=self.sampling)
+        assert isinstance(completions, list)
         for line, completion in zip(lines, completions, strict=True):
             if not self.json:
                 print(f"> {line}\n{completion.text}{self._ids(completion)}\n", flush=True)

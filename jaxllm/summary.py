@@ -51,8 +51,9 @@ def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing
     """
     groups: dict[tuple, list[int]] = {}
     for p in placed:
-        generic, layer = re.subn(r"\blayers\.\d+\.", "layers.*.", p.name)
-        index = int(re.search(r"\blayers\.(\d+)\.", p.name)[1]) if layer else -1
+        found = re.search(r"\blayers\.(\d+)\.", p.name)
+        generic = re.sub(r"\blayers\.\d+\.", "layers.*.", p.name)
+        index = int(found[1]) if found else -1
         groups.setdefault((generic, *_row(p, dtype)), []).append(index)
     rows = [(generic.replace("*", _ranges(layers), 1), *row) for (generic, *row), layers in groups.items()]
     parameters = sum(math.prod(p.declaration.shape) for p in placed)

@@ -73,6 +73,11 @@ def group_of(weight: Scaled) -> int | None:
     return None if weight.activations is None else weight.activations.group
 
 
+def rounds_to_powers(weight: Scaled) -> bool:
+    """Whether scales of activations are rounded up to powers of two."""
+    return weight.activations is not None and weight.activations.power_of_two
+
+
 def not_rounding(weight: Weight) -> Weight:
     """The same matrix, which asks for nothing to be rounded."""
     return replace(weight, activations=None) if isinstance(weight, Scaled) else weight
@@ -95,6 +100,7 @@ def rounded(
     """
     if not of_whole_rows(weight):
         return x
+    assert isinstance(weight, Scaled) and weight.activations is not None
     asked = weight.activations
     given, limit = x.astype(jnp.float32), LIMITS[weight.values.dtype.name]
     wide = lax.stop_gradient(given)

@@ -185,7 +185,8 @@ def _frozen(f: Callable, backward: Callable) -> Callable:
     """`f(x, weight, ...)` with a gradient for x alone: `backward(g, x, weight, ...)`. Codes have none."""
 
     def guarded(x: Any, *rest: Any) -> jax.Array:
-        return f(x, *rest) if isinstance(x, Quantized) else function(x, *rest)
+        differentiable: Callable = f if isinstance(x, Quantized) else function
+        return differentiable(x, *rest)
 
     function = jax.custom_vjp(f)
     function.defvjp(

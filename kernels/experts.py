@@ -115,10 +115,10 @@ def grouped_mlp(
         float32 `[tokens, in]`.
     """
     tiles = Tiles.of(chosen, stack.gate.shape[0], tile)
-    bias = stack.bias or Gated(None, None, None)
+    biases = (None, None, None) if stack.bias is None else (stack.bias.gate, stack.bias.up, stack.bias.down)
     rows = tiles.spread(x)
-    h = activation(tiles.matmul(rows, stack.gate, bias.gate), tiles.matmul(rows, stack.up, bias.up))
-    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, bias.down, peak))
+    h = activation(tiles.matmul(rows, stack.gate, biases[0]), tiles.matmul(rows, stack.up, biases[1]))
+    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, biases[2], peak))
     return jnp.sum(y * scores[..., None].astype(jnp.float32), axis=1)
 
 

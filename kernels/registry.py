@@ -36,7 +36,7 @@ class Layout:
     """
 
     row_major: bool = False
-    repack: Callable[[Weight], Weight] | None = None
+    repack: Callable[[Any], Weight] | None = None
 
 
 AS_READ = Layout()
@@ -65,7 +65,7 @@ class Kernel:
     """
 
     op: str
-    weight: type[Weight]
+    weight: Any
     platform: str | None
     backend: str
     function: Callable

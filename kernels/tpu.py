@@ -38,6 +38,12 @@ class Sizes:
     vmem_bytes: int
 
 
+def fitting(found: Sizes | None) -> Sizes:
+    """Sizes that a kernel which did not refuse has."""
+    assert found is not None, "`refuses` is asked first"
+    return found
+
+
 def sizes(m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LANES) -> Sizes | None:
     """Tile sizes for `m` rows against `[n, k]`, or None if even the smallest need too much VMEM.
 

@@ -55,18 +55,20 @@ def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16"
     )
     start = time.perf_counter()
     compiled = jax.jit(local).lower(*arguments).compile()
-    seconds, text = time.perf_counter() - start, compiled.as_text()
+    seconds, text = time.perf_counter() - start, compiled.as_text() or ""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None and cost is not None  # TPU compilers have both
     size = module.tile_sizes(rows, weight, dtype)
     return {
         "tile": size.tile,
         "block": size.block,
         "vmem_bytes": size.vmem_bytes,
         "weight_bytes": weight.nbytes,
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
         "copies": weight_copies(text, shape),
         "kernels": sorted(set(re.findall(rf"%({format}\w+)\S* = .*tpu_custom_call", text))),
         "seconds": seconds,
-        "optimal_seconds": compiled.cost_analysis().get("optimal_seconds"),
+        "optimal_seconds": cost.get("optimal_seconds"),
     }
 
 

@@ -140,7 +140,11 @@ def _gptq(entries: Entries, config: Mapping[str, object]) -> Declared:
         found = first(module)
         return found[0] if found and not found[1] else None
 
-    return Declared(lambda m: [(first(m) or ("", usual))[1] or usual], frozenset({usual.key}), excluded)
+    def schemes(module: str) -> list[Scheme]:
+        found = first(module)
+        return [found[1] if found and isinstance(found[1], Scheme) else usual]
+
+    return Declared(schemes, frozenset({usual.key}), excluded)
 
 
 def _awq(entries: Entries, config: Mapping[str, object]) -> Declared:
@@ -176,7 +180,7 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
     return _constant(*_scaled("FP8", config), excluded=excluded)
 
 
-def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, Scheme]:
+def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, ...]:
     """Either of the two names that a scale has."""
     fused = _fused_rows(config)
     return tuple(scaled_schemes.scaled(name, suffix, fused) for suffix in (".weight_scale", ".weight_scale_inv"))

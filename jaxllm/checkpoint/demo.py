@@ -41,13 +41,13 @@ def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, Any], d
     return args, joined(demo_tensors(path), args)
 
 
-def joined(tensors: Mapping[str, Weight], args: Mapping[str, object]) -> dict[str, Weight]:
+def joined(tensors: Mapping[str, Dense], args: Mapping[str, object]) -> dict[str, Weight]:
     """The tensors of the demo's files, FP8 ones joined with their scales; `args` are fields of `ModelArgs`."""
     ue8m0 = is_ue8m0(Entries(args, "ModelArgs"))
     return join(tensors, only(block_fp8(BLOCK, values=".weight", scales=".scale", power_of_two=ue8m0)))
 
 
-def demo_tensors(path: Path) -> dict[str, Weight]:
+def demo_tensors(path: Path) -> dict[str, Dense]:
     """The tensors of a directory of the demo's files, see `open_demo`."""
     files = [read_header(file) for file in _files(path)]
     names = dict.fromkeys(name for file in files for name in file)

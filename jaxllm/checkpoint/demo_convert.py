@@ -8,8 +8,9 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from jaxllm.entries import read_json
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.activations import rounds_to_powers
 from jaxllm.models.deepseek.config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekConfig
 from jaxllm.models.deepseek.names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
 from jaxllm.placing import FileArray
@@ -68,7 +70,7 @@ DECLARATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "f
 
 def to_demo(
     folder: HFDirectory, count: int, n_experts: int | None = None
-) -> tuple[dict[str, list[Tensor]], dict[str, object] | None]:
+) -> tuple[dict[str, list[Tensor]], dict[str, Any] | None]:
     """The demo's files and their tensors, and the model's ModelArgs, None if these cannot say what it is.
 
     Args:
@@ -103,7 +105,7 @@ def to_demo(
     return named, _args(config, folder.config, weights, names)
 
 
-def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor], dict[str, object]]:
+def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor], dict[str, Any]]:
     """The tensors of a directory of the demo's files by Hugging Face's names, and the config.json.
 
     Args:
@@ -117,8 +119,8 @@ def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor]
     args = None if "model_type" in given else read_args(config)
     try:
         weights = joined(tensors, args or {})
-        names = {name: name_of_demo(name) for name in tensors}
-        if unknown := [name for name, new in names.items() if new is None]:
+        names = {name: new for name in tensors if (new := name_of_demo(name)) is not None}
+        if unknown := [name for name in tensors if name not in names]:
             raise InputError(f"unknown tensor '{unknown[0]}'")
         given = given if args is None else _hf_config(args, weights, names.values())
     except InputError as error:
@@ -173,8 +175,8 @@ def _columns(name: str, array: FileArray, shape: tuple[int, ...], i: int) -> Ite
 
 
 def _args(
-    config: DeepseekConfig, given: Mapping[str, object], weights: Mapping[str, Weight], names: Iterable[str]
-) -> dict[str, object] | None:
+    config: DeepseekConfig, given: Mapping[str, Any], weights: Mapping[str, Weight], names: Collection[str]
+) -> dict[str, Any] | None:
     """ModelArgs of the model that a config.json is of."""
     args = {arg: getattr(config, key) for arg, key in _FIELDS.items()} | {"q_lora_rank": config.q_lora_rank or 0}
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
@@ -184,7 +186,7 @@ def _args(
     args |= {arg: rope[key] for arg, key in _YARN.items() if yarn and rope.get(key)}
     scaled = [w for w in weights.values() if isinstance(w, Scaled)]
     args["dtype"] = "fp8" if scaled else "bf16"
-    if any(w.activations.power_of_two for w in scaled):
+    if any(map(rounds_to_powers, scaled)):
         args["scale_fmt"] = "ue8m0"
     if unlike := _unlike(DeepseekConfig.from_demo(args, names), config):
         said = ", ".join(unlike)
@@ -193,12 +195,12 @@ def _args(
     return args
 
 
-def _hf_config(args: Mapping[str, object], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, object]:
+def _hf_config(args: Mapping[str, Any], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, Any]:
     """The config.json of the model that (all fields of) ModelArgs are of."""
     model = DeepseekConfig.from_demo(args, weights)
     v3 = model.scoring_func == "sigmoid" or model.has_correction_bias
     version = 3 if v3 else 2
-    config: dict[str, object] = {"architectures": [f"DeepseekV{version}ForCausalLM"]}
+    config: dict[str, Any] = {"architectures": [f"DeepseekV{version}ForCausalLM"]}
     config |= {"model_type": f"deepseek_v{version}", "hidden_act": "silu", "attention_bias": False}
     config |= {key: args[arg] for arg, key in _FIELDS.items()} | {"q_lora_rank": model.q_lora_rank}
     grouped = "group_limited_greedy" if model.n_group > 1 else "greedy"
@@ -219,7 +221,7 @@ def _hf_config(args: Mapping[str, object], weights: Mapping[str, Weight], names:
 def _unlike(a: DeepseekConfig, b: DeepseekConfig) -> list[str]:
     """The fields in which two models differ."""
 
-    def same(x: object, y: object) -> bool:
+    def same(x: Any, y: Any) -> bool:
         return math.isclose(x, y) if isinstance(x, float) else x == y
 
     fields = (field.name for field in dataclasses.fields(a) if field.name != "model_type")

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import jax
 from flax import nnx
@@ -68,7 +69,7 @@ def fill(
         vector = len(declaration.shape) == 1
         kept = vector or declaration.keep
         encoded = source if kept else dataclasses.replace(source, parts=tuple(encode(name, p) for p in source.parts))
-        weight = place(encoded, declaration, mesh)
+        weight: Any = place(encoded, declaration, mesh)
         if vector:
             weight = weight.dequantize()
         elif not kept:

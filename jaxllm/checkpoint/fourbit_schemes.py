@@ -136,12 +136,12 @@ def _bnb_4bit(
     if in_ % 2 == 0:
         return Codebook(flat.reshape(out, in_ // 2), scales, quant_map, group, name)
 
-    def whole() -> Dense:
+    def dense() -> Dense:
         data = np.asarray(flat).reshape(-1)
         codes = np.stack([data >> 4, data & 15], -1).reshape(-1)[: out * in_].reshape(out, in_)
         return Dense(np.asarray(quant_map)[codes] * np.repeat(np.asarray(scales), group, 1))
 
-    return decoded(whole, (out, in_))
+    return decoded(dense, (out, in_))
 
 
 _FLOAT32, _STATE = frozenset({"float32"}), ".weight.quant_state.bitsandbytes__"

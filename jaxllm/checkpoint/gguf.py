@@ -95,7 +95,8 @@ def _open_parts(given: GGUFFile) -> GGUFFile:
     end = f"-{number + 1:05}-of-{count:05}.gguf"
     if not given.path.name.endswith(end):
         raise InputError(f"{given.path}: part {number + 1} of {count}, but its name does not end in '{end}'")
-    parts, tensors = [], {}
+    parts: list[GGUFFile] = []
+    tensors: dict[str, Weight] = {}
     for i in range(count):
         path = given.path.with_name(given.path.name.removesuffix(end) + f"-{i + 1:05}-of-{count:05}.gguf")
         if not path.is_file():
@@ -199,8 +200,8 @@ class _Header(Cursor):
             raise InputError(f"GGUF version {version} is not supported; 1, 2 and 3 are")
         self.word = 4 if version == 1 else 8  # bytes of every count, length and dimension
 
-    def length(self) -> int:
-        return super().length(self.word)
+    def length(self, nbytes: int | None = None) -> int:
+        return super().length(nbytes or self.word)
 
     def string(self) -> str:
         return str(self.take(self.length()), "utf-8", "replace")
@@ -232,7 +233,7 @@ class _Header(Cursor):
     def _scalar(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
             raise InputError(f"metadata: {what} has the type {kind}, which is not supported")
-        return _SCALARS[kind]
+        return _SCALARS[GGUFValueType(kind)]
 
     def tensor_info(self) -> tuple[str, list[int], int, int]:
         """Name, dimensions (the innermost first), number of the type, and offset from the first tensor's place."""

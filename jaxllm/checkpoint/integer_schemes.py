@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def affine(
     zero: int = 0,
     words: HostArray | None = None,
     out_groups: np.ndarray | None = None,
-) -> Weight:
+) -> Affine | Dense:
     """A weight of codes `[out, in]`, to be computed, or of their words as they are.
 
     Where rows are not whole words of so many bits, codes are held in more bits.
@@ -35,7 +36,7 @@ def affine(
     held = next((b for b in sorted({bits, 4, 8}) if b >= bits and in_ % word_values(b) == 0), None)
     if held is None:
 
-        def padded() -> Affine:
+        def padded() -> Dense:
             extra = -in_ % 4
             packed = repack.into_stream(np.pad(codes(), ((0, 0), (0, extra))), 8)
             wide = [None if a is None else np.pad(np.asarray(a), ((0, 0), (0, extra))) for a in (scales, zeros)]
@@ -65,17 +66,20 @@ def _indexed(weight: Affine, index: np.ndarray) -> Affine:
     )
 
 
-def grouped(weight: Weight, index: np.ndarray | None, shape: tuple[int, int], groups: int, group: int) -> Weight:
+def grouped(
+    weight: Affine | Dense, index: np.ndarray | None, shape: tuple[int, int], groups: int, group: int
+) -> Weight:
     """The weight with its columns in the groups of `index`, or, where all are in one, in that."""
     in_ = shape[1]
     if index is not None and (index.min() < 0 or index.max() >= groups):
         raise InputError(f"g_idx goes from {index.min()} to {index.max()}, but there are {groups} groups")
-    in_order = index is None or np.array_equal(index, np.arange(in_) // group)
-    if in_order and (groups > 1 or isinstance(weight, Dense)):
+    if index is not None and np.array_equal(index, np.arange(in_) // group):
+        index = None
+    if index is None and (groups > 1 or isinstance(weight, Dense)):
         return weight
     if isinstance(weight, Dense):
         raise InputError(f"columns in groups of their own (g_idx), and rows of {in_} that are not whole words")
-    return _indexed(weight, np.zeros(in_, np.int32) if in_order else index)
+    return _indexed(weight, np.zeros(in_, np.int32) if index is None else index)
 
 
 def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
@@ -234,8 +238,20 @@ def sizes(shape: HostArray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-_HQQ_UNUSED = ("channel_wise", "optimize", "round_zero", "view_as_float", "quant_scale", "quant_zero", "offload_meta")
-_HQQ_UNUSED += ("encoded_state_dict", "stores_quant_config", "compute_dtype", "unpack_view_dtype", "packing")
+_HQQ_UNUSED = (
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    "view_as_float",
+    "quant_scale",
+    "quant_zero",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "compute_dtype",
+    "unpack_view_dtype",
+    "packing",
+)
 
 
 def _hqq(
@@ -263,19 +279,22 @@ def _hqq(
     for what, array in (("scale", scale), ("zero", zero)):
         expect(what, array, *((1, count) if axis == 0 else (count, 1)))
     if axis == 1:
-        groups = (repack.by_rows(a, (out, in_), group) for a in (scale, zero))
-        return affine("HQQ", codes, (out, in_), bits, repack.group_size(in_, group), *groups)
+        groups = [repack.by_rows(a, (out, in_), group) for a in (scale, zero)]
+        return affine("HQQ", codes, (out, in_), bits, repack.group_size(in_, group), groups[0], groups[1])
     if out % group:
-        spread = (derived((out, in_), a.dtype, lambda a=a: _across(a, group, out, in_)) for a in (scale, zero))
-        return affine("HQQ", codes, (out, in_), bits, 1, *spread)
+        spread = [derived((out, in_), a.dtype, partial(_across, a, group, out, in_)) for a in (scale, zero)]
+        return affine("HQQ", codes, (out, in_), bits, 1, spread[0], spread[1])
     # Row o is member o // (out / group) of the groups that begin in row o % (out / group).
     heads = out // group
-    behind = (
-        derived((heads + 1, in_), a.dtype, lambda a=a: np.pad(np.asarray(a).reshape(heads, in_), ((1, 0), (0, 0))))
-        for a in (scale, zero)
-    )
+
+    def behind(array: HostArray) -> HostArray:
+        """With a group of zeros before the first."""
+        return derived(
+            (heads + 1, in_), array.dtype, lambda: np.pad(np.asarray(array).reshape(heads, in_), ((1, 0), (0, 0)))
+        )
+
     index = (np.arange(out) % heads + 1).astype(np.int32)
-    return affine("HQQ", codes, (out, in_), bits, 1, *behind, out_groups=index)
+    return affine("HQQ", codes, (out, in_), bits, 1, behind(scale), behind(zero), out_groups=index)
 
 
 def _across(values: HostArray, group: int, out: int, in_: int) -> np.ndarray:

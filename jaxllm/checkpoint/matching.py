@@ -11,13 +11,14 @@ from flax import nnx
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.rule import Rule
 from jaxllm.placing import Source
 
 
 def match(
-    model: nnx.Module, tensors: Mapping[str, Weight], rules: Sequence[Rule], ignored: Sequence[str] = ()
+    model: Decoder, tensors: Mapping[str, Weight], rules: Sequence[Rule], ignored: Sequence[str] = ()
 ) -> dict[str, Source]:
     """For each parameter of the model, what it is read from.
 
@@ -51,9 +52,10 @@ def match(
             complaints.append(f"missing tensor for {target}")
             continue
         slots, shape = found.pop(target), param.get_value().shape
-        stacked = None not in slots
-        if stacked and sorted(slots) != list(range(shape[0])):
-            complaints.append(f"{target} needs experts 0 to {shape[0] - 1}, found {_listed(sorted(slots))}")
+        experts = sorted(slot for slot in slots if slot is not None)
+        stacked = len(experts) == len(slots)
+        if stacked and experts != list(range(shape[0])):
+            complaints.append(f"{target} needs experts 0 to {shape[0] - 1}, found {_listed(experts)}")
             continue
         ordered = [slots[i] for i in sorted(slots, key=lambda i: i or 0)]
         source = _source(model.config, tensors, ordered, stacked)
@@ -85,7 +87,8 @@ def _source(
 
 def _unused_rows(sources: Iterable[Source]) -> list[str]:
     """A complaint for each tensor of which the parameters made of its rows do not take every row once."""
-    have, want = {}, Counter()
+    have: dict[str, int] = {}
+    want: Counter[str] = Counter()
     for source in sources:
         if source.rows is not None:
             have[source.name] = source.parts[0].shape[-2:][0]

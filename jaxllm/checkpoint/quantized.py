@@ -32,13 +32,15 @@ def only(*known: Scheme) -> Declared:
     return Declared(lambda module: known, frozenset(scheme.key for scheme in known))
 
 
-def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
+def join(tensors: Mapping[str, Dense], found: Declared) -> dict[str, Weight]:
     """The tensors with those that make up one quantized matrix joined.
 
     Raises:
         InputError: lists every matrix that lacks a part, has parts that do not fit, or contradicts what is declared.
     """
-    joined, used, complaints = {}, set(), []
+    joined: dict[str, Weight] = {}
+    used: set[str] = set()
+    complaints: list[str] = []
     for name in tensors:
         known = _known(name, found)
         if not known:
@@ -52,7 +54,9 @@ def join(tensors: Mapping[str, Weight], found: Declared) -> dict[str, Weight]:
         elif module + scheme.result in joined:
             complaints.append(f"'{module + scheme.result}' is there in two ways; one is '{name}'")
         else:
-            parts = scheme.parts | {k: part for k, part in scheme.optional.items() if module + part.suffix in tensors}
+            parts = {**scheme.parts} | {
+                k: part for k, part in scheme.optional.items() if module + part.suffix in tensors
+            }
             used.update(module + suffix for suffix in (*(part.suffix for part in parts.values()), *scheme.unused))
             try:
                 arrays = {k: part.check(tensors[module + part.suffix].values) for k, part in parts.items()}
@@ -74,7 +78,7 @@ def _known(name: str, found: Declared) -> list[tuple[str, Scheme]]:
     return [(module, scheme) for key, module in modules for scheme in found.schemes(module) if scheme.key == key]
 
 
-def _missing(module: str, scheme: Scheme, tensors: Mapping[str, Weight]) -> list[str]:
+def _missing(module: str, scheme: Scheme, tensors: Mapping[str, Dense]) -> list[str]:
     return [module + part.suffix for part in scheme.parts.values() if module + part.suffix not in tensors]
 
 
@@ -108,7 +112,7 @@ def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weig
         return isinstance(w, Scaled) and w.values.dtype.name == dtype and (kind == "fp8" or w.block[1] is None)
 
     def rounding(w: Weight) -> Weight:
-        if not fits(w):
+        if not isinstance(w, Scaled) or not fits(w):
             return not_rounding(w)
         return replace(w, activations=replace(w.activations or Activations(), group=w.block[1]))
 

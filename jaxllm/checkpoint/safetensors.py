@@ -6,6 +6,7 @@ Only headers are read here. A tensor is a `FileArray`, so that later each device
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +43,7 @@ class HFDirectory:
     """An open directory: its config, and its tensors by name."""
 
     path: Path
-    config: Mapping[str, object]
+    config: Mapping[str, Any]
     tensors: Mapping[str, Dense]
 
 

@@ -72,13 +72,14 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
             raise InputError(f"an input scale of shape {[*input_scale.shape]}, expected one number")
         *lead, out, in_ = values.shape
         size = int(np.prod(scales.shape))
+        block: tuple[int | None, int | None]
         if size == int(np.prod(lead)):
             scales, block = scales.reshape(*lead, 1, 1), (None, None)
         elif size == int(np.prod(lead)) * out:
             scales, block = scales.reshape(*lead, out, 1), (1, None)
-        elif not lead and fused is not None and sum(rows := fused(size)) == out:
+        elif not lead and fused is not None and sum(parts := fused(size)) == out:
             few = scales
-            scales = derived((out, 1), few.dtype, lambda: np.repeat(np.asarray(few).reshape(-1), rows)[:, None])
+            scales = derived((out, 1), few.dtype, lambda: np.repeat(np.asarray(few).reshape(-1), parts)[:, None])
             block = (1, None)
         else:
             raise InputError(f"scales of shape {[*scales.shape]} for a matrix of {[*values.shape]}")

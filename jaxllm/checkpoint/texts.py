@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.entries import Entries
@@ -56,6 +57,6 @@ def _sampling(generation: Entries) -> Sampling:
     if not generation.flag("do_sample"):
         return Sampling()
     names = [option.name for option in fields(Sampling) if option.name in generation]
-    given = {name: generation.number(name, above=-math.inf) for name in names}
+    given: dict[str, Any] = {name: generation.number(name, above=-math.inf) for name in names}
     with located(generation.where):
         return Sampling(**{"temperature": 1.0} | {k: v for k, v in given.items() if v or k not in ("top_k", "min_p")})

@@ -56,7 +56,7 @@ class Affine(Weight):
 
     @property
     def axes(self) -> dict[str, Axes]:
-        scales = Cut("out"), Cut("in", self.group)
+        scales: Axes = (Cut("out"), Cut("in", self.group))
         if self.in_groups is not None:
             scales = Cut("out"), None
         if self.out_groups is not None:
@@ -129,7 +129,11 @@ class Affine(Weight):
         if self.biases is None:  # what GPTQ and its kin search for is not found by rounding
             return super().like(w)
         made = self.from_dense(w, self.bits, self.group)
-        return replace(made, scales=made.scales.astype(self.scales.dtype), biases=made.biases.astype(self.biases.dtype))
+        return replace(
+            made,
+            scales=made.scales.astype(self.scales.dtype),
+            biases=made.leaf("biases").astype(self.leaf("biases").dtype),
+        )
 
 
 def word_values(bits: int) -> int:

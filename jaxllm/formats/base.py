@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 
@@ -70,7 +70,7 @@ class Weight(ABC):
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The matrix `[*batch, out, in]`: decoded exactly in float32, then rounded once to `dtype`."""
 
-    def leaf(self, name: str) -> jax.Array:
+    def leaf(self, name: str) -> Leaf:
         """The leaf of that name in `axes`."""
         return attrgetter(name)(self)
 
@@ -79,7 +79,7 @@ class Weight(ABC):
         fields: dict[str, object] = {}
         for name, leaf in leaves.items():
             field, _, inner = name.partition(".")
-            held = fields.get(field, getattr(self, field))
+            held: Any = fields.get(field, getattr(self, field))
             fields[field] = Weight.with_leaves(held, {inner: leaf}) if inner else leaf
         return dataclasses.replace(self, **fields)
 
@@ -130,7 +130,7 @@ class Weight(ABC):
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / math.prod(self.shape)
 
-    def shard_specs(self, spec: PartitionSpec, mesh: Mesh, name: str = "weight") -> Self:
+    def shard_specs(self, spec: PartitionSpec, mesh: Mesh | AbstractMesh, name: str = "weight") -> Self:
         """The same weight with a PartitionSpec for every leaf, from one over the logical `[*batch, out, in]`.
 
         Raises:
@@ -145,7 +145,7 @@ class Weight(ABC):
             leaf_spec = [*entries[:batch], *(along[cut.dim] if cut else None for cut in axes)]
             for i, (size, entry) in enumerate(zip(shape, leaf_spec, strict=True)):
                 if size % shards(entry, mesh):
-                    cut = axes[i - batch] if i >= batch else Cut(f"batch axis {i}")
+                    cut = (axes[i - batch] if i >= batch else None) or Cut(f"batch axis {i}")
                     works = [n for n in range(1, size + 1) if size % n == 0]
                     raise InputError(
                         f"{name}: dimension '{cut.dim}' of {size * cut.unit} is {size} blocks of {cut.unit}, which do "
@@ -201,7 +201,7 @@ def _common_unit(axes: Mapping[str, Axes], dim: str) -> int:
     return math.lcm(*(cut.unit for along in axes.values() for cut in along if cut and cut.dim == dim))
 
 
-def repeated(leaf: jax.Array, times: int, axis: int, size: int) -> jax.Array | jax.ShapeDtypeStruct:
+def repeated(leaf: Leaf, times: int, axis: int, size: int) -> Leaf:
     """Each entry along an axis so many times, the first `size` of them; of shapes as of arrays."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = list(leaf.shape)
@@ -222,8 +222,8 @@ def block_index(axes: Axes, rows: np.ndarray | None, cols: np.ndarray | None) ->
     Raises:
         InputError: the positions of one block do not stay together.
     """
-    index = {"out": rows, "in": cols}
-    return [None if cut is None or index[cut.dim] is None else _whole_blocks(index[cut.dim], cut) for cut in axes]
+    moved = [None if cut is None else {"out": rows, "in": cols}[cut.dim] for cut in axes]
+    return [i if i is None or cut is None else _whole_blocks(i, cut) for i, cut in zip(moved, axes, strict=True)]
 
 
 def finest(unit: int, size: int, shards: int, index: np.ndarray | None) -> int:
@@ -252,17 +252,17 @@ def _whole_blocks(index: np.ndarray, cut: Cut) -> np.ndarray:
     return np.where(first < 0, -1, first // cut.unit)
 
 
-def take(leaf: jax.Array | np.ndarray, index: np.ndarray, axis: int) -> jax.Array | np.ndarray:
+def take(leaf: Leaf, index: np.ndarray, axis: int) -> Leaf:
     """The positions `index` along an axis, zeros for -1."""
     taken = leaf.take(np.maximum(index, 0), axis=axis)
     if (index >= 0).all():
         return taken
-    keep = np.expand_dims(index >= 0, [i for i in range(leaf.ndim) if i != axis])
-    where = np.where if isinstance(taken, np.ndarray) else jnp.where
-    return where(keep, taken, np.zeros((), taken.dtype))
+    keep = np.expand_dims(index >= 0, tuple(i for i in range(leaf.ndim) if i != axis))
+    numpy: Any = np if isinstance(taken, np.ndarray) else jnp
+    return numpy.where(keep, taken, np.zeros((), taken.dtype))
 
 
-def shards(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def shards(entry: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     """How many parts an entry of a PartitionSpec cuts a dimension into."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(mesh.shape[name] for name in names)

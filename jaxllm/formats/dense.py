@@ -1,6 +1,6 @@
 """Plain floating-point weights, and the compute copy that other formats are decoded into."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -26,7 +26,7 @@ class Dense(Weight):
 
     def swapped(self) -> Self:
         """Its transpose."""
-        return Dense(self.values.swapaxes(-1, -2))
+        return replace(self, values=self.values.swapaxes(-1, -2))
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         return jnp.asarray(self.values, dtype)

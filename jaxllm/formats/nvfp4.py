@@ -37,7 +37,7 @@ class NVFP4(Weight):
 
     @property
     def axes(self) -> dict[str, Axes]:
-        axes = {"blocks": (Cut("out"), Cut("in", 2)), "scales": (Cut("out"), Cut("in", BLOCK))}
+        axes: dict[str, Axes] = {"blocks": (Cut("out"), Cut("in", 2)), "scales": (Cut("out"), Cut("in", BLOCK))}
         return axes if self.whole is None else axes | {"whole": (None,)}
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -83,8 +83,8 @@ class Scaled(Weight):
 
     @property
     def axes(self) -> dict[str, Axes]:
-        out, in_ = (size and Cut(dim, size) for dim, size in zip(("out", "in"), self.block, strict=True))
-        axes = {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
+        out, in_ = (Cut(d, n) if n else None for d, n in zip(("out", "in"), self.block, strict=True))
+        axes: dict[str, Axes] = {"values": (Cut("out"), Cut("in")), "scales": (out, in_)}
         given = self.activations is not None and self.activations.scale is not None
         return axes | {"activations.scale": (None,)} if given else axes
 
@@ -93,12 +93,12 @@ class Scaled(Weight):
 
     def refined(self, out: int, in_: int) -> Self:
         """The same matrix with smaller blocks: each scale repeated for the parts of its block."""
-        scales, block = self.scales, list(self.block)
+        scales, block = self.scales, dict(zip((-2, -1), self.block, strict=True))
         for axis, new in ((-2, out), (-1, in_)):
             if (old := block[axis]) is not None and old != new:
                 scales = repeated(scales, old // new, axis, math.ceil(self.values.shape[axis] / new))
                 block[axis] = new
-        return replace(self, scales=scales, block=tuple(block))
+        return replace(self, scales=scales, block=(block[-2], block[-1]))
 
     def swapped(self) -> Self:
         """Its transpose."""

@@ -99,14 +99,14 @@ class Attention(nnx.Module):
         """
         q = self._heads(x, self.q_proj, self.head_dim, self.q_norm, context)
         k = v = None
-        if self.k_proj is not None:
+        if self.k_proj is not None and self.v_proj is not None:
             k = self._heads(x, self.k_proj, self.head_dim, self.k_norm, context)
             v = _heads(self.v_proj(x), self.value_dim)
         sinks = None if self.sinks is None else self.sinks.get_value()
         operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
         attend = partial(self._attend, window=context.window)
-        y, *cache = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
-        return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
+        y, keys, values = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
     def _heads(
         self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
@@ -133,18 +133,23 @@ def _updated(
     start, length = given.positions[:, 0], cache[0].shape[2]
     if window <= length:  # no ring has come around yet
         # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
-        cache = lax.optimization_barrier(tuple(write(old, x, start) for old, x in zip(cache, new, strict=True)))
-        return cache, tuple(x[:, :, :window] for x in cache), jnp.arange(window, dtype=jnp.int32)[None]
+        keys, values = lax.optimization_barrier((write(cache[0], new[0], start), write(cache[1], new[1], start)))
+        looked_at = keys[:, :, :window], values[:, :, :window]
+        return (keys, values), looked_at, jnp.arange(window, dtype=jnp.int32)[None]
     if given.positions.shape[1] == 1:  # what the new position takes the slot of, no layer with such a ring can see
-        cache = tuple(write(old, x, start % length) for old, x in zip(cache, new, strict=True))
-        cache = lax.optimization_barrier(cache)
+        slot = start % length
+        cache = lax.optimization_barrier((write(cache[0], new[0], slot), write(cache[1], new[1], slot)))
         return cache, cache, ring_positions(length, start)
-    seen = tuple(
-        jnp.concatenate([old, x.swapaxes(1, 2).astype(old.dtype)], axis=2) for old, x in zip(cache, new, strict=True)
-    )
+
+    def joined(old: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([old, x.swapaxes(1, 2).astype(old.dtype)], axis=2)
+
+    def written(old: jax.Array, x: jax.Array) -> jax.Array:
+        return write_ring(old, x, start, given.counts)
+
     at = jnp.concatenate([ring_positions(length, start - 1), given.positions], axis=1)
-    pairs = zip(cache, new, strict=True)
-    return tuple(write_ring(old, x, start, given.counts) for old, x in pairs), seen, at
+    looked_at = joined(cache[0], new[0]), joined(cache[1], new[1])
+    return (written(cache[0], new[0]), written(cache[1], new[1])), looked_at, at
 
 
 def _heads(x: jax.Array, head_dim: int) -> jax.Array:

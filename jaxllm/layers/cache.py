@@ -5,7 +5,7 @@ stands in slot `p mod length` until a later one takes its place.
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +71,16 @@ class KVCache:
 
         number = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=copied)
         keys, values = (buffer(s, s.key_dim) for s in shapes), (buffer(s, s.value_dim) for s in shapes)
-        return cls(tuple(keys), tuple(values), number, number, shapes, capacity)
+        arrays: dict[str, Any] = {"keys": tuple(keys), "values": tuple(values), "lengths": number, "limits": number}
+        return cls(**arrays, shapes=shapes, capacity=capacity)
 
     def zeros(self) -> Self:
         """An empty cache of these shapes."""
 
-        def make() -> Self:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)
+        def zeros(leaf: jax.Array) -> jax.Array:
+            return jnp.zeros(leaf.shape, leaf.dtype)
 
-        return jax.jit(make, out_shardings=self.shardings)()
+        return jax.jit(lambda: jax.tree.map(zeros, self), out_shardings=self.shardings)()
 
     @property
     def shardings(self) -> Self:

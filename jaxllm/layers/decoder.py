@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
 
     Args:
         config: has vocab_size, hidden_size and tie_word_embeddings.
-        blocks: the layers.
+        blocks: the layers, each a module and a `Block`.
         norm: what the last layer's output goes through.
         mesh: what the model is sharded over.
         cache_spec: how the cache is.
@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: Any,
-        blocks: Sequence[Block],
+        blocks: Sequence[Any],
         norm: nnx.Module,
         mesh: Mesh,
         *,
@@ -91,9 +91,9 @@ class Decoder(nnx.Module):
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         ropes = dict.fromkeys(layer.rope for layer in self.layers)  # each once: layers of a kind share angles
-        angles = {rope: rope and rope.angles(positions, cache.limits) for rope in ropes}
+        angles = {rope: rope.angles(positions, cache.limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
-        own, caches = iter(zip(cache.keys, cache.values, strict=True)), {}
+        own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]

@@ -158,7 +158,7 @@ class Experts(nnx.Module):
 
     def dequantize(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The stacks of gate, up and down as the checkpoint has them, float32."""
-        return tuple(dequantized(getattr(self, name)) for name in MATRICES)
+        return dequantized(self.gate_proj), dequantized(self.up_proj), dequantized(self.down_proj)
 
     def add_delta(
         self, gate: jax.Array | None = None, up: jax.Array | None = None, down: jax.Array | None = None
@@ -212,9 +212,10 @@ class MoE(nnx.Module):
         self.route, self.num_experts, self.activation = route, num_experts, activation
         self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, bias=bias, keep=True)
         self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp, ep, bias)
-        specs = {"column": parallel.SHARED_COLUMN, "row": parallel.SHARED_ROW}
-        has = shared_size is not None
-        self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, **specs) if has else None
+        self.shared_expert = None
+        if shared_size is not None:
+            column, row = parallel.SHARED_COLUMN, parallel.SHARED_ROW
+            self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, column=column, row=row)
         self.shared_expert_gate = Linear((1, hidden_size), parallel.REPLICATED, keep=True) if shared_gate else None
         self.e_score_correction_bias = declare((num_experts,), PartitionSpec(None)) if correction_bias else None
 

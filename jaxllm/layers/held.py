@@ -48,7 +48,7 @@ def fill(param: nnx.Param, parts: Weight | tuple[Weight, ...], name: str) -> Non
     """
     declared = param.declared
     stacked = isinstance(parts, tuple)
-    source = Source(name, parts if stacked else (parts,), stacked)
+    source = Source(name, parts if isinstance(parts, tuple) else (parts,), stacked)
     if source.shape != declared.shape:
         raise InputError(f"{name} has shape {[*source.shape]}, expected {[*declared.shape]}")
     weight = place(source, declared, placing_mesh())
@@ -76,7 +76,7 @@ def _restored(weight: Weight, declared: Declaration) -> jax.Array:
     return declared.restore(weight.dequantize())
 
 
-def with_delta(param: nnx.Param, delta: jax.Array) -> Weight:
+def with_delta(param: nnx.Param, delta: np.ndarray | jax.Array) -> Weight:
     """The parameter's weight plus a delta in the checkpoint's order and size, sharded and encoded as it is.
 
     Raises:
@@ -96,7 +96,7 @@ def requantized(param: nnx.Param, type: str) -> Weight:
     return requantize(held(param), param.declared.spec, type)
 
 
-def replaced(module: nnx.Module, **weights: Weight) -> nnx.Module:
+def replaced[M: nnx.Module](module: M, **weights: Weight) -> M:
     """A copy of the layer with other weights in the parameters named; the given one stays as it is."""
     copy = nnx.clone(module)
     for name, weight in weights.items():

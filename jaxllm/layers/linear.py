@@ -101,6 +101,7 @@ class Linear(nnx.Module):
         layer.stands_alone = True
         fill(layer.weight, weight, "weight")
         if bias is not None:
+            assert layer.bias is not None
             fill(layer.bias, as_weight(bias, 1, "bias"), "bias")
         return layer
 
@@ -168,11 +169,11 @@ class Merged(nnx.Module):
 
     def add_delta(self, deltas: Sequence[np.ndarray | jax.Array]) -> Self:
         """With a delta for each matrix, see `Linear`."""
-        return Merged([layer.add_delta(delta) for layer, delta in zip(self.layers, deltas, strict=True)])
+        return type(self)([layer.add_delta(delta) for layer, delta in zip(self.layers, deltas, strict=True)])
 
     def requantize(self, type: str) -> Self:
         """With each matrix encoded as `type`, see `Linear`."""
-        return Merged([layer.requantize(type) for layer in self.layers])
+        return self.__class__([layer.requantize(type) for layer in self.layers])
 
 
 class Embedding(nnx.Module):
@@ -191,7 +192,8 @@ class Embedding(nnx.Module):
         """
         tp = parallel.placing_mesh().shape[parallel.TP]
         weight = as_weight(weight, 2, "weight")
-        table = cls(weight.shape, tp)
+        vocab, hidden = weight.shape
+        table = cls((vocab, hidden), tp)
         fill(table.weight, weight, "weight")
         return table
 

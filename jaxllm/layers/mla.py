@@ -92,14 +92,16 @@ class LatentAttention(nnx.Module):
     ) -> None:
         s = self.sizes = sizes
         self.scale, self.per_head_cache, self.split_kv_b = scale, per_head_cache, split_kv_b
-        sizes = (len(heads.query), s.nope + s.rope, s.value) if per_head_cache else (1, s.rank, s.rope)
-        self.cache_shape = CacheShape(*sizes)
+        per_head = CacheShape(len(heads.query), s.nope + s.rope, s.value)
+        self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope)
         q_shape, q_rows = s.heads * (s.nope + s.rope), heads.rows(heads.query, s.nope + s.rope)
-        low = s.q_rank is not None
-        self.q_proj = None if low else Linear((q_shape, s.hidden), COLUMN, rows=q_rows)
-        self.q_a_proj = Linear((s.q_rank, s.hidden), REPLICATED, bias=bias) if low else None
-        self.q_a_layernorm = RMSNorm(s.q_rank, LATENT_EPS) if low else None
-        self.q_b_proj = Linear((q_shape, s.q_rank), COLUMN, rows=q_rows) if low else None
+        self.q_proj = self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
+        if s.q_rank is None:
+            self.q_proj = Linear((q_shape, s.hidden), COLUMN, rows=q_rows)
+        else:
+            self.q_a_proj = Linear((s.q_rank, s.hidden), REPLICATED, bias=bias)
+            self.q_a_layernorm = RMSNorm(s.q_rank, LATENT_EPS)
+            self.q_b_proj = Linear((q_shape, s.q_rank), COLUMN, rows=q_rows)
         self.kv_a_proj_with_mqa = Linear((s.rank + s.rope, s.hidden), REPLICATED, bias=bias)
         self.kv_a_layernorm = RMSNorm(s.rank, LATENT_EPS)
         if split_kv_b:
@@ -114,12 +116,12 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
         """As `Attention`. The cache is latents and rotary keys, `[batch, 1, capacity, rank or rope]`, or, with
         `per_head_cache`, keys and values `[batch, heads, capacity, nope + rope or value]`."""
-        s = self.sizes
-        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.reshape(*x.shape[:2], -1, s.nope + s.rope) * self.scale
-        q_nope, q_rope = q[..., : s.nope], rotate(q[..., s.nope :], *context.angles)
+        s, angles = self.sizes, context.angles
+        assert angles is not None  # all heads have a rotary part
+        q = self._queries(x).reshape(*x.shape[:2], -1, s.nope + s.rope) * self.scale
+        q_nope, q_rope = q[..., : s.nope], rotate(q[..., s.nope :], *angles)
         latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), (s.rank,), axis=-1)
-        latent, k_rope = self.kv_a_layernorm(latent)[:, :, None], rotate(k_rope[:, :, None], *context.angles)
+        latent, k_rope = self.kv_a_layernorm(latent)[:, :, None], rotate(k_rope[:, :, None], *angles)
 
         params = (self.k_b_proj, self.v_b_proj) if self.split_kv_b else (self.kv_b_proj.weight,)
         kv_b, cut = [param.get_value() for param in params], HEAD_STACK if self.split_kv_b else COLUMN
@@ -128,8 +130,14 @@ class LatentAttention(nnx.Module):
         specs = _Operands(HEADS, HEADS, copied, copied, kv_specs, (spec, spec), copied)
         attend = partial(self._per_head if self.per_head_cache else self._latent, window=context.window)
         operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions)
-        y, *cache = local(attend, (specs,), (HEADS, spec, spec))(operands)
-        return self.o_proj(y.reshape(*y.shape[:2], -1)), tuple(cache)
+        y, first, second = local(attend, (specs,), (HEADS, spec, spec))(operands)
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), (first, second)
+
+    def _queries(self, x: jax.Array) -> jax.Array:
+        if self.q_proj is not None:
+            return self.q_proj(x)
+        assert self.q_a_proj is not None and self.q_a_layernorm is not None and self.q_b_proj is not None
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _up(self, kv_b: list[Weight], dtype: jax.typing.DTypeLike) -> Up:
         if self.split_kv_b:

@@ -69,7 +69,7 @@ def frequencies(rotary_dim: int, theta: float) -> np.ndarray:
     return theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
 
 
-def divided(inv_freq: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
+def divided(inv_freq: np.ndarray, factors: np.typing.ArrayLike) -> np.ndarray:
     """Frequencies divided by a factor each (`rope_freqs` of GGUF files, LongRoPE), or all by one (linear scaling)."""
     return inv_freq / np.asarray(factors, np.float64)
 

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flax import nnx
-
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
+from jaxllm.layers.decoder import Decoder
 from jaxllm.models.rule import Rule
 
 GGUF, HUGGING_FACE, DEEPSEEK_DEMO = "GGUF", "Hugging Face", "DeepSeek's demo"
@@ -51,7 +50,7 @@ class Family:
     """
 
     name: str
-    model: Callable[..., nnx.Module]
+    model: Callable[..., Decoder]
     config: type
     dialects: Mapping[str, Dialect]
     options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)

@@ -7,7 +7,7 @@ over the same scores, maximizes a sum of scores instead, which is another algori
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -83,7 +83,7 @@ def _merging(
     tokenizer = Tokenizer(
         models.BPE(vocabulary.ids, merges, ignore_merges=pre_tokenizer.ignore_merges, byte_fallback=not byte_level)
     )
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns]
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns]
     if byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         tokenizer.decoder = decoders.ByteLevel()
@@ -117,7 +117,7 @@ def _derive_merges(vocabulary: _Vocabulary, scores: np.ndarray) -> list[tuple[st
 
 
 def _read_merges(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    merges = {}
+    merges: dict[tuple[str, str], None] = {}
     for line in _strings(metadata, "merges"):
         cut = line.find(" ", 1)
         left, right = line[:cut], line[cut + 1 :]
@@ -126,14 +126,15 @@ def _read_merges(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> lis
         for token in (left, right, left + right):
             if token not in vocabulary.ids:
                 raise InputError(f"{_PREFIX}merges: {line!r} needs {token!r}, which is not in {_PREFIX}tokens")
-        merges.setdefault((left, right))  # of duplicates, the first one counts
+        merges.setdefault((left, right), None)  # of duplicates, the first one counts
     return list(merges)
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, name: str) -> None:
     # Phi-3 was trained with the white space after these tokens removed, a fact that GGUF has no key for.
     is_phi3 = any(s in name.lower() for s in ("phi-3", "phi3"))
-    special, plain = [], []
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
     for token, kind in zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True):
         is_special = kind in (UNKNOWN, CONTROL) or token in _ENDS
         if is_special or kind == USER_DEFINED:
@@ -149,7 +150,7 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_strings(metadata, "tokens"))]
     if not tokens:
         raise InputError(f"{_PREFIX}tokens is empty")
-    ids = {}
+    ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if ids.setdefault(token, i) != i:
             raise InputError(f"{_PREFIX}tokens has {token!r} twice, as {ids[token]} and {i}")
@@ -170,7 +171,7 @@ def _token_id(metadata: Mapping[str, object], name: str, vocabulary: _Vocabulary
     return index
 
 
-def _get[T](metadata: Mapping[str, object], name: str, kind: type[T], default: object = _REQUIRED) -> T:
+def _get[T](metadata: Mapping[str, Any], name: str, kind: type[T], default: Any = _REQUIRED) -> T:
     value = metadata.get(_PREFIX + name, default)
     if value is _REQUIRED:
         raise InputError(f"{_PREFIX}{name} is missing")

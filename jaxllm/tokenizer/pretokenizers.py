@@ -176,4 +176,4 @@ def lookup(name: str | None) -> PreTokenizer:
     if name not in BY_NAME:
         what = "names no pre-tokenizer" if name is None else f"names the unknown pre-tokenizer {name!r}"
         warnings.warn(f"tokenizer.ggml.pre {what}; using 'default', which may degrade answers", stacklevel=2)
-    return BY_NAME.get(name, DEFAULT)
+    return BY_NAME.get(name or "", DEFAULT)

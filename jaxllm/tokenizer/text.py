@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -38,14 +38,14 @@ class Tokenizer:
         self.eos_ids = eos_ids | self._end_of_turn()
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, object]) -> Self:
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
         """The tokenizer in the metadata of a GGUF file.
 
         Raises:
             InputError: it is of an unknown kind, or inconsistent.
         """
 
-        def get(key: str) -> object:
+        def get(key: str) -> Any:
             return metadata.get(f"tokenizer.ggml.{key}")
 
         add_bos = get("add_bos_token")
@@ -99,7 +99,7 @@ class Tokenizer:
         """
         return self._with_bos(self.backend.encode(text).ids)
 
-    def encode_chat(self, messages: Messages, **variables: object) -> list[int]:
+    def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
         """Ids of a conversation, up to where the model has to answer; `variables` are for its template.
 
         Raises:
@@ -118,7 +118,9 @@ class Tokenizer:
         return TextStream(self)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        return [self.bos_id, *ids] if self._add_bos and ids[:1] != [self.bos_id] else ids
+        if self.bos_id is None or not self._add_bos or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def _text(self, token: int | None) -> str:
         return "" if token is None else self.backend.id_to_token(token) or ""

@@ -16,11 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import tpu
-from jaxllm.kernels.activations import Quantized, group_of
+from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
 
 GROUP = 32  # rows that are decoded together: as many as a register of bytes has
 QUANTIZED = 1 << 21  # values of x that are rounded in one step
 LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
+
+
+def blocks(weight: Scaled) -> tuple[int, int]:
+    """Rows and columns of a block; matrices with one scale for a row or for all of it are refused."""
+    rows, columns = weight.block
+    assert rows is not None and columns is not None
+    return rows, columns
 
 
 def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
@@ -31,7 +38,7 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
         return f"codes of {weight.values.dtype.name}, the kernel takes float8_e4m3fn"
     if None in weight.block:
         return "one scale for a whole row or column, the kernel takes blocks"
-    rows, columns = weight.block
+    rows, columns = blocks(weight)
     if not isinstance(x, Quantized) and x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"activations of {x.dtype.name}, the kernel takes float32 and bfloat16"
     if rows < 8 or rows > LARGEST_UNIT or (rows % tpu.LANES and tpu.LANES % rows):
@@ -52,7 +59,7 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
 def matmul(x: jax.Array | Quantized, weight: Scaled, *, interpret: tpu.Interpret = False) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
     rows = math.prod(x.shape[:-1])
-    tile = tile_sizes(rows, weight, x.dtype).tile
+    tile = tpu.fitting(tile_sizes(rows, weight, x.dtype)).tile
     tiles = jax.tree.map(lambda leaf: tpu.tiles_of(leaf.reshape(-1, leaf.shape[-1]), tile), x)
     stack = jax.tree.map(lambda leaf: leaf[None], weight)
     y = _multiply(tiles, stack, jnp.zeros(tiles.shape[0], jnp.int32), "block_fp8_matmul", interpret)
@@ -72,7 +79,7 @@ def tile_sizes(m: int, weight: Scaled, dtype: jax.typing.DTypeLike) -> tpu.Sizes
     """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
     *_, n, k = weight.shape
     itemsize = 2 if group_of(weight) else jnp.dtype(dtype).itemsize
-    return tpu.sizes(m, n, k, row_bytes=k, itemsize=itemsize, unit=math.lcm(weight.block[0], tpu.LANES))
+    return tpu.sizes(m, n, k, row_bytes=k, itemsize=itemsize, unit=math.lcm(blocks(weight)[0], tpu.LANES))
 
 
 def _multiply(
@@ -80,27 +87,28 @@ def _multiply(
 ) -> jax.Array:
     """`tiles[tiles, tile, in]` times their experts: `[tiles, tile, out]`."""
     _, n, k = stack.shape
-    block = tile_sizes(tiles.shape[1], stack, tiles.dtype).block
+    block = tpu.fitting(tile_sizes(tiles.shape[1], stack, tiles.dtype)).block
     scales = _scales_of_blocks(stack, block)
     group = group_of(stack)
+    scratch: tuple[jax.ShapeDtypeStruct, ...]
     if group is None:
         scratch = (jax.ShapeDtypeStruct((block, k), tiles.dtype),)
-        decode, product, operands = _scaled(stack.block), _plain_product, (tiles,)
+        decode, product, operands = _scaled(blocks(stack)), _plain_product, [tiles]
     else:
         if not isinstance(tiles, Quantized):
-            power_of_two = stack.activations.power_of_two
+            power_of_two = rounds_to_powers(stack)
             tiles = Quantized(*act_quant(tiles, group, power_of_two, interpret=interpret), group)
-        operands, scales = (tiles.codes, tiles.scales), scales.swapaxes(-1, -2)
+        operands, scales = [tiles.codes, tiles.scales], scales.swapaxes(-1, -2)
         native = not interpret and _multiplies_e4m3()
         scratch = () if native else (jax.ShapeDtypeStruct((block, k), jnp.bfloat16),)
-        decode, product = _nothing if native else _widened, _scaled_product(stack.block, group)
+        decode, product = _nothing if native else _widened, _scaled_product(blocks(stack), group)
     leaves = (stack.values, scales)
     return tpu.multiply(operands, leaves, expert, n, block, scratch, decode, product, name, interpret)
 
 
 def _scales_of_blocks(stack: Scaled, block: int) -> jax.Array:
     """float32 `[experts, blocks, scales of a block's rows, ceil(in / columns)]`: few, and they fit any tiling."""
-    scales, rows = stack.scales.astype(jnp.float32), block // stack.block[0]
+    scales, rows = stack.scales.astype(jnp.float32), block // blocks(stack)[0]
     pad = -scales.shape[1] % rows
     return jnp.pad(scales, ((0, 0), (0, pad), (0, 0))).reshape(len(scales), -1, rows, scales.shape[2])
 
@@ -210,14 +218,14 @@ def weight_dequant(
     """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
     *batch, n, k = weight.shape
     stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
-    block = tile_sizes(1, stack, dtype).block
+    block = tpu.fitting(tile_sizes(1, stack, dtype)).block
     scales = _scales_of_blocks(stack, block)
 
     def rows(*columns: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, block, *columns), lambda e, j: (e, j, 0))
 
     y = pl.pallas_call(
-        _scaled(weight.block),
+        _scaled(blocks(weight)),
         grid=(len(scales), pl.cdiv(n, block)),
         in_specs=[rows(k), pl.BlockSpec((None, None, *scales.shape[2:]), lambda e, j: (e, j, 0, 0))],
         out_specs=rows(k),

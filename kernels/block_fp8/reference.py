@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import dense
-from jaxllm.kernels.activations import Quantized, group_of
+from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
 from jaxllm.kernels.dense import weight_dequant
 
 __all__ = ["act_quant", "grouped_matmul", "matmul", "weight_dequant"]
@@ -52,5 +52,5 @@ def _rounded(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
     if not isinstance(x, Quantized):
         if (group := group_of(weight)) is None:
             return x
-        x = Quantized(*act_quant(x, group, weight.activations.power_of_two), group)
+        x = Quantized(*act_quant(x, group, rounds_to_powers(weight)), group)
     return x.dequantize()

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels import gpu
-from jaxllm.kernels.activations import Quantized, group_of
+from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
 from jaxllm.kernels.gpu import Tile
 
 # Steps, each one waits for the matrix instruction: so two or more programs should fit on a multiprocessor, whose
@@ -106,8 +106,8 @@ def _matmul(x: jax.Array | Quantized, weight: Scaled, expert: jax.Array | None) 
     tile = tile._replace(k=min(tile.k, _step(weight)))
     group = group_of(weight)
     if group is not None and not isinstance(x, Quantized):
-        x = Quantized(*act_quant(x, group, weight.activations.power_of_two), group)
-    codes, x_scales = (x, None) if group is None else (x.codes, x.scales)
+        x = Quantized(*act_quant(x, group, rounds_to_powers(weight)), group)
+    codes, x_scales = (x.codes, x.scales) if isinstance(x, Quantized) else (x, None)
     work = gpu.Work.of(rows, n, k, tile, tiles)
     y = gpu.launch(
         _matmul_kernel,

@@ -36,7 +36,7 @@ def refuses(op: str, x: jax.Array, weight: MXFP4) -> str | None:
 def matmul(x: jax.Array, weight: MXFP4, *, interpret: tpu.Interpret = False) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
     rows = x.reshape(-1, x.shape[-1])
-    tile = tile_sizes(len(rows), weight, x.dtype).tile
+    tile = tpu.fitting(tile_sizes(len(rows), weight, x.dtype)).tile
     tiles = tpu.tiles_of(rows, tile)
     stack = jax.tree.map(lambda leaf: leaf[None], weight)
     y = _multiply(tiles, stack, jnp.zeros(len(tiles), jnp.int32), "mxfp4_matmul", interpret)
@@ -60,7 +60,7 @@ def _multiply(tiles: jax.Array, stack: MXFP4, expert: jax.Array, name: str, inte
     """`tiles[tiles, tile, in]` times their experts: `[tiles, tile, out]`."""
     _, n, k = stack.shape
     _, tile, _ = tiles.shape
-    block = tile_sizes(tile, stack, tiles.dtype).block
+    block = tpu.fitting(tile_sizes(tile, stack, tiles.dtype)).block
     scratch = (
         jax.ShapeDtypeStruct((2, block, k // 2), tiles.dtype),
         jax.ShapeDtypeStruct((2, tile, k // 2), tiles.dtype),

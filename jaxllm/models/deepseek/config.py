@@ -68,7 +68,7 @@ DEMO_DEFAULTS = {
 _V3 = {"vocab_size": 129280, "n_dense_layers": 3, "n_shared_experts": 1, "score_func": "sigmoid", "route_scale": 2.5}
 _236B = {"dim": 5120, "inter_dim": 12288, "moe_inter_dim": 1536, "n_layers": 60, "n_heads": 128, "q_lora_rank": 1536}
 _671B = {"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_heads": 128, "q_lora_rank": 1536}
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "deepseek-v2-lite-16b": {"mscale": 0.707},
     "deepseek-v2-236b": _236B
     | {"n_routed_experts": 160, "n_expert_groups": 8, "n_limited_groups": 3, "route_scale": 16.0},
@@ -141,7 +141,7 @@ class DeepseekConfig:
         heads = given.whole("num_attention_heads", most=MANY)
         nope, rotary, value = _head_dims(given, heads)
         frequencies, scale = _hf_yarn(given, rotary)
-        names = HF_ROUTING if v3 or method == "group_limited_greedy" else HF_ROUTING[:2]
+        names = HF_ROUTING if v3 or method == "group_limited_greedy" else (*HF_ROUTING[:2], "", "")
         return cls(
             model_type=kind,
             vocab_size=given.whole("vocab_size"),
@@ -298,7 +298,7 @@ def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
 
 def _routing(
     config: Entries, experts: str, chosen: str, groups: str = "", limited: str = "", least: int = 1
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """How many experts there are and are chosen, and from how many groups; the arguments name the entries.
 
     Args:
@@ -339,7 +339,7 @@ def _hf_yarn(config: Entries, dim: int) -> tuple[Rope, float]:
 def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
     """As `_hf_yarn`. The demo stretches contexts that are longer than the original, and has one temperature only."""
     mscale = given.number("mscale", most=MSCALE)
-    values = {
+    values: dict[str, Any] = {
         "rope_theta": given.number("rope_theta", above=1.0),
         "factor": given.number("rope_factor"),
         "original_max_position_embeddings": given.whole("original_seq_len", least=2, most=POSITIONS),

@@ -32,7 +32,7 @@ def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache:
 class DeepseekBlock(nnx.Module):
     """Latent attention, then a feed-forward block, each on a normalised copy of the stream and added to it."""
 
-    cache_of = None
+    cache_of: int | None = None
 
     def __init__(self, config: DeepseekConfig, index: int, mesh: Mesh, block: int, per_head_cache: bool) -> None:
         c, heads = config, config.num_attention_heads

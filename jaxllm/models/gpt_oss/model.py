@@ -30,7 +30,7 @@ def gpt_oss(config: GptOssConfig, mesh: Mesh, block: int = 1) -> Decoder:
 class GptOssBlock(nnx.Module):
     """Attention, then experts, each on a normalised copy of the stream and added to it."""
 
-    cache_of = None
+    cache_of: int | None = None
 
     def __init__(self, config: GptOssConfig, window: int | None, mesh: Mesh, block: int) -> None:
         c, heads = config, (config.num_attention_heads, config.num_key_value_heads)

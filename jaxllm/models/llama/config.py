@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
@@ -167,7 +167,7 @@ def _gguf_layers(given: Entries, count: int, tensors: Mapping[str, Weight]) -> t
 def _gguf_experts(given: Entries, arch: str, tensors: Mapping[str, Weight]) -> MoEConfig | None:
     if not (experts := given.whole("expert_count", 0, 0, MANY)):
         return None
-    width = given.values.get("feed_forward_length")
+    width: Any = given.values.get("feed_forward_length")
     return MoEConfig(
         num_experts=experts,
         num_experts_per_tok=given.whole_up_to("expert_used_count", experts, "expert_count"),

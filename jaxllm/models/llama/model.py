@@ -30,7 +30,7 @@ def llama(config: LlamaConfig, mesh: Mesh, block: int = 1) -> Decoder:
 class LlamaBlock(nnx.Module):
     """Attention, then a feed-forward block, each on a normalised copy of the stream and added to it."""
 
-    cache_of = None
+    cache_of: int | None = None
 
     def __init__(self, config: LlamaConfig, layer: LayerConfig, mesh: Mesh, block: int) -> None:
         c, heads = config, (layer.num_attention_heads, layer.num_key_value_heads)
@@ -60,7 +60,7 @@ class LlamaBlock(nnx.Module):
 
 def feed_forward(config: LlamaConfig, layer: LayerConfig, mesh: Mesh, block: int) -> nnx.Module:
     tp, moe = mesh.shape[TP], config.moe
-    if not layer.sparse:
+    if not layer.sparse or moe is None:
         return MLP(config.hidden_size, layer.intermediate_size, block * tp, config.mlp_bias)
     return MoE(
         config.hidden_size,

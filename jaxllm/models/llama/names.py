@@ -32,7 +32,7 @@ def _half(which: int, expert: bool = False) -> Rows:
     """The gate (0) or up (1) half of a fused tensor's rows."""
 
     def rows(config: LlamaConfig, m: re.Match) -> np.ndarray:
-        size = config.moe.moe_intermediate_size if expert else config.layers[int(m[1])].intermediate_size
+        size = config.moe.moe_intermediate_size if expert and config.moe else config.layers[int(m[1])].intermediate_size
         return np.arange(size) + which * size
 
     return rows
