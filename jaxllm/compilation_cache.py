@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,23 +50,37 @@ def damaged_entries_removed() -> Iterator[None]:
     JAX compiles again what it cannot read, and warns, but it never writes over an entry that is there; so it would do
     that at every start.
     """
+    begun = time.time_ns()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    damaged = set()
+    removed = set()
     for warning in caught:
-        text = str(warning.message)
-        if found := re.match(r"Error reading persistent compilation cache entry for '([\w.<>-]+)'", text):
-            damaged.add(found[1])
+        found = re.match(r"Error reading persistent compilation cache entry for '([\w.<>-]+)'", str(warning.message))
+        if found and _remove_read_since(begun, found[1]):
+            removed.add(found[1])
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    folder = jax.config.jax_compilation_cache_dir
-    for name in damaged if folder else ():
-        for entry in Path(folder).glob(f"{name}-*"):
-            entry.unlink(missing_ok=True)
-    if damaged:
+    if removed:
         warnings.warn(
-            f"damaged entries of the compilation cache in {folder} were removed and compiled again: "
-            f"{', '.join(sorted(damaged))}",
-            stacklevel=2,
+            f"damaged entries of the compilation cache in {jax.config.jax_compilation_cache_dir} were removed and "
+            f"compiled again: {', '.join(sorted(removed))}",
+            stacklevel=3,  # of the `with` statement
         )
+
+
+def _remove_read_since(begun: int, program: str) -> bool:
+    """Remove entries of a program's name that were read since `begun` (ns); whether there were any.
+
+    JAX names the program and not the entry, and every model has a program of that name. Beside each entry lies the time
+    when it was last read, but only in a folder of bounded size.
+    """
+    read = [
+        file
+        for file in Path(jax.config.jax_compilation_cache_dir).glob(f"{program}-*-atime")
+        if int.from_bytes(file.read_bytes(), "little") >= begun
+    ]
+    for file in read:
+        file.with_name(file.name.removesuffix("atime") + "cache").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+    return bool(read)

@@ -54,3 +54,34 @@ def test_processes_share_a_folder_and_damage_is_mended(start, tmp_path):
     answered(start())  # writes those that are missing
     assert answered(start()) == (answer, "")
     assert all(len(entry.read_bytes()) > len(entries[entry]) // 2 for entry in entries if entry.exists())
+
+
+def test_entries_of_the_same_name_stay(tmp_path):
+    """Every model has a program of the name `extend`; of two, one entry is damaged."""
+    code = """
+import jax, jax.numpy as jnp
+from jaxllm import compilation_cache
+compilation_cache.WORTH = 0.0
+compilation_cache.use_compilation_cache()
+def extend(x):
+    return x + 1
+for n in 1, 2:
+    with compilation_cache.damaged_entries_removed():
+        jax.jit(extend).lower(jnp.ones(n)).compile()
+"""
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def start():
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stderr, {file: file.stat().st_ino for file in tmp_path.rglob("jit_extend-*-cache")}
+
+    _, written = start()
+    damaged, sound = written
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    said, left = start()
+    assert said.count("were removed and compiled again: jit_extend") == 1
+    assert left == {sound: written[sound]}  # not written again either
+    said, mended = start()
+    assert said == "" and mended.keys() == written.keys()
