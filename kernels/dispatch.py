@@ -56,7 +56,7 @@ class Choice:
         return self.kernel.backend
 
 
-def choose(op: str, x: Rows | None, weight: Weight | type[Weight], platform: str | None = None) -> Choice:
+def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None = None) -> Choice:
     """What does the op with these, which may be shapes only.
 
     Args:

@@ -8,7 +8,7 @@ traffic. Blocks hold whole rows (all of `in`): no tails of `in` need masks, and 
 A plain matmul is the grouped one with a single expert, so there is one kernel a format.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -130,8 +130,8 @@ def tiles_of(x: jax.Array, tile: int) -> jax.Array:
 
 
 def multiply(
-    tiles: tuple[jax.Array, ...],
-    leaves: tuple[jax.Array, ...],
+    tiles: Sequence[jax.Array],
+    leaves: Sequence[jax.Array],
     expert: jax.Array,
     n: int,
     block: int,

@@ -126,10 +126,11 @@ class Experts(nnx.Module):
     @property
     def weights(self) -> Gated:
         """The placed stacks. Raises InputError if nothing is loaded."""
-        matrices = (held(getattr(self, name)) for name in MATRICES)
+        gate, up, down = (held(getattr(self, name)) for name in MATRICES)
         if self.gate_bias is None:
-            return Gated(*matrices)
-        return Gated(*matrices, Gated(*(held(getattr(self, name)) for name in BIASES)))
+            return Gated(gate, up, down)
+        gate_bias, up_bias, down_bias = (held(getattr(self, name)) for name in BIASES)
+        return Gated(gate, up, down, Gated(gate_bias, up_bias, down_bias))
 
     def __call__(
         self, x: jax.Array, scores: jax.Array, chosen: jax.Array, activation: Activation = swiglu

@@ -7,6 +7,7 @@ them exactly; TPU7x multiplies them as they are.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ def _multiply(
     scales = _scales_of_blocks(stack, block)
     group = group_of(stack)
     scratch: tuple[jax.ShapeDtypeStruct, ...]
+    operands: list[Any]
     if group is None:
         scratch = (jax.ShapeDtypeStruct((block, k), tiles.dtype),)
         decode, product, operands = _scaled(blocks(stack)), _plain_product, [tiles]

@@ -6,6 +6,7 @@ narrower than float32, to 128 terms.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def _step(weight: Scaled) -> int:
     return math.gcd(128, weight.block[1] or 0, group_of(weight) or 0)
 
 
-def _constants(weight: Scaled) -> dict[str, int | float]:
+def _constants(weight: Scaled) -> dict[str, Any]:
     """How many rows and columns share a scale, and the factor of all of them."""
     (rows, columns), (n, k) = weight.block, weight.shape[-2:]
     return {"SCALED_N": rows or n, "SCALED_K": columns or k, "FACTOR": weight.factor}
