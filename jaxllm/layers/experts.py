@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import jax
@@ -213,10 +214,8 @@ class MoE(nnx.Module):
         self.route, self.num_experts, self.activation = route, num_experts, activation
         self.gate = Linear((num_experts, hidden_size), parallel.REPLICATED, bias=bias, keep=True)
         self.experts = Experts(num_experts, hidden_size, intermediate_size, block * tp, ep, bias)
-        self.shared_expert = None
-        if shared_size is not None:
-            column, row = parallel.SHARED_COLUMN, parallel.SHARED_ROW
-            self.shared_expert = MLP(hidden_size, shared_size, block * tp * ep, column=column, row=row)
+        shared = partial(MLP, column=parallel.SHARED_COLUMN, row=parallel.SHARED_ROW)
+        self.shared_expert = None if shared_size is None else shared(hidden_size, shared_size, block * tp * ep)
         self.shared_expert_gate = Linear((1, hidden_size), parallel.REPLICATED, keep=True) if shared_gate else None
         self.e_score_correction_bias = declare((num_experts,), PartitionSpec(None)) if correction_bias else None
 

@@ -95,13 +95,11 @@ class LatentAttention(nnx.Module):
         per_head = CacheShape(len(heads.query), s.nope + s.rope, s.value)
         self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope)
         q_shape, q_rows = s.heads * (s.nope + s.rope), heads.rows(heads.query, s.nope + s.rope)
-        self.q_proj = self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
-        if s.q_rank is None:
-            self.q_proj = Linear((q_shape, s.hidden), COLUMN, rows=q_rows)
-        else:
-            self.q_a_proj = Linear((s.q_rank, s.hidden), REPLICATED, bias=bias)
-            self.q_a_layernorm = RMSNorm(s.q_rank, LATENT_EPS)
-            self.q_b_proj = Linear((q_shape, s.q_rank), COLUMN, rows=q_rows)
+        low = s.q_rank
+        self.q_proj = Linear((q_shape, s.hidden), COLUMN, rows=q_rows) if low is None else None
+        self.q_a_proj = None if low is None else Linear((low, s.hidden), REPLICATED, bias=bias)
+        self.q_a_layernorm = None if low is None else RMSNorm(low, LATENT_EPS)
+        self.q_b_proj = None if low is None else Linear((q_shape, low), COLUMN, rows=q_rows)
         self.kv_a_proj_with_mqa = Linear((s.rank + s.rope, s.hidden), REPLICATED, bias=bias)
         self.kv_a_layernorm = RMSNorm(s.rank, LATENT_EPS)
         if split_kv_b:
