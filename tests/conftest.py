@@ -12,6 +12,7 @@ BEGUN = pytest.StashKey[float]()
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xdg"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # read by jaxllm, in this process and in the command lines that tests start
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time goes into compiling
 
 import jax  # noqa: E402
 
