@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.checkpoint.declared import Declared, declared
+from jaxllm.checkpoint.declared import NOT_CONVERTED, Declared, declared
 from jaxllm.checkpoint.demo import BLOCK, is_demo
 from jaxllm.checkpoint.demo_convert import DECLARATION, to_demo, to_huggingface
 from jaxllm.checkpoint.quantized import join, only
@@ -174,8 +174,8 @@ def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, Any
     tensors = [_dequantized(n, w, dtype) if isinstance(w, Scaled) else _same(n, w) for n, w in weights.items()]
     if unscaled:  # what is written is FP8 still, but for the matrices that were dequantized
         left_out = [name.removesuffix(".weight") for name, weight in weights.items() if isinstance(weight, Scaled)]
-        left_out = [*(given.get("modules_to_not_convert") or ()), *left_out]
-        config["quantization_config"] = {**given, "modules_to_not_convert": left_out}
+        key = next((key for key in NOT_CONVERTED if given.get(key) is not None), NOT_CONVERTED[0])
+        config["quantization_config"] = {**given, key: [*(given.get(key) or ()), *left_out]}
     for name in unscaled:
         warnings.warn(f"'{name}' is FP8, but '{name}_scale_inv' is missing; it stays FP8", stacklevel=3)
         tensors.append(_same(name, folder.tensors[name]))
@@ -292,10 +292,13 @@ class _Parser(Parser):
 def parser() -> argparse.ArgumentParser:
     p = _Parser("jaxllm.convert", __doc__.splitlines()[0])
     p.add_argument("paths", nargs="*", metavar="SRC DST", help="a directory, and the one to write, new or empty")
-    p.add_argument("--hf-ckpt-path", metavar="SRC", help="instead of SRC, as DeepSeek's convert.py has it")
-    p.add_argument("--save-path", metavar="DST", help="instead of DST, likewise")
-    p.add_argument("--input-fp8-hf-path", metavar="SRC", help="instead of SRC, as DeepSeek's fp8_cast_bf16.py has it")
-    p.add_argument("--output-bf16-hf-path", metavar="DST", help="instead of DST, likewise; implies --to bfloat16")
+    converting = "as DeepSeek's convert.py has it"
+    casting = "as DeepSeek's fp8_cast_bf16.py has it; implies --to bfloat16"
+    src, dst = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
+    src.add_argument("--hf-ckpt-path", metavar="SRC", help=f"instead of SRC, {converting}")
+    src.add_argument("--input-fp8-hf-path", metavar="SRC", help=f"instead of SRC, {casting}")
+    dst.add_argument("--save-path", metavar="DST", help=f"instead of DST, {converting}")
+    dst.add_argument("--output-bf16-hf-path", metavar="DST", help=f"instead of DST, {casting}")
     p.add_argument(
         "--to",
         choices=(*TARGETS, *LAYOUTS),
@@ -314,7 +317,8 @@ def run(args: argparse.Namespace) -> None:
     paths = [path for path in paths if path is not None]
     if len(paths) != 2:
         raise InputError("give SRC and DST, the directory to read and the one to write")
-    implied = "bfloat16" if args.output_bf16_hf_path else "demo" if args.model_parallel is not None else None
+    casting = args.input_fp8_hf_path or args.output_bf16_hf_path
+    implied = "bfloat16" if casting else "demo" if args.model_parallel is not None else None
     to = args.to or implied
     if to is None:
         raise InputError("give --to, what to convert to")

@@ -213,6 +213,51 @@ def test_only_fp8_matrices_are_converted_where_there_are_some(tmp_path, monkeypa
     assert json.loads((tmp_path / "b" / "config.json").read_text()) == CONFIG | {"torch_dtype": "bfloat16"}
 
 
+def converted_by(argv):
+    return execute(jaxllm.convert.parser(), jaxllm.convert.run, [*map(str, argv)])
+
+
+OWN_OPTIONS = {"both": ["--input-fp8-hf-path", "a", "--output-bf16-hf-path", "b"]}
+OWN_OPTIONS |= {"the source": ["--input-fp8-hf-path", "a", "b"], "the destination": ["a", "--output-bf16-hf-path", "b"]}
+
+
+@pytest.mark.parametrize("name", OWN_OPTIONS)
+def test_the_options_of_the_demos_casting_imply_bfloat16(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    source(tmp_path / "a")
+    assert converted_by(OWN_OPTIONS[name]) == 0
+    assert {x.dtype for x in read(tmp_path / "b").values()} == {BF16}
+
+
+@pytest.mark.parametrize("pair", ["--hf-ckpt-path --input-fp8-hf-path", "--save-path --output-bf16-hf-path"])
+def test_two_sources_are_not_a_source_and_a_destination(tmp_path, capsys, pair):
+    source(tmp_path / "a")
+    one, other = pair.split()
+    assert converted_by([one, tmp_path / "a", other, tmp_path / "b", "--to", "bfloat16"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: argument {other}: not allowed with argument {one} ")
+    assert not (tmp_path / "b").exists()
+
+
+EXCLUSIONS = {
+    "none": ({}, {"modules_to_not_convert": ["a"]}),
+    "one list": ({"modules_to_not_convert": ["x"]}, {"modules_to_not_convert": ["x", "a"]}),
+    "by the other name": ({"ignored_layers": ["x"]}, {"ignored_layers": ["x", "a"]}),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUSIONS)
+def test_dequantized_matrices_join_those_that_were_left_out(tmp_path, name):
+    """In the list that there is: of two lists, readers see one only."""
+    before, after = EXCLUSIONS[name]
+    said = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    tensors = {"a.weight": np.ones((2, 3), ml_dtypes.float8_e4m3fn), "a.weight_scale_inv": np.ones((1, 1), np.float32)}
+    tensors |= {"kept.weight": tensors["a.weight"], "x.weight": np.ones((2, 3), BF16)}
+    src = source(tmp_path / "a", tensors, CONFIG | {"quantization_config": said | before})
+    with pytest.warns(UserWarning, match="'kept.weight' is FP8, but 'kept.weight_scale_inv' is missing"):
+        convert(src, tmp_path / "b", to="bfloat16", progress=False)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"] == said | after
+
+
 LIMIT = 30_000
 
 

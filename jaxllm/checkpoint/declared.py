@@ -31,6 +31,7 @@ class Declared:
 
 
 SIBLINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ, AutoAWQ
+NOT_CONVERTED = ("modules_to_not_convert", "ignored_layers")  # what configs of FP8 call the matrices that are not FP8
 
 
 def declared(config: Mapping[str, object], siblings: Mapping[str, Mapping[str, object]]) -> Declared | None:
@@ -171,7 +172,7 @@ def _hqq(entries: Entries, config: Mapping[str, object]) -> Declared:
 def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
     if (fmt := entries.values.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise InputError(f"{entries.where}: FP8 of the kind '{fmt}' is not supported, only e4m3")
-    excluded = _left_out(_listed(entries, "modules_to_not_convert", "ignored_layers"))
+    excluded = _left_out(_listed(entries, *NOT_CONVERTED))
     if "weight_block_size" in entries:
         block, ue8m0 = _block(entries, "weight_block_size"), scaled_schemes.is_ue8m0(entries)
         # The last one is of stacks, which have no ".weight".
