@@ -64,6 +64,17 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{seconds:8.1f} {name}")
 
 
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """Where bits count, programs are compiled as users have them compiled: XLA's optimizations could change bits."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 MOST_MAPPINGS, MOST_MODELS = 20_000, 12
 
 

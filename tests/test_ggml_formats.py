@@ -16,6 +16,8 @@ from jaxllm.errors import InputError
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 
+pytestmark = pytest.mark.optimized
+
 ROWS, BLOCKS = 16, 24  # one shape for all tests, so that every decoder is compiled once
 PLAIN = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
 

@@ -12,6 +12,8 @@ from jaxllm.kernels import block_fp8, dispatch
 from jaxllm.kernels import mxfp4 as functions
 from jaxllm.kernels.registry import Kernel
 
+pytestmark = pytest.mark.optimized
+
 E4M3 = ml_dtypes.float8_e4m3fn
 
 

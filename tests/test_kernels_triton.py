@@ -32,6 +32,8 @@ from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
+pytestmark = pytest.mark.optimized
+
 # XLA's threads, which run callbacks, flush subnormal numbers to zero, and a new thread does what its parent does.
 THREAD = ThreadPoolExecutor(1)
 THREAD.submit(int).result()

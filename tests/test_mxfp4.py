@@ -18,6 +18,8 @@ from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Gated, gather_forward, grouped_mlp, tile_size
 from jaxllm.layers.mlp import ClampedSwiGLU
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng
 
 

@@ -24,6 +24,8 @@ from jaxllm.layers.parameter import Declaration
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 from jaxllm.placing import Source, place
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parent / "golden" / "quantized"
 HQQ = {"quant_method": "hqq"}
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))

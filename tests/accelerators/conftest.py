@@ -1,12 +1,9 @@
 """Programs for accelerators are compiled as users have them compiled."""
 
-import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def optimized():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "accelerators" in item.path.parts:
+            item.add_marker(pytest.mark.optimized)
