@@ -11,7 +11,7 @@ import kernel_cases
 import ml_dtypes
 import numpy as np
 import pytest
-from covering import in_turn
+from covering import in_turn, some
 from deepseek_numpy import Transformer, act_quant, load, read_safetensors
 from safetensors.numpy import save_file
 
@@ -26,7 +26,7 @@ CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 CASES = [*in_turn(NAMES, "tp=1", "tp=2,ep=4")]
-CASES += [(name, mesh) for name in ("v3", "v3_fp8_small_blocks") for mesh in ("tp=8", "ep=4")]
+CASES += [("v3_fp8_small_blocks", "tp=8"), *some([(name, "ep=4") for name in NAMES], [("v3", "tp=2,ep=4")])]
 
 
 def golden(name):
@@ -44,7 +44,8 @@ def test_logits_and_tokens_are_those_of_transformers(load_once, name, mesh):
         assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Those whose decode steps the test above leaves out.
+@pytest.mark.parametrize("name", some(NAMES, [name for name, mesh in CASES if mesh == "tp=1"]))
 def test_token_by_token_equals_all_at_once(load_once, name):
     """Every step of this is absorbed, and of the other side naive."""
     tokens = golden(name)["tokens"]
@@ -56,7 +57,7 @@ def test_token_by_token_equals_all_at_once(load_once, name):
     np.testing.assert_allclose(np.stack(steps, 1), model.logits(tokens), atol=1e-3)
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=8"])
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=8"], ["tp=2", "tp=8"]))
 def test_every_heads_keys_and_values_can_be_kept_instead(load_once, mesh):
     expected = golden("v3")
     model = load_once(CHECKPOINTS / "v3", mesh=mesh, dtype="float32", attention="naive")
@@ -85,7 +86,7 @@ def test_a_cached_token_is_a_latent_and_a_rotary_key(load_once):
     assert nbytes < 0.4 * 256 * c.num_hidden_layers * c.num_attention_heads * (8 + 8 + 8) * 4
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", "tp=2,ep=4"])
+@pytest.mark.parametrize("mesh", some(["tp=2", "tp=2,ep=4"], ["tp=2,ep=4"]))
 def test_a_block_sums_twice(load_once, mesh):
     model = load_once(CHECKPOINTS / "v3", mesh=mesh, dtype="float32", weights="packed")
     model.generate([1, 2, 3], 2)
@@ -129,12 +130,12 @@ def test_scales_of_powers_of_two_where_the_config_says_ue8m0(load_once, tmp_path
     config["quantization_config"]["scale_fmt"] = "ue8m0"
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tokens = golden(name)["tokens"]
+    tokens = golden(name)["tokens"][:, :8]
     params, args = load(tmp_path)
     monkeypatch.setattr(deepseek_numpy, "act_quant", partial(kernel_cases.act_quant, power_of_two=True))
     expected = Transformer(params, args, gemm_impl="fp8", attn_impl="absorb")(tokens)
-    got = np.asarray(load_once(tmp_path, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
-    other = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
+    got = np.asarray(load_once(tmp_path, mesh="tp=1", dtype="float32", matmul="fp8").logits(tokens))
+    other = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=1", dtype="float32", matmul="fp8").logits(tokens))
     assert np.abs(got - other).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=0.02)
 

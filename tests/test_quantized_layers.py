@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from covering import widest_and_in_turn
+from covering import in_turn, some, widest_and_in_turn
 from flax import nnx
 from quantized_writers import CONFIGS, FORMATS, WRITERS
 
@@ -231,7 +231,13 @@ def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh):
         case.check(kind)
 
 
-@pytest.mark.parametrize(("name", "mesh"), widest_and_in_turn(FORMATS, *EXPERT_MESHES))
+# One of each kind.
+FEW = ["gptq-4", "gptq-act-order", "awq", "bnb-nf4", "bnb-int8", "mlx-4", "hqq-4-axis0", "hqq-3", "fp8-block"]
+FEW += ["fp8-channel", "nvfp4-modelopt", "mxfp4"]
+EXPERT_CASES = [*in_turn(FORMATS, EXPERT_MESHES[-1]), *in_turn(some([*FORMATS], FEW), *EXPERT_MESHES[:-1])]
+
+
+@pytest.mark.parametrize(("name", "mesh"), EXPERT_CASES)
 def test_experts_multiply_as_those_they_stand_for(name, mesh):
     for kind, case in stacks(KINDS[name], mesh).items():
         case.check(kind)
