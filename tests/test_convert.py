@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from covering import some
 from safetensors.numpy import load_file, save_file
 
 import jaxllm.convert
@@ -132,7 +133,7 @@ def test_there_and_back_is_the_same(tmp_path):
     assert len(before) == 21
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, ["mixtral_stacked", "odd", "phi3"]))
 def test_logits_of_a_bfloat16_copy_are_near_those_of_the_original(tmp_path, name):
     convert(CHECKPOINTS / name, tmp_path / name, to="bfloat16", progress=False)
     golden = np.load(CHECKPOINTS / name / "golden.npz")

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from covering import in_turn, some
 from deepseek_numpy import E4M3, Transformer, demo_names, load, model_args, read_safetensors, weight_dequant
 from safetensors.numpy import save_file
 
@@ -79,8 +80,7 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=2,ep=2"])
-@pytest.mark.parametrize("name", ["v3", "v3_no_q_lora"])
+@pytest.mark.parametrize(("name", "mesh"), in_turn(["v3", "v3_no_q_lora"], "tp=2,ep=2", "tp=2", *some(["tp=1"], [])))
 def test_logits_are_those_of_transformers_whatever_n_was(tmp_path, name, mesh):
     golden, options = np.load(CHECKPOINTS / name / "golden.npz"), {"dtype": "float32", "weights": "packed"}
     first, *others = [jaxllm.load(made(tmp_path, name, n), mesh=mesh, progress=False, **options) for n in (4, 2, 1)]
