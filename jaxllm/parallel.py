@@ -1,10 +1,10 @@
 """The mesh and everything that happens across it.
 
-This is the only module with `shard_map`, collectives and axis names. A layer states how its matrix is cut (COLUMN, ROW
-or REPLICATED, over the logical `[out, in]`) and calls `linear` or `lookup`; kernels below see one device's shards. One
-device is the mesh of shape (1, 1) and runs the same code: a collective among one is only a copy.
+This is the only module with `shard_map`, collectives and axis names. A layer states how its matrix is sharded (COLUMN,
+ROW or REPLICATED, over the logical `[out, in]`) and calls `linear` or `lookup`. Kernels see only one device's shards. A
+single device is a mesh of shape (1, 1) and runs the same code: a collective over one device is only a copy.
 
-Functions here act under the ambient mesh (`jax.set_mesh`), so that neither layers nor models carry one around.
+Functions here use the ambient mesh (`jax.set_mesh`), so that neither layers nor models carry one around.
 """
 
 import math
@@ -24,17 +24,17 @@ from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
-EP = "ep"  # expert parallelism: whole experts on different devices
+EP = "ep"  # expert parallelism: different experts on different devices
 
-COLUMN = PartitionSpec(TP, None)  # outputs are cut; nothing is communicated
-ROW = PartitionSpec(None, TP)  # inputs are cut; partial products are summed over tp
+COLUMN = PartitionSpec(TP, None)  # outputs are sharded; nothing is communicated
+ROW = PartitionSpec(None, TP)  # inputs are sharded; partial products are summed over tp
 REPLICATED = PartitionSpec(None, None)
-HEAD_STACK = PartitionSpec(TP, None, None)  # a matrix for each head [heads, out, in]: whole heads are cut over tp
+HEAD_STACK = PartitionSpec(TP, None, None)  # a matrix per head [heads, out, in]: heads are sharded over tp
 
-EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack of experts [experts, out, in]: whole experts over ep,
-EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each of them cut over tp
-EXPERT_WHOLE = PartitionSpec(EP, None, None)  # or not
-SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, which all devices share
+EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack [experts, out, in]: experts are sharded over ep,
+EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each expert's matrix over tp
+EXPERT_WHOLE = PartitionSpec(EP, None, None)  # each expert's matrix is complete on its device
+SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, sharded over all devices
 SHARED_ROW = PartitionSpec(None, (EP, TP))
 
 HEADS = PartitionSpec(None, None, TP, None)  # activations [batch, time, heads, head_dim]
@@ -45,7 +45,7 @@ def make_mesh(mesh: Mesh | str | None = None, devices: Sequence[jax.Device] | No
     """A mesh with the axes (ep, tp) from text such as "tp=4,ep=2"; axes left out have size 1.
 
     Raises:
-        InputError: text that is not `axis=size` pairs, or more devices asked for than there are.
+        InputError: the text is not `axis=size` pairs, or asks for more devices than there are.
     """
     if isinstance(mesh, Mesh):
         if not set(mesh.axis_names) <= {TP, EP}:
@@ -82,7 +82,7 @@ def ambient_mesh() -> AbstractMesh:
     """The shape of the mesh that `jax.set_mesh` has set.
 
     Raises:
-        InputError: there is none, or not one as `make_mesh` makes them.
+        InputError: no mesh is set, or its axes are not those of `make_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -99,20 +99,20 @@ def placing_mesh() -> Mesh:
 
 
 def local(f: Callable, in_specs: object, out_specs: object, check_vma: bool = True) -> Callable:
-    """`f` on each device's own shards, cut as the PartitionSpecs say."""
+    """`f` applied to each device's own shards, which the PartitionSpecs define."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def local_specs(weight: Weight, spec: PartitionSpec) -> Weight:
-    """How each leaf of a weight is cut, for `local`."""
+    """How each leaf of a weight is sharded, for `local`."""
     return weight.shard_specs(spec, ambient_mesh())
 
 
 def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """`x[..., in] @ weight[out, in].T` -> `[..., out]` in `dtype` (x's by default), for a weight cut by `spec`.
+    """`x[..., in] @ weight[out, in].T` -> `[..., out]` in `dtype` (x's by default), for a weight sharded by `spec`.
 
-    COLUMN leaves the last axis of the result cut over tp; ROW expects that of x and gives a whole result. The sum over
-    devices is taken in float32 and rounded once, so that N devices round where one device does.
+    COLUMN leaves the last axis of the result sharded over tp. ROW expects x sharded that way and replicates its result.
+    The sum over devices is taken in float32 and rounded once, so that N devices round where one device does.
     """
     out_axis, in_axis = spec
     lead = (None,) * (x.ndim - 1)
@@ -128,15 +128,15 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
 
 
 def _whole_rows(axis: str | tuple[str, ...] | None) -> Peak:
-    """From the largest values of parts of rows, which are cut over `axis`, to those of the rows."""
+    """A function from the peaks of a device's parts of rows, sharded over `axis`, to the peaks of complete rows."""
     return unchanged if axis is None else partial(jax.lax.pmax, axis_name=axis)
 
 
 def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows `ids` of a COLUMN-cut table `[vocab, hidden]`, as `[*ids.shape, hidden]`.
+    """Rows `ids` of an embedding table `[vocab, hidden]`, sharded by COLUMN, as `[*ids.shape, hidden]`.
 
-    Every device looks up the ids that it holds and adds zeros for the others: one reduce of activations, in exchange
-    for never holding the whole vocabulary on one device.
+    Every device looks up the ids that it holds and contributes zeros for the others. This costs one reduce of
+    activations; in exchange, no device holds the entire vocabulary.
     """
 
     def shard(ids: jax.Array, weight: Weight) -> jax.Array:
@@ -151,10 +151,10 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
 
 
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
-    """How each leaf of a gated block, whose matrices are cut by `column` and `row`, is cut."""
+    """How each leaf of a gated block is sharded when its matrices are sharded by `column` and `row`."""
     bias = None
     if block.bias is not None:
-        bias = gated_specs(block.bias, column, PartitionSpec(*row[:-1], None))  # the last is whole: see `_once`
+        bias = gated_specs(block.bias, column, PartitionSpec(*row[:-1], None))  # the last is replicated: see `_once`
     return Gated(local_specs(block.gate, column), local_specs(block.up, column), local_specs(block.down, row), bias)
 
 
@@ -167,14 +167,14 @@ def experts(
     activation: Activation,
     shared: tuple[Gated, jax.Array] | None = None,
 ) -> jax.Array:
-    """Every token through the experts it has chosen, weighed by their scores, and one sum over all devices.
+    """Send every token through its chosen experts; sum the results, weighted by the scores, over all devices.
 
     Args:
         x: `[tokens, hidden]`.
-        scores, chosen: `[tokens, k]`, expert numbers being int32.
-        stack: cut by EXPERT_COLUMN and EXPERT_ROW.
-        shared: a block cut by SHARED_COLUMN and SHARED_ROW that every token goes through, and its scores, `[tokens, 1]`
-            or `[]`.
+        scores, chosen: `[tokens, k]`; expert numbers are int32.
+        stack: sharded by EXPERT_COLUMN and EXPERT_ROW.
+        shared: a block, sharded by SHARED_COLUMN and SHARED_ROW, that every token goes through, and its scores,
+            `[tokens, 1]` or `[]`.
 
     Returns:
         `[tokens, hidden]` in x's dtype.
@@ -195,12 +195,12 @@ def experts(
     uncut = PartitionSpec()
     shared_specs = None if shared is None else (gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), uncut)
     specs = uncut, uncut, uncut, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
-    # A loop of as many rounds as a device has work is beyond what check_vma can follow.
+    # check_vma cannot follow a loop whose number of rounds depends on how much work the device has.
     return local(shard, specs, uncut, check_vma=False)(x, scores, chosen, stack, shared)
 
 
 def _once(stack: Gated) -> Gated:
-    """The stack with its last bias on one of the devices only whose results are summed over tp."""
+    """The stack with down's bias kept on one device of tp and zero on the others, so that the sum adds it once."""
     if stack.bias is None:
         return stack
     first = jax.lax.axis_index(TP) == 0
@@ -209,5 +209,5 @@ def _once(stack: Gated) -> Gated:
 
 
 def gather(x: jax.Array) -> jax.Array:
-    """A cut array, whole on every device."""
+    """A sharded array, replicated on every device."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -17,11 +17,11 @@ from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
 
-Operand = Any  # an array or a pytree of them; or how they are sharded
+Operand = Any  # an array or a pytree of arrays; or their PartitionSpecs
 
 
 class _Operands(NamedTuple):
-    """What one device attends with: its own heads of everything but the positions."""
+    """The inputs of attention on one device: its own heads, and all positions."""
 
     q: Operand
     k: Operand
@@ -42,15 +42,15 @@ class Attention(nnx.Module):
     Args:
         hidden_size, num_heads, num_kv_heads: as in the checkpoint.
         head_dim, value_dim: size of a query/key head and of a value head.
-        heads: where the heads stand on the mesh.
-        scale: of the scores; by default `head_dim ** -0.5`.
-        score_cap: c in `c tanh(scores / c)`, which keeps scores within c; None: they are not capped.
+        heads: how the heads are placed on the mesh.
+        scale: what scores are multiplied by; by default `head_dim ** -0.5`.
+        score_cap: c in `c tanh(scores / c)`, which keeps scores within c; None: no cap.
         qkv_bias, o_bias: whether the projections have biases.
         q_norm, k_norm: norms over each query and each key head.
-        sliding_window: how many positions back, its own included, a token sees; None: all of them.
-        sinks: whether each head has a score of its own for attending to nothing.
-        own_keys: whether the layer has keys and values of its own; otherwise it is given another layer's cache.
-        shared: whether other layers read this one's cache, which then holds every position.
+        sliding_window: how many positions a token attends to, its own included; None: all of them.
+        sinks: whether each head has a learned score for attending to nothing.
+        own_keys: whether the layer computes keys and values; otherwise it reads another layer's cache.
+        shared: whether other layers read this layer's cache, which then holds every position.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Attention(nnx.Module):
 
         Args:
             x: `[batch, time, hidden]`.
-            cache: keys and values `[batch, kv_heads, length, dim]`, to be donated.
+            cache: keys and values `[batch, kv_heads, length, dim]`, which the caller should donate.
 
         Returns:
-            The output `[batch, time, hidden]` and the cache with the new keys and values in it.
+            The output `[batch, time, hidden]` and the cache with the new keys and values added.
         """
         q = self._heads(x, self.q_proj, self.head_dim, self.q_norm, context)
         k = v = None
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
     def _heads(
         self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
     ) -> jax.Array:
-        """Queries or keys `[batch, time, heads, dim]`, normalised and rotated where that is asked for."""
+        """Queries or keys `[batch, time, heads, dim]`, normalised and rotated if the layer does that."""
         heads = _heads(projection(x), dim)
         heads = heads if norm is None else norm(heads)
         return heads if context.angles is None else rotate(heads, *context.angles)
@@ -129,14 +129,14 @@ class Attention(nnx.Module):
 def _updated(
     cache: LayerCache, new: LayerCache, given: _Operands, window: int
 ) -> tuple[LayerCache, LayerCache, jax.Array]:
-    """The cache with what is new, the keys and values to attend to, and their positions `[batch or 1, length]`."""
+    """The updated cache, the keys and values to attend to, and their positions `[batch or 1, length]`."""
     start, length = given.positions[:, 0], cache[0].shape[2]
-    if window <= length:  # no ring has come around yet
-        # The barrier keeps XLA from fusing the update into its reader as well, which costs copies of the cache.
+    if window <= length:  # no ring has wrapped around yet
+        # The barrier keeps XLA from fusing the update into its reader too, which would cost copies of the cache.
         keys, values = lax.optimization_barrier((write(cache[0], new[0], start), write(cache[1], new[1], start)))
         looked_at = keys[:, :, :window], values[:, :, :window]
         return (keys, values), looked_at, jnp.arange(window, dtype=jnp.int32)[None]
-    if given.positions.shape[1] == 1:  # what the new position takes the slot of, no layer with such a ring can see
+    if given.positions.shape[1] == 1:  # the position that it overwrites is outside the window
         slot = start % length
         cache = lax.optimization_barrier((write(cache[0], new[0], slot), write(cache[1], new[1], slot)))
         return cache, cache, ring_positions(length, start)
@@ -169,14 +169,14 @@ def dot_product_attention(
     """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
 
     Args:
-        q: `[batch, time, heads, head_dim]`, the queries of one key/value head together.
+        q: `[batch, time, heads, head_dim]`; queries that share a key/value head are adjacent.
         keys, values: `[batch, kv_heads, length, dim]`.
-        positions: `[batch, time]`, that of each query.
-        key_positions: `[batch or 1, length]`, those of the keys; below 0 where there is no key.
+        positions: `[batch, time]`, the position of each query.
+        key_positions: `[batch or 1, length]`, the positions of the keys; negative where there is no key.
         sliding_window: see `Attention`.
         score_cap: see `Attention`.
-        sinks: `[heads]`, the score of a position that every query sees and whose value is zero (GPT-OSS, which follows
-            Xiao et al., 2023).
+        sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS,
+            after Xiao et al., 2023).
 
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.

@@ -1,7 +1,7 @@
-"""What attention remembers of a sequence: fixed-capacity buffers that are donated from step to step.
+"""The key/value cache: fixed-capacity buffers that are donated from step to step.
 
-A layer that looks back a limited distance keeps a ring of about that many positions, whatever the capacity: position p
-stands in slot `p mod length` until a later one takes its place.
+A layer with a sliding window keeps a ring of about that many positions, whatever the capacity: position p is stored in
+slot `p mod length` until a later position overwrites it.
 """
 
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from jaxllm.parallel import CACHE
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [batch, heads, length, dim]
 
-REWIND = 64  # positions more than its window that a ring keeps, so that a conversation can be taken back a little
+REWIND = 64  # positions that a ring keeps beyond its window, so that a conversation can go back a little
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one layer caches of a position: `heads` as placed over the mesh, and the sizes of a key and a value.
+    """What one layer caches per position: `heads` as placed on the mesh, and the sizes of a key and a value.
 
-    window: how many positions back, the newest included, are ever looked at; None: all of them.
+    window: how many positions, the newest included, are ever attended to; None: all of them.
     """
 
     heads: int
@@ -31,7 +31,7 @@ class CacheShape:
     window: int | None = None
 
     def length(self, capacity: int) -> int:
-        """Positions that the layer keeps of a sequence of up to `capacity`."""
+        """How many positions the layer keeps of a sequence of up to `capacity` tokens."""
         return capacity if self.window is None else min(capacity, self.window + REWIND)
 
 
@@ -40,9 +40,9 @@ class CacheShape:
 class KVCache:
     """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads.
 
-    `lengths[batch]` is the number of positions that hold a token. Positions from there on are never attended to, so
-    they need no clearing: a padded prompt leaves rubbish there, which later tokens overwrite. `limits[batch]` is the
-    length that each sequence may grow to, which decides about rotary frequencies (`Rope`). `capacity` is the most
+    `lengths[batch]` is the number of positions that hold a token. Later positions are never attended to, so they need
+    no clearing: a padded prompt leaves garbage there, which later tokens overwrite. `limits[batch]` is the length that
+    each sequence may grow to, which decides its rotary frequencies (`Rope`). `capacity` is the largest number of
     positions that a sequence may have.
     """
 
@@ -63,7 +63,7 @@ class KVCache:
         mesh: Mesh,
         spec: PartitionSpec = CACHE,
     ) -> Self:
-        """The cache of these layers as shapes with shardings; `zeros` makes it."""
+        """The cache of these layers as shapes with shardings; `zeros` allocates it."""
         sharded, copied = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec())
 
         def buffer(shape: CacheShape, dim: int) -> jax.ShapeDtypeStruct:
@@ -88,13 +88,13 @@ class KVCache:
         return jax.tree.map(lambda leaf: leaf.sharding, self)
 
     def can_rewind(self, length: int, to: int) -> bool:
-        """Whether a sequence of `length` can go on from position `to`: whether all that is seen from there is kept."""
+        """Whether a sequence of `length` can continue from position `to`: whether all it would attend to is kept."""
         rings = ((s.length(self.capacity), s.window) for s in self.shapes if s.window is not None)
         return all(length <= size or length - to <= size - window for size, window in rings)
 
 
 def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """`new[batch, time, heads, dim]` into `buffer[batch, heads, length, dim]` from slot `start[batch]` on."""
+    """Write `new[batch, time, heads, dim]` into `buffer[batch, heads, length, dim]` from slot `start[batch]` on."""
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, which is slower
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
@@ -102,7 +102,7 @@ def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array) -> jax.Array:
-    """As `write`, of the first `counts[batch]` of the new positions those that are the newest of their slots."""
+    """Like `write`, for a ring: of the first `counts[batch]` new positions, writes the newest of each slot."""
     newest = ring_positions(ring.shape[2], start + counts - 1)  # [batch, length]
     fresh = newest >= start[:, None]
     index = jnp.where(fresh, newest - start[:, None], 0)[:, None, :, None]
@@ -111,6 +111,6 @@ def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Ar
 
 
 def ring_positions(length: int, last: jax.Array) -> jax.Array:
-    """Which position stands in each slot after position `last[batch]`: int32 `[batch, length]`, below 0 where none."""
+    """The position in each slot after `last[batch]` is written: int32 `[batch, length]`, negative for empty slots."""
     last = last[:, None]
     return last - jnp.mod(last - jnp.arange(length, dtype=jnp.int32), length)

@@ -1,4 +1,4 @@
-"""What all layers of a call are told about the tokens that they process."""
+"""What a call tells all layers about the tokens that they process."""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +8,14 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """Where the new tokens of a call stand in their sequences.
+    """The positions of a call's new tokens in their sequences.
 
     Attributes:
         positions: int32 `[batch, time]`, consecutive in time.
-        angles: cosine and sine of the layer's rotary positions, float32 `[batch, time, 1, rotary_dim / 2]`; None for a
-            layer without them.
+        angles: cosine and sine of the layer's rotary embedding, float32 `[batch, time, 1, rotary_dim / 2]`; None for a
+            layer without one.
         counts: int32 `[batch]`, how many of the tokens are real; the rest is padding.
-        window: how many positions of the cache are looked at; all of `positions` lie below it.
+        window: how many positions of the cache are read; all of `positions` are below it.
     """
 
     positions: jax.Array

@@ -1,7 +1,7 @@
 """The frame that decoder-only models share: an embedding table, blocks, a norm, and a head.
 
-What a block does is the business of each model, which spells it out in its own file. The frame knows what no block can:
-which layers there are, what rotary angles they need, and whose cache each of them uses.
+Each model defines its own block, in its own file. The frame knows what no single block can: which layers there are,
+which rotary angles they need, and which cache each of them uses.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from jaxllm.parallel import CACHE, TP
 
 
 class Block(Protocol):
-    """What the frame asks of a layer.
+    """What the frame requires of a layer.
 
     Attributes:
-        rope: its rotary positions, if it has some.
+        rope: its rotary embedding, if it has one.
         cache_shape: what it caches.
-        cache_of: the layer whose cache it reads instead of having one of its own; None: it has one.
+        cache_of: the layer whose cache it reads; None: it has its own.
     """
 
     rope: Rope | None
@@ -34,21 +34,21 @@ class Block(Protocol):
     cache_of: int | None
 
     def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
-        """`x[batch, time, hidden]` -> the same after this layer, and the cache with the new tokens in it."""
+        """`x[batch, time, hidden]` after this layer, and the cache with the new tokens added."""
 
 
 class Decoder(nnx.Module):
-    """A model.
+    """A decoder-only language model.
 
     Args:
         config: has vocab_size, hidden_size and tie_word_embeddings.
         blocks: the layers, each a module and a `Block`.
-        norm: what the last layer's output goes through.
-        mesh: what the model is sharded over.
-        cache_spec: how the cache is.
+        norm: the norm after the last layer.
+        mesh: the mesh that the model is sharded over.
+        cache_spec: how the cache is sharded.
         embedding_scale: what embeddings are multiplied by.
-        logit_scale: what logits are.
-        logit_cap: c in `c tanh(logits / c)`, which keeps logits within c; None: they are not capped.
+        logit_scale: what logits are multiplied by.
+        logit_cap: c in `c tanh(logits / c)`, which keeps logits within c; None: no cap.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Embedding(vocabulary, tp)
 
     def cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> KVCache:
-        """The shapes of a cache for so many sequences of up to `capacity` positions."""
+        """The shapes of a cache for `batch` sequences of up to `capacity` positions."""
         shapes = tuple(layer.cache_shape for layer in self.layers if layer.cache_of is None)
         return KVCache.abstract(shapes, batch, capacity, dtype, mesh, self.cache_spec)
 
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         Args:
             counts: `[batch]`, how many of each row's tokens are real; the rest is padding on the right.
             window: see `Context`.
-            dtype: of the activations.
+            dtype: the dtype of the activations.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
@@ -102,12 +102,12 @@ class Decoder(nnx.Module):
         return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`hidden[..., hidden]` -> float32 `[..., vocab]`. A tied head is the same parameter used again."""
+        """`hidden[..., hidden]` -> float32 `[..., vocab]`. A tied head uses the embedding table's parameter."""
         logits = (self.lm_head or self.embed_tokens).attend(hidden) * self.logit_scale
         return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
 
 
 @jax.jit
 def _apply(layer: Block, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
-    """A layer. Being jitted, layers of one kind are traced and lowered once, however many there are."""
+    """Apply a layer. Because this is jitted, layers of one kind are traced and lowered only once."""
     return layer(x, cache, context)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router, a stack of feed-forward blocks, and perhaps one that every token goes through."""
+"""Mixture of experts: a router, a stack of feed-forward blocks, and perhaps a block that every token goes through."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,13 +38,14 @@ Route = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class TopKRouter:
-    """The routers of DeepSeek-V2 and V3, of which the plain one, a softmax over all experts, is the case of one group.
+    """The routers of DeepSeek-V2 and V3. With one group this is the plain router, a softmax over all experts.
 
-    Experts are scored by "softmax" or "sigmoid". Selection adds the correction bias, if there is one, and is limited
-    to the `chosen_groups` best groups, a group being as good as its best expert ("max") or the sum of its two best
-    ("top2"). The scores of the k chosen are without the bias, brought to a sum of 1 if `normalize`, times `scale`.
+    Experts are scored by "softmax" or "sigmoid". Selection adds the correction bias, if any, and only considers
+    the `chosen_groups` best groups. A group is ranked by its best expert ("max") or the sum of its two best ("top2").
+    The scores of the k chosen experts exclude the bias. They are normalised to sum to 1 if `normalize`, then multiplied
+    by `scale`.
 
-    A value rather than a closure, so that layers that route alike are alike.
+    This is a value rather than a closure, so that layers with the same routing compare equal.
     """
 
     k: int
@@ -64,7 +65,7 @@ class TopKRouter:
             best = jax.lax.top_k(grouped, 1 if self.group_score == "max" else 2)[0].sum(axis=-1)
             kept = jax.lax.top_k(best, self.chosen_groups)[1]
             mask = jnp.any(jnp.arange(self.groups) == kept[..., None], axis=1)
-            # -inf, where the demo has 0: with negative biases an expert of a masked group could win.
+            # -inf rather than the demo's 0: with negative biases, an expert of a masked group could win.
             choice = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
         experts = jax.lax.top_k(choice, self.k)[1]
         scores = jnp.take_along_axis(scores, experts, axis=-1)
@@ -74,10 +75,10 @@ class TopKRouter:
 
 
 class Experts(nnx.Module):
-    """A stack of gated feed-forward blocks: whole experts are cut over ep, their intermediate dimension over tp.
+    """A stack of gated feed-forward blocks: experts are sharded over ep, their intermediate dimension over tp.
 
-    `multiple` is what that dimension is padded to, as in `MLP`. The stack is padded to a multiple of ep with experts of
-    zeros that no router chooses. Biases are matrices of one column.
+    That dimension is padded to a multiple of `multiple`, as in `MLP`. The stack is padded to a multiple of ep with
+    experts of zeros that no router chooses. Biases are matrices of one column.
     """
 
     def __init__(
@@ -101,16 +102,16 @@ class Experts(nnx.Module):
         down: Matrix | Sequence[Matrix],
         bias: tuple[np.ndarray | jax.Array, ...] | None = None,
     ) -> Self:
-        """Experts that stand alone, placed on the mesh that `jax.set_mesh` has set; the sizes may be any.
+        """Experts outside a model, placed on the mesh that `jax.set_mesh` has set. Any sizes work.
 
         Args:
             gate, up: a stack `[experts, intermediate, hidden]`, or a matrix for each expert.
-            down: `[experts, hidden, intermediate]`, likewise.
-            bias: of the three, `[experts, intermediate]` twice and `[experts, hidden]`.
+            down: a stack `[experts, hidden, intermediate]`, or a matrix for each expert.
+            bias: the biases of the three, `[experts, intermediate]` twice and `[experts, hidden]`.
 
         Raises:
-            InputError: no mesh, shapes that do not belong together, experts of different formats, or not floating-point
-                numbers.
+            InputError: no mesh is set, shapes do not match, experts have different formats, or values are not
+                floating-point numbers.
         """
         mesh = parallel.placing_mesh()
         gate, up, down = (_stack(m, name) for name, m in zip(MATRICES, (gate, up, down), strict=True))
@@ -136,18 +137,18 @@ class Experts(nnx.Module):
     def __call__(
         self, x: jax.Array, scores: jax.Array, chosen: jax.Array, activation: Activation = swiglu
     ) -> jax.Array:
-        """Each token through the experts that it has chosen, weighted by their scores, and one sum over all devices.
+        """Send every token through its chosen experts; sum the results, weighted by the scores, over all devices.
 
         Args:
             x: `[tokens, hidden]`.
-            scores, chosen: `[tokens, k]`, expert numbers being int32; those of no expert add nothing.
-            activation: of an expert's gate and up projection.
+            scores, chosen: `[tokens, k]`; expert numbers are int32, and numbers of no expert add nothing.
+            activation: a function of an expert's gate and up projections.
 
         Returns:
             `[tokens, hidden]` in x's dtype.
 
         Raises:
-            InputError: nothing is loaded, no mesh is set, or arguments that do not fit.
+            InputError: nothing is loaded, no mesh is set, or the arguments do not fit.
         """
         count, hidden, _ = self.down_proj.declared.shape
         stack, x, scores, chosen = self.weights, as_floating(x, hidden), jnp.asarray(scores), jnp.asarray(chosen)
@@ -159,18 +160,18 @@ class Experts(nnx.Module):
         return parallel.experts(x, scores, chosen, stack, count, activation)
 
     def dequantize(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The stacks of gate, up and down as the checkpoint has them, float32."""
+        """The stacks of gate, up and down in the checkpoint's order and size, float32."""
         return dequantized(self.gate_proj), dequantized(self.up_proj), dequantized(self.down_proj)
 
     def add_delta(
         self, gate: jax.Array | None = None, up: jax.Array | None = None, down: jax.Array | None = None
     ) -> Self:
-        """With a delta, shaped as the stack, added to each that has one; see `Linear.add_delta`."""
+        """New experts with each given delta, of its stack's shape, added to that stack; see `Linear.add_delta`."""
         deltas = {name: d for name, d in zip(MATRICES, (gate, up, down), strict=True) if d is not None}
         return replaced(self, **{name: with_delta(getattr(self, name), delta) for name, delta in deltas.items()})
 
     def requantize(self, type: str) -> Self:
-        """With all three stacks encoded as `type`, see `Linear.requantize`."""
+        """New experts with all three stacks encoded as `type`, see `Linear.requantize`."""
         return replaced(self, **{name: requantized(getattr(self, name), type) for name in MATRICES})
 
 
@@ -184,16 +185,16 @@ class MoE(nnx.Module):
     """The feed-forward block of a sparse layer.
 
     Args:
-        route: from router logits float32 `[tokens, experts]` and the correction bias `[experts]`, if there is one, to
+        route: maps router logits float32 `[tokens, experts]` and the correction bias `[experts]`, if there is one, to
             scores and expert numbers `[tokens, k]`.
-        block: columns of `down` that cannot be cut apart.
+        block: block size of `down` along its columns; blocks are never split.
         tp, ep: sizes of the mesh.
         shared_size: intermediate size of a block that every token goes through; None: there is no such block. It is
-            cut over all devices, and its part joins the experts' in their one reduce.
-        shared_gate: whether that block is weighed by the sigmoid of a gate.
-        correction_bias: whether the router has a bias that only selects.
+            sharded over all devices, and its result joins the experts' in their one reduce.
+        shared_gate: whether that block is weighted by the sigmoid of a gate.
+        correction_bias: whether the router has a bias that is used for selection only.
         bias: whether the router and the experts have biases.
-        activation: between an expert's matrices.
+        activation: a function of an expert's gate and up projections.
     """
 
     def __init__(

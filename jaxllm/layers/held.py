@@ -1,6 +1,6 @@
-"""The matrix that a layer's parameter holds, on its devices: back in the checkpoint's order, changed, encoded anew.
+"""Operations on the matrix that a layer holds: restore the checkpoint's order, add a delta, requantize.
 
-Nothing here gathers a matrix on one device or on the host: what is done is done to the shards where they lie.
+Nothing here gathers a matrix on one device or on the host: every operation works on the shards in place.
 """
 
 from functools import partial
@@ -23,10 +23,10 @@ Matrix = Weight | np.ndarray | jax.Array
 
 
 def as_weight(matrix: Matrix, ndim: int, name: str) -> Weight:
-    """What a layer is made of, as a weight in the host's memory or in a file.
+    """A weight or array as a `Weight`, in the host's memory or in a file.
 
     Raises:
-        InputError: another number of dimensions, or an array of something other than floating-point numbers.
+        InputError: the number of dimensions is not `ndim`, or the array does not hold floating-point numbers.
     """
     if isinstance(matrix, Weight):
         weight = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, matrix)
@@ -41,10 +41,10 @@ def as_weight(matrix: Matrix, ndim: int, name: str) -> Weight:
 
 
 def fill(param: nnx.Param, parts: Weight | tuple[Weight, ...], name: str) -> None:
-    """Place a weight, or one for each matrix of a stack, on the ambient mesh as the parameter is declared.
+    """Place a weight, or one for each matrix of a stack, on the ambient mesh as the parameter's declaration says.
 
     Raises:
-        InputError: the shape is not the declared one, or there is no mesh.
+        InputError: the shape is not the declared one, or no mesh is set.
     """
     declared = param.declared
     stacked = isinstance(parts, tuple)
@@ -77,10 +77,10 @@ def _restored(weight: Weight, declared: Declaration) -> jax.Array:
 
 
 def with_delta(param: nnx.Param, delta: np.ndarray | jax.Array) -> Weight:
-    """The parameter's weight plus a delta in the checkpoint's order and size, sharded and encoded as it is.
+    """The parameter's weight plus a delta in the checkpoint's order and size. Sharding and format stay the same.
 
     Raises:
-        InputError: a delta of another shape, or a format that cannot be encoded.
+        InputError: the delta has another shape, or the format has no encoder.
     """
     weight, declared = held(param), param.declared
     mesh = jax.tree.leaves(weight)[0].sharding.mesh
@@ -97,7 +97,7 @@ def requantized(param: nnx.Param, type: str) -> Weight:
 
 
 def replaced[M: nnx.Module](module: M, **weights: Weight) -> M:
-    """A copy of the layer with other weights in the parameters named; the given one stays as it is."""
+    """A copy of the layer with new weights for the named parameters; the given layer is unchanged."""
     copy = nnx.clone(module)
     for name, weight in weights.items():
         getattr(copy, name).set_value(weight)

@@ -1,4 +1,4 @@
-"""Matrices as layers. None of them knows the format of the weight it holds."""
+"""Layers that hold matrices. None of them knows the format of its weight."""
 
 from collections.abc import Sequence
 from typing import Self, overload
@@ -27,17 +27,17 @@ from jaxllm.layers.parameter import declare
 
 
 class Linear(nnx.Module):
-    """`y = x @ weight.T + bias`, cut over the mesh as `spec` says.
+    """`y = x @ weight.T + bias`, sharded over the mesh by `spec`.
 
-    Made by its constructor, a layer is part of a model: its matrix is declared and loaded later, and x and y have the
-    order and the sizes of what lies on the mesh, where the model has padded and placed heads. Made by `from_weight`, it
-    stands alone: x and y have the checkpoint's sizes.
+    The constructor makes a layer for a model: its matrix is declared now and loaded later, and x and y have the order
+    and the sizes on the mesh, where the model has padded and placed heads. `from_weight` makes a layer outside a model:
+    x and y have the checkpoint's sizes.
 
     Args:
         shape: `(out, in)` as in the checkpoint.
         spec: COLUMN, ROW or REPLICATED.
         rows, cols: arrangement of the matrix, see `Declaration`.
-        bias: whether there is one. That of a ROW layer is added once, after the reduce.
+        bias: whether there is one. The bias of a ROW layer is added once, after the reduce.
         keep: whether the matrix stays in the checkpoint's format, see `Declaration`.
     """
 
@@ -70,11 +70,11 @@ class Linear(nnx.Module):
 
     @classmethod
     def from_weight(cls, weight, spec, bias=None):  # noqa: ANN001, ANN206
-        """A layer that stands alone, its matrix placed on the mesh that `jax.set_mesh` has set.
+        """A layer outside a model, with its matrix placed on the mesh that `jax.set_mesh` has set.
 
-        Sizes that the mesh does not divide are padded with zeros, in whole blocks, and scales are repeated where a cut
-        would tear their block. A COLUMN layer whose `out` divides communicates nothing; where it was padded, bringing
-        the result back to `out` moves it between devices.
+        Sizes that the mesh does not divide are padded with zeros, in complete blocks. Scales are repeated where a shard
+        boundary would split their block. A COLUMN layer communicates nothing if tp divides `out`. If `out` was padded,
+        removing the padding from the result moves it between devices.
 
         Args:
             weight: `[out, in]`, a `Weight` of any format or a floating-point array; or several, see `Merged`.
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
             bias: `[out]`, or one (or None) for each matrix.
 
         Raises:
-            InputError: no mesh, not a matrix of floating-point numbers, or a bias of another size.
+            InputError: no mesh is set, the weight is not a floating-point matrix, or the bias has another size.
         """
         if isinstance(weight, Sequence):
             biases = [None] * len(weight) if bias is None else bias
@@ -109,7 +109,7 @@ class Linear(nnx.Module):
         """`x[..., in]` -> `[..., out]` in `dtype`, x's by default.
 
         Raises:
-            InputError: nothing is loaded, no mesh is set, or an x that does not fit.
+            InputError: nothing is loaded, no mesh is set, or x does not fit.
         """
         weight = held(self.weight)
         out, in_ = self.weight.declared.shape if self.stands_alone else weight.shape
@@ -122,21 +122,21 @@ class Linear(nnx.Module):
         return y[..., :out]
 
     def dequantize(self) -> jax.Array:
-        """The matrix as the checkpoint has it: float32 `[out, in]`, whatever order and padding it is placed with."""
+        """The matrix in the checkpoint's order and size, without padding: float32 `[out, in]`."""
         return dequantized(self.weight)
 
     def add_delta(self, delta: np.ndarray | jax.Array) -> Self:
-        """A new layer, whose matrix has `delta[out, in]`, in the checkpoint's order, added to it. It is encoded and
-        sharded as this one, which stays as it is.
+        """A new layer whose matrix is this one's plus `delta[out, in]`, given in the checkpoint's order. Format and
+        sharding are the same; this layer is unchanged.
 
         Raises:
-            InputError: a delta of another shape, or a format that cannot be encoded (then `requantize` first).
+            InputError: the delta has another shape, or the format has no encoder (then `requantize` first).
         """
         return replaced(self, weight=with_delta(self.weight, delta))
 
     def requantize(self, type: str) -> Self:
-        """A new layer, whose matrix is encoded as `type`, for example "q4_k", and sharded as that of this one, which
-        stays as it is. Where a device's columns are not whole blocks, llama.cpp's fallback is taken, see `quantize`.
+        """A new layer whose matrix is encoded as `type`, for example "q4_k". The sharding is the same; this layer is
+        unchanged. If a device's columns are not complete blocks, llama.cpp's fallback type is used, see `quantize`.
 
         Raises:
             InputError: there is no encoder for `type`, or the matrix has values that are not finite.
@@ -145,7 +145,7 @@ class Linear(nnx.Module):
 
 
 def _places(weight: Weight, axis: int, dim: str, count: int) -> np.ndarray | None:
-    """Where the positions of a dimension go if it is cut into `count` parts; None: in order, without padding."""
+    """The index that pads a dimension for `count` shards; None: no padding is needed."""
     size, multiple = weight.shape[axis], weight.granularity(dim) * count
     return None if size % multiple == 0 or count == 1 else padded_index(size, multiple)
 
@@ -153,8 +153,8 @@ def _places(weight: Weight, axis: int, dim: str, count: int) -> np.ndarray | Non
 class Merged(nnx.Module):
     """Matrices that take the same x: queries, keys and values, or gate and up (mistral.rs: merged column layers).
 
-    Their results are a tuple, one for each, and each may have its own format and size. Concatenated, they would have
-    to move: what one device holds of q, of k and of v does not lie together in a `[q, k, v]` that is cut over devices.
+    The result is a tuple with one array per matrix; each matrix may have its own format and size. Concatenating the
+    results would move them: one device's shards of q, of k and of v are not adjacent in a sharded `[q, k, v]`.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
@@ -168,16 +168,16 @@ class Merged(nnx.Module):
         return tuple(layer.dequantize() for layer in self.layers)
 
     def add_delta(self, deltas: Sequence[np.ndarray | jax.Array]) -> Self:
-        """With a delta for each matrix, see `Linear`."""
+        """New layers with a delta added to each matrix, see `Linear`."""
         return type(self)([layer.add_delta(delta) for layer, delta in zip(self.layers, deltas, strict=True)])
 
     def requantize(self, type: str) -> Self:
-        """With each matrix encoded as `type`, see `Linear`."""
+        """New layers with each matrix encoded as `type`, see `Linear`."""
         return self.__class__([layer.requantize(type) for layer in self.layers])
 
 
 class Embedding(nnx.Module):
-    """A table `[vocab, hidden]` with the vocabulary cut over tp: looked up at the input, attended to at the output."""
+    """An embedding table `[vocab, hidden]`, the vocabulary sharded over tp. It can serve as the output head too."""
 
     def __init__(self, shape: tuple[int, int], tp: int) -> None:
         self.vocab_size = shape[0]
@@ -185,10 +185,10 @@ class Embedding(nnx.Module):
 
     @classmethod
     def from_weight(cls, weight: Matrix) -> Self:
-        """A table that stands alone, placed on the mesh that `jax.set_mesh` has set; the vocabulary may have any size.
+        """A table outside a model, placed on the mesh that `jax.set_mesh` has set; the vocabulary may have any size.
 
         Raises:
-            InputError: no mesh, or not a matrix of floating-point numbers.
+            InputError: no mesh is set, or the weight is not a floating-point matrix.
         """
         tp = parallel.placing_mesh().shape[parallel.TP]
         weight = as_weight(weight, 2, "weight")
@@ -205,19 +205,19 @@ class Embedding(nnx.Module):
         return parallel.lookup(ids, held(self.weight), dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """`x[..., hidden]` -> logits, float32 `[..., vocab]`, whole on every device."""
+        """`x[..., hidden]` -> logits, float32 `[..., vocab]`, replicated on every device."""
         weight = held(self.weight)
         logits = parallel.linear(as_floating(x, weight.shape[1]), weight, parallel.COLUMN, jnp.float32)
         return parallel.gather(logits)[..., : self.vocab_size]
 
     def dequantize(self) -> jax.Array:
-        """The table as the checkpoint has it: float32 `[vocab, hidden]`."""
+        """The table in the checkpoint's order and size: float32 `[vocab, hidden]`."""
         return dequantized(self.weight)
 
     def add_delta(self, delta: np.ndarray | jax.Array) -> Self:
-        """As `Linear.add_delta`."""
+        """See `Linear.add_delta`."""
         return replaced(self, weight=with_delta(self.weight, delta))
 
     def requantize(self, type: str) -> Self:
-        """As `Linear.requantize`."""
+        """See `Linear.requantize`."""
         return replaced(self, weight=requantized(self.weight, type))

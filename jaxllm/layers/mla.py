@@ -1,12 +1,12 @@
-"""Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent vector a token.
+"""Multi-head latent attention (DeepSeek-V2): the keys and values of all heads come from one small latent per token.
 
-Two forms of one function. *Naive* makes each head's keys and values from the latents, as ordinary attention does.
+The same function has two forms. *Naive* computes each head's keys and values from the latents and attends as usual.
 *Absorbed* moves those projections to the queries and the outputs, so that attention runs on the latents themselves:
-less to read for one new token, more to compute for many. A latent cache serves both, and each phase takes the form
-that suits it; a model may also be told to keep every head's keys and values (`per_head_cache`), as the demo's "naive".
+it reads less for one new token and computes more for many. A latent cache serves both, so each phase uses the form that
+suits it. A model can also cache every head's keys and values (`per_head_cache`), as the demo's "naive" does.
 
-Some checkpoints have what makes keys and what makes values in one matrix, kv_b. Others have them in two stacks of a
-matrix for each head (`split_kv_b`), of which k_b is `[rank, nope]`, so that its blocks run along what the absorbed form
+Some checkpoints store the projections to keys and to values in one matrix, kv_b. Others store two stacks with a matrix
+per head (`split_kv_b`). There k_b is `[rank, nope]`, so that its blocks run along the dimension that the absorbed form
 sums over.
 """
 
@@ -32,19 +32,19 @@ from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEAD_STACK, HEADS, REPLICATED, ROW, local, local_specs
 
-Up = tuple[jax.Array, jax.Array]  # what makes keys of latents, [heads, nope, rank], and values, [heads, value, rank]
-Attended = tuple[jax.Array, jax.Array, jax.Array]  # the output, and the cache's two buffers with what is new
+Up = tuple[jax.Array, jax.Array]  # latents to keys [heads, nope, rank] and to values [heads, value, rank]
+Attended = tuple[jax.Array, jax.Array, jax.Array]  # the output, and the two updated buffers of the cache
 
-LATENT_EPS = 1e-6  # of the norms of queries' and keys' latents: DeepSeek's code has it so, whatever rms_norm_eps is
+LATENT_EPS = 1e-6  # for the norms of the latents: fixed in DeepSeek's code, whatever rms_norm_eps is
 
 
 @dataclass(frozen=True)
 class LatentSizes:
     """Sizes as in the checkpoint.
 
-    q_rank: rank of the queries' projection, None where it is one matrix.
+    q_rank: rank of the query projection; None if it is a single matrix.
     rank: size of a latent.
-    nope, rope, value: of a head's part without and with rotary positions, and of its values.
+    nope, rope, value: sizes of a head's parts without and with rotary positions, and of its values.
     """
 
     hidden: int
@@ -56,11 +56,11 @@ class LatentSizes:
     value: int
 
 
-Operand = Any  # an array or a pytree of them; or how they are sharded
+Operand = Any  # an array or a pytree of arrays; or their PartitionSpecs
 
 
 class _Operands(NamedTuple):
-    """What one device attends with: its heads' queries, what all heads share, and the cache."""
+    """The inputs of attention on one device: its heads' queries, what all heads share, and the cache."""
 
     q_nope: Operand
     q_rope: Operand
@@ -75,9 +75,9 @@ class LatentAttention(nnx.Module):
     """Causal attention over latents; heads are sharded over tp, latents are replicated.
 
     Args:
-        scale: of the scores.
-        heads: where the heads stand on the mesh.
-        per_head_cache, split_kv_b: see above.
+        scale: what scores are multiplied by.
+        heads: how the heads are placed on the mesh.
+        per_head_cache, split_kv_b: see the module's docstring.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear((s.hidden, s.heads * s.value), ROW, cols=o_cols, bias=bias)
 
     def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
-        """As `Attention`. The cache is latents and rotary keys, `[batch, 1, capacity, rank or rope]`, or, with
-        `per_head_cache`, keys and values `[batch, heads, capacity, nope + rope or value]`."""
+        """See `Attention`. The cache holds latents and rotary keys, `[batch, 1, capacity, rank or rope]`. With
+        `per_head_cache`, it holds keys and values, `[batch, heads, capacity, nope + rope or value]`."""
         s, angles = self.sizes, context.angles
         assert angles is not None  # all heads have a rotary part
         q = self._queries(x).reshape(*x.shape[:2], -1, s.nope + s.rope) * self.scale
@@ -160,13 +160,13 @@ class LatentAttention(nnx.Module):
             keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
             q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
             return dot_product_attention(q, keys, values, positions, at), latents, ropes
-        # The latents are the one key and the one value head that all queries share.
+        # The latents serve as the single key head and the single value head, which all queries share.
         q = jnp.concatenate([_einsum("bthn,hnr->bthr", given.q_nope, up[0]), given.q_rope], axis=-1)
         y = dot_product_attention(q, jnp.concatenate([seen, seen_rope], axis=-1), seen, positions, at)
         return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
 
     def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
-        """Every head's keys `[batch, heads, time, nope + rope]` and values, of latents `[batch, time, rank]`."""
+        """Every head's keys `[batch, heads, time, nope + rope]` and values, from latents `[batch, time, rank]`."""
         k_nope = _einsum("bsr,hnr->bhsn", latents, up[0])
         shared = jnp.broadcast_to(ropes[:, None], (*k_nope.shape[:3], ropes.shape[-1]))
         return jnp.concatenate([k_nope, shared], axis=-1), _einsum("bsr,hvr->bhsv", latents, up[1])
@@ -178,5 +178,5 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _written(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
-    """Both buffers with what is new, kept from fusing with their readers (see `Attention`)."""
+    """Both buffers updated; a barrier keeps XLA from fusing the updates into their readers (see `Attention`)."""
     return lax.optimization_barrier(tuple(write(a, b, positions[:, 0]) for a, b in zip(cache, new, strict=True)))

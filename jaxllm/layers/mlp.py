@@ -19,7 +19,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`, the gate bounded above by `limit` and `up` on
+    """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`. `limit` bounds the gate from above and `up` on
     both sides."""
 
     alpha: float
@@ -31,10 +31,10 @@ class ClampedSwiGLU:
 
 
 class MLP(nnx.Module):
-    """`down(activation(gate(x), up(x)))` (Shazeer, 2020), the intermediate dimension sharded over the mesh.
+    """`down(activation(gate(x), up(x)))` (Shazeer, 2020), with the intermediate dimension sharded over the mesh.
 
-    `multiple` is what that dimension is padded to: complete blocks of `down` on every device. A padded position meets
-    zero columns, whatever the activation makes of it.
+    That dimension is padded to a multiple of `multiple`, so that every device holds complete blocks of `down`. A padded
+    position meets zero columns of `down`, so the activation's value there does not matter.
     """
 
     def __init__(

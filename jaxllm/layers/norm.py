@@ -1,4 +1,4 @@
-"""Normalisation, computed in float32 whatever the activations are."""
+"""Normalisation, computed in float32 whatever the dtype of the activations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxllm.layers.parameter import declare
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last axis (Zhang and Sennrich, 2019).
 
-    An `offset` of 1 is for checkpoints that store how far a weight is from 1.
+    Checkpoints that store `weight - 1` need an `offset` of 1.
     """
 
     def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Parameters, from what a model says of them before a checkpoint fills them in."""
+"""Parameters that a model declares before a checkpoint fills them."""
 
 import numpy as np
 from flax import nnx
@@ -15,8 +15,8 @@ def declare(
     keep: bool = False,
     stack: np.ndarray | None = None,
 ) -> nnx.Param:
-    """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it, and
-    remembers it afterwards, as `declared`."""
+    """A parameter that holds its Declaration until a `Weight` (or, for a vector, a float32 array) replaces it. Its
+    attribute `declared` keeps the Declaration."""
     declaration = Declaration(shape, spec, rows, cols, keep, stack)
     return nnx.Param(declaration, declared=declaration)
 

@@ -1,11 +1,11 @@
-"""Rotary position embeddings, in one order: element i of the first half is paired with element i of the second.
+"""Rotary position embeddings in a single order: element i of the first half is paired with element i of the second.
 
-Checkpoints that pair neighbours (2i, 2i + 1) have the rows of their q and k matrices reordered while they are read
-(`half_split_rows`). That changes nothing in q . k, works on packed rows, and spares every step a strided shuffle.
+If a checkpoint pairs neighbours (2i, 2i + 1), the rows of its q and k matrices are reordered while they are read
+(`half_split_rows`). That does not change q . k, works on packed rows, and saves a strided shuffle at every step.
 
-The ways to stretch a model beyond the context it was trained on only change frequencies, once, before anything runs:
-`linear`, `llama3`, `yarn` and `divided` (by factors that the checkpoint brings) are functions from frequencies to
-frequencies, as in transformers' `modeling_rope_utils.py`.
+Methods that extend a model beyond its training context only change the frequencies, once, before anything runs:
+`llama3`, `yarn` and `divided` (by factors from the checkpoint) map frequencies to frequencies, as in transformers'
+`modeling_rope_utils.py`.
 """
 
 import math
@@ -19,9 +19,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies, float32 `[rotary_dim / 2]`, and what cosine and sine are multiplied by.
+    """Rotary frequencies, float32 `[rotary_dim / 2]`, and the `scale` that multiplies cosine and sine.
 
-    A sequence that may grow beyond `short_context` positions uses `long` instead, from its first token on.
+    A sequence that may grow beyond `short_context` positions uses `long` from its first token on.
     """
 
     inv_freq: tuple[float, ...]
@@ -50,7 +50,7 @@ class Rope:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x[batch, time, heads, head_dim]` with its first rotary_dim elements turned; computed in float32."""
+    """`x[batch, time, heads, head_dim]` with its first rotary_dim elements rotated; computed in float32."""
     half = cos.shape[-1]
     a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -59,7 +59,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Where, in a q or k matrix with neighbours paired, each row of the half-split order is found."""
+    """For each row in half-split order, its index in a q or k matrix that pairs neighbours."""
     within = np.concatenate([np.arange(0, rotary_dim, 2), np.arange(1, rotary_dim, 2), np.arange(rotary_dim, head_dim)])
     return (np.arange(heads)[:, None] * head_dim + within).reshape(-1)
 
@@ -70,15 +70,15 @@ def frequencies(rotary_dim: int, theta: float) -> np.ndarray:
 
 
 def divided(inv_freq: np.ndarray, factors: np.typing.ArrayLike) -> np.ndarray:
-    """Frequencies divided by a factor each (`rope_freqs` of GGUF files, LongRoPE), or all by one (linear scaling)."""
+    """Frequencies divided by one factor each (`rope_freqs` of GGUF files, LongRoPE), or all by one (linear scaling)."""
     return inv_freq / np.asarray(factors, np.float64)
 
 
 def llama3(inv_freq: np.ndarray, factor: float, low: float, high: float, original_context: int) -> np.ndarray:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, those between interpolated.
+    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between interpolated.
 
     Args:
-        low, high: how many turns over the original context make a wavelength long, or short.
+        low, high: at most `low` turns over the original context make a wavelength long, at least `high` short.
     """
     turns = original_context * inv_freq / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -94,11 +94,11 @@ def yarn(
     beta_slow: float = 1,
     truncate: bool = True,
 ) -> np.ndarray:
-    """YaRN (Peng et al., 2023): frequencies that turn often are kept, rare ones divided by `factor`, a ramp between.
+    """YaRN (Peng et al., 2023): high frequencies are kept, low ones divided by `factor`, with a ramp between.
 
     Args:
         beta_fast, beta_slow: turns over the original context at which the ramp begins and ends.
-        truncate: whether the ends of the ramp are rounded to whole dimensions.
+        truncate: whether the ends of the ramp are rounded to integer dimensions.
     """
     dim = 2 * len(inv_freq)
 
