@@ -1,9 +1,9 @@
-"""Whole numbers of 1 to 8 bits with a scale and an offset for each group of them: GPTQ, AWQ, MLX, HQQ and their kin.
+"""Integers of 1 to 8 bits with a scale and an offset per group: GPTQ, AWQ, MLX, HQQ and similar formats.
 
-Checkpoints of these kinds differ in how they order bits, in which direction they pack them, and in what they call an
-offset. Read as one layout, they share one decoder, and what is true of one's sharding is true of all. Most need no
-work: the words of GPTQ are those of MLX transposed. AWQ and HQQ order codes in ways of their own, which are put in
-order while they are read (`checkpoint/repack.py`).
+These checkpoints differ in the order of bits, in the direction of packing, and in what they call an offset. Here all of
+them are read into one layout, so they share one decoder and one way to be sharded. Most need no work: GPTQ's words are
+MLX's transposed. AWQ and HQQ order codes in their own ways; these are reordered while they are read
+(`checkpoint/repack.py`).
 """
 
 import math
@@ -23,18 +23,18 @@ WORD = 32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Affine(Weight):
-    """`W = (code - zero) * scale`, or `code * scale + bias`, all three of the group that W's place is in.
+    """`W = (code - zero) * scale`, or `code * scale + bias`, where zero, scale and bias belong to a group.
 
-    Groups are `group` neighbours along `in`. Two kinds of file have others: then `in_groups` says of each column, or
-    `out_groups` of each row, which group it is in, counted from 1. Group 0 is that of padding and has scale 0.
+    A group is `group` neighbours along `in`. Two kinds of file group differently: there `in_groups` gives the group of
+    each column, or `out_groups` that of each row, counted from 1. Group 0 is for padding and has scale 0.
 
     Attributes:
-        codes: uint32 `[*batch, out, in / values, words]`: so many words hold so many values, the first in the lowest
-            bits, some across two words where `bits` does not divide 32.
+        codes: uint32 `[*batch, out, in / values, words]`: each `words` words hold `values` codes, the first in the
+            lowest bits. Some codes span two words if `bits` does not divide 32.
         scales: any floating dtype `[*batch, out, groups]`; with `out_groups` `[*batch, groups, in]`.
-        name: of the kind of checkpoint.
-        zeros: like scales, whole numbers or floats, or None where all are `zero`.
-        biases: like scales, or None.
+        name: the kind of checkpoint.
+        zeros: shaped like scales, integers or floats; None if all are `zero`.
+        biases: shaped like scales, or None.
         in_groups: int32 `[*batch, in]` or None.
         out_groups: int32 `[*batch, out]` or None.
     """
@@ -75,7 +75,7 @@ class Affine(Weight):
         return word_values(self.bits) if dim == "in" else 1
 
     def refined(self, out: int, in_: int) -> Self:
-        """The same matrix with smaller groups: scale and offset repeated for the parts of a group."""
+        """The same matrix with smaller groups: scale and offset are repeated for the parts of a group."""
         group = math.gcd(self.group, in_)
         if self.in_groups is not None or self.out_groups is not None or group == self.group:
             return self
@@ -92,14 +92,14 @@ class Affine(Weight):
         scales = self._spread(self.scales, codes.shape)
         if self.biases is not None:
             products = codes * scales
-            if self.scales.dtype == jnp.float32:  # else exact, and fusing it into the sum changes nothing
+            if self.scales.dtype == jnp.float32:  # otherwise exact, so fusing it into the sum changes nothing
                 products = lax.optimization_barrier(products)
             return (products + self._spread(self.biases, codes.shape)).astype(dtype)
         zeros = jnp.float32(self.zero) if self.zeros is None else self._spread(self.zeros, codes.shape)
         return ((codes - zeros) * scales).astype(dtype)
 
     def _spread(self, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A value of every group, float32, as one for every place."""
+        """The values of groups, float32, spread to every element of the matrix."""
         values = values.astype(jnp.float32)
         if self.in_groups is not None:
             index = self.in_groups if self.in_groups.ndim == 1 else self.in_groups[..., None, :]
@@ -110,8 +110,8 @@ class Affine(Weight):
 
     @classmethod
     def from_dense(cls, w: jax.Array, bits: int, group: int) -> Self:
-        """Encode floats `[*batch, out, in]` as MLX does: the end of a group's range that is larger in magnitude is met
-        exactly, the scale negative where that is the upper one (`mlx.core.quantize`)."""
+        """Encode floats `[*batch, out, in]` as `mlx.core.quantize` does: of a group's minimum and maximum, the one with
+        the larger magnitude is exact. The scale is negative if that is the maximum."""
         *lead, in_ = w.shape
         grid = jnp.asarray(w, jnp.float32).reshape(*lead, in_ // group, group)
         low, high = grid.min(-1), grid.max(-1)
@@ -126,7 +126,7 @@ class Affine(Weight):
         return cls(words, scale, bits, group, "MLX", biases=bias)
 
     def like(self, w: jax.Array) -> Self:
-        if self.biases is None:  # what GPTQ and its kin search for is not found by rounding
+        if self.biases is None:  # rounding does not find what GPTQ and similar methods search for
             return super().like(w)
         made = self.from_dense(w, self.bits, self.group)
         return replace(
@@ -137,7 +137,7 @@ class Affine(Weight):
 
 
 def word_values(bits: int) -> int:
-    """How many values the fewest whole words hold."""
+    """How many codes the smallest number of completely filled words holds."""
     return WORD // math.gcd(bits, WORD)
 
 

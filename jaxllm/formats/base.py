@@ -1,12 +1,12 @@
 """`Weight`: a quantized matrix as a value.
 
-A format is one frozen pytree whose leaves are the checkpoint's own bits. What a format has to say about sharding is
-one fact, `axes`: along which dimension of the matrix each axis of each leaf runs, and how many positions one index of
-it stands for. Shapes, PartitionSpecs, padding and the slices that a loader reads are all derived from that fact, so a
-format cannot shard in one place and be wrong in another. (The alternative, a `shard` method per format, is where the
-peers lost tensor parallelism for GPTQ, AWQ and bitsandbytes one after the other.)
+A format is one frozen pytree whose leaves are the checkpoint's own bits. Each format states one fact about sharding,
+`axes`: for each axis of each leaf, the dimension of the matrix that it runs along, and how many positions of that
+dimension one index covers. Shapes, PartitionSpecs, padding and the slices that a loader reads are all derived from that
+fact, so a format cannot be sharded correctly in one place and wrongly in another. (The alternative is a `shard` method
+per format. With it, other engines broke tensor parallelism for GPTQ, AWQ and bitsandbytes one after the other.)
 
-An invariant of every format: leaves of all-zero bytes stand for a matrix of zeros. Padding relies on it.
+Every format keeps this invariant: if all bytes of its leaves are zero, the matrix is zero. Padding relies on it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxllm.errors import InputError
 
 
 class Cut(NamedTuple):
-    """A leaf's axis that runs along `dim` ("out" or "in") of the matrix, `unit` positions to an index."""
+    """An axis of a leaf that runs along `dim` ("out" or "in") of the matrix; one index covers `unit` positions."""
 
     dim: str
     unit: int = 1
@@ -33,9 +33,9 @@ class Cut(NamedTuple):
 
 Axes = tuple[Cut | None, ...]
 
-# A leaf of a weight. Where one computes, it is a `jax.Array`; but the same classes describe weights in files
-# (numpy arrays, or lazy arrays of `jaxllm.placing`), their shapes (`ShapeDtypeStruct`) and how they are sharded
-# (`PartitionSpec`, `NamedSharding`), which no union says without a check at every use.
+# A leaf of a weight. In computations it is a `jax.Array`. The same classes also describe weights in files (numpy
+# arrays, or lazy arrays of `jaxllm.placing`), their shapes (`ShapeDtypeStruct`) and their sharding (`PartitionSpec`,
+# `NamedSharding`). A union of all these would need a check at every use.
 Leaf = Any
 
 
@@ -59,23 +59,23 @@ class Weight(ABC):
     @property
     @abstractmethod
     def axes(self) -> dict[str, Axes]:
-        """For each leaf, what its trailing axes run along; axes before those are the batch.
+        """For each leaf, what its trailing axes run along; the axes before those are the batch.
 
-        A leaf of a field's own fields is named with a dot, as for `leaf`. A weight may hold another one, say a
-        quantized matrix to which an adapter adds something: it lists that one's axes, too, see `inner_axes`. The first
-        leaf runs along all dimensions of the matrix.
+        A leaf inside a field is named with a dot, as for `leaf`. A weight may hold another weight, for example a
+        quantized matrix to which an adapter adds something. It then lists the axes of the inner weight too, see
+        `inner_axes`. The first leaf runs along all dimensions of the matrix.
         """
 
     @abstractmethod
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """The matrix `[*batch, out, in]`: decoded exactly in float32, then rounded once to `dtype`."""
+        """The matrix `[*batch, out, in]`: dequantized exactly in float32, then rounded once to `dtype`."""
 
     def leaf(self, name: str) -> Leaf:
-        """The leaf of that name in `axes`."""
+        """The leaf with this name in `axes`."""
         return attrgetter(name)(self)
 
     def with_leaves(self, leaves: Mapping[str, object]) -> Self:
-        """The same weight with other leaves, by their names in `axes`."""
+        """The same weight with some leaves replaced, by their names in `axes`."""
         fields: dict[str, object] = {}
         for name, leaf in leaves.items():
             field, _, inner = name.partition(".")
@@ -85,16 +85,16 @@ class Weight(ABC):
 
     @property
     def inner(self) -> "dict[str, Weight]":
-        """The weights that this one holds, by the names of the fields."""
+        """The weights that this one holds, by field name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, Weight)}
 
     def inner_axes(self) -> dict[str, Axes]:
-        """The axes of the weights that this one holds, as they are named in its own `axes`."""
+        """The axes of the weights that this one holds, by their names in its own `axes`."""
         return {f"{field}.{name}": axes for field, weight in self.inner.items() for name, axes in weight.axes.items()}
 
     def own_axes(self) -> dict[str, Axes]:
-        """The axes of the leaves that are not those of a weight it holds."""
+        """The axes of its own leaves, without those of weights that it holds."""
         return {name: axes for name, axes in self.axes.items() if name.partition(".")[0] not in self.inner}
 
     @property
@@ -109,16 +109,16 @@ class Weight(ABC):
         return (*leaf[: len(leaf) - len(axes)], *(n for n in sizes.values() if n is not None))
 
     def unit(self, dim: str) -> int:
-        """How many positions of `dim` cannot be told apart by cutting: its block size."""
+        """The block size along `dim`: how many neighbouring positions stay together when it is sharded."""
         return _common_unit(self.axes, dim)
 
     def granularity(self, dim: str) -> int:
-        """The smallest part that `dim` can be cut into, after `refined` if the format has that: its block size."""
+        """The smallest block size along `dim` that `refined` can reach; the current one if the format lacks that."""
         return math.lcm(_common_unit(self.own_axes(), dim), *(w.granularity(dim) for w in self.inner.values()))
 
     def refined(self, out: int, in_: int) -> Self:
-        """The same matrix with units of `out` and `in_`, which divide its own. For formats with scales that can be
-        repeated; others stay what they are, and cannot be cut there."""
+        """The same matrix with block sizes `out` and `in_`, which divide the current ones. Formats whose scales can be
+        repeated implement it; others are returned unchanged and cannot be split there."""
         units = {name: (math.gcd(w.unit("out"), out), math.gcd(w.unit("in"), in_)) for name, w in self.inner.items()}
         return dataclasses.replace(self, **{name: w.refined(*units[name]) for name, w in self.inner.items()})
 
@@ -134,7 +134,7 @@ class Weight(ABC):
         """The same weight with a PartitionSpec for every leaf, from one over the logical `[*batch, out, in]`.
 
         Raises:
-            InputError: a dimension is not a whole number of blocks on every device; names the sizes that work.
+            InputError: some device would not hold complete blocks; the message names the sizes that work.
         """
         entries = tuple(spec) + (None,) * (len(self.shape) - len(spec))
         along = dict(zip(("out", "in"), entries[-2:], strict=False))  # a vector has no "in"
@@ -155,15 +155,15 @@ class Weight(ABC):
         return self.with_leaves(specs)
 
     def like(self, w: jax.Array) -> Self:
-        """Floats of this weight's shape, encoded as it is.
+        """The floats `w`, of this weight's shape, encoded in its format.
 
         Raises:
-            InputError: there is no encoder for that.
+            InputError: the format has no encoder.
         """
         raise InputError(f"{self.format} cannot be encoded")
 
     def add_delta(self, delta: jax.Array) -> Self:
-        """The matrix plus a delta `[*batch, out, in]`, encoded as it was. Raises InputError as `like` does."""
+        """The matrix plus a delta `[*batch, out, in]`, in the same format. Raises InputError as `like` does."""
         return self.like(self.dequantize() + delta)
 
     def pad_to(self, mesh: Mesh, spec: PartitionSpec) -> Self:
@@ -176,9 +176,9 @@ class Weight(ABC):
         )
 
     def arrange(self, rows: np.ndarray | None = None, cols: np.ndarray | None = None) -> Self:
-        """The matrix whose row i is our row `rows[i]`, and likewise columns; an index of -1 is a zero.
+        """The matrix whose row i is this one's row `rows[i]`, and the same for columns; an index of -1 gives zeros.
 
-        Blocks move as they are: nothing is decoded. Raises InputError if an index would tear a block apart.
+        Blocks move unchanged: nothing is dequantized. Raises InputError if an index would split a block.
         """
         leaves = {}
         for name, axes in self.axes.items():
@@ -202,7 +202,7 @@ def _common_unit(axes: Mapping[str, Axes], dim: str) -> int:
 
 
 def repeated(leaf: Leaf, times: int, axis: int, size: int) -> Leaf:
-    """Each entry along an axis so many times, the first `size` of them; of shapes as of arrays."""
+    """Each entry along an axis repeated `times` times, cut to the first `size`. Works on shapes and on arrays."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = list(leaf.shape)
         shape[axis] = size
@@ -217,7 +217,7 @@ def padded_index(size: int, multiple: int) -> np.ndarray:
 
 
 def block_index(axes: Axes, rows: np.ndarray | None, cols: np.ndarray | None) -> list[np.ndarray | None]:
-    """An index over positions of the matrix as one over indices of a leaf, for each of its trailing axes.
+    """Translate an index over positions of the matrix into one over each of a leaf's trailing axes.
 
     Raises:
         InputError: the positions of one block do not stay together.
@@ -227,7 +227,7 @@ def block_index(axes: Axes, rows: np.ndarray | None, cols: np.ndarray | None) ->
 
 
 def finest(unit: int, size: int, shards: int, index: np.ndarray | None) -> int:
-    """The largest divisor of `unit` of which a dimension's shards, and what is moved as a piece, are multiples."""
+    """The largest divisor of `unit` that divides the size of each shard and of every run that `index` moves."""
     size = len(index) if index is not None else size
     if shards > 1:
         unit = math.gcd(unit, size // shards)
@@ -263,7 +263,7 @@ def take(leaf: Leaf, index: np.ndarray, axis: int) -> Leaf:
 
 
 def shards(entry: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
-    """How many parts an entry of a PartitionSpec cuts a dimension into."""
+    """How many shards an entry of a PartitionSpec splits a dimension into."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(mesh.shape[name] for name in names)
 

@@ -1,4 +1,4 @@
-"""Four-bit codes that index a table of 16 values, with a scale for neighbours: bitsandbytes' NF4 and FP4."""
+"""Four-bit codes that index a table of 16 values, with a scale per group: bitsandbytes' NF4 and FP4."""
 
 import math
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Codebook(Weight):
         return 2 if dim == "in" else 1
 
     def refined(self, out: int, in_: int) -> Self:
-        """The same matrix with smaller groups: each scale repeated for the parts of its group."""
+        """The same matrix with smaller groups: each scale is repeated for the parts of its group."""
         group = math.gcd(self.group, in_)
         scales = repeated(self.scales, self.group // group, -1, self.shape[-1] // group)
         return replace(self, scales=scales, group=group)

@@ -1,4 +1,4 @@
-"""Plain floating-point weights, and the compute copy that other formats are decoded into."""
+"""Plain floating-point weights, and the compute copy that other formats are dequantized into."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -12,7 +12,7 @@ from jaxllm.formats.base import Axes, Cut, Leaf, Weight
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense(Weight):
-    """A float matrix as it is: `values` `[*batch, out, in]`, or a vector `[out]`, of any floating dtype."""
+    """An unquantized float matrix: `values` `[*batch, out, in]`, or a vector `[out]`, of any floating dtype."""
 
     values: Leaf
 
@@ -25,7 +25,7 @@ class Dense(Weight):
         return {"values": (Cut("out"), Cut("in"))[: self.values.ndim]}
 
     def swapped(self) -> Self:
-        """Its transpose."""
+        """The transpose."""
         return replace(self, values=self.values.swapaxes(-1, -2))
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -1,7 +1,7 @@
-"""E2M1, the four-bit float: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, bit 3 of a code being the sign.
+"""E2M1, the four-bit float: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. Bit 3 of a code is the sign.
 
-XLA flushes subnormal numbers to zero, but a block's scale may make them of perfectly good codes. So products with
-powers of two are put together from their bits here, not multiplied.
+XLA flushes subnormal numbers to zero, and a small block scale can make the product of an ordinary code subnormal. So
+products with powers of two are assembled from bits here, not multiplied.
 
 Source: OCP Microscaling Formats (MX) v1.0, sections 5.3 and 6.3.
 """
@@ -31,12 +31,12 @@ def times_power(codes: jax.Array, exponents: jax.Array) -> jax.Array:
     """`value * 2^(exponent - 127)`, exactly, as float32; infinite where that is beyond float32.
 
     Args:
-        codes: uint8, bits above the fourth are ignored.
-        exponents: uint8 of a shape that broadcasts against codes.
+        codes: uint8; bits above the fourth are ignored.
+        exponents: uint8, in a shape that broadcasts against codes.
     """
     code = codes.astype(jnp.int32)
     exponent, mantissa, sign = code >> 1 & 3, code & 1, (code & 8) << 28
-    field = exponents.astype(jnp.int32) + exponent - 1  # of a normal float32, where the code is normal
+    field = exponents.astype(jnp.int32) + exponent - 1  # the float32 exponent if code and result are normal
     ones = 2 + mantissa  # the significand, in halves
     # Code 1 is the subnormal 0.5: the next power of two below, with nothing behind the point.
     lone = exponent == 0
@@ -48,9 +48,9 @@ def times_power(codes: jax.Array, exponents: jax.Array) -> jax.Array:
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """The code nearest to each float32; ties go to the even code, what is beyond 6 to 6."""
+    """The code nearest to each float32; ties go to the even code, and magnitudes beyond 6 become 6."""
     size = jnp.abs(x)
-    # Of two neighbours the even one takes the middle: 0.25 and 1.25 belong below, 0.75 and 1.75 above, and so on.
+    # The midpoint goes to the even neighbour: 0.25 and 1.25 round down, 0.75 and 1.75 up, and so on.
     below, above = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)
     code = sum((size > t).astype(jnp.uint8) for t in below) + sum((size >= t).astype(jnp.uint8) for t in above)
     return code | (jnp.signbit(x).astype(jnp.uint8) << 3)

@@ -16,7 +16,7 @@ from jaxllm.formats.ggml_encode import encode
 class GGML(Weight):
     """Blocks along `in`: `blocks` is uint8 `[*batch, out, in / block, block_bytes]`, the file's own bytes.
 
-    Keeping the bytes of a block on an axis of their own makes cutting the matrix the same as cutting whole blocks.
+    The bytes of a block have their own axis, so that sharding the matrix never splits a block.
     """
 
     blocks: Leaf
@@ -36,7 +36,7 @@ class GGML(Weight):
 
     @classmethod
     def from_dense(cls, w: jax.Array, type: str) -> Self:
-        """Encode floats `[*batch, out, in]`; errors are those of `ggml_encode.encode`. Not for use under `jit`."""
+        """Encode floats `[*batch, out, in]`. Raises the errors of `ggml_encode.encode`. Not for use under `jit`."""
         return cls(encode(w, type), type)
 
     def like(self, w: jax.Array) -> Self:

@@ -1,7 +1,7 @@
-"""Reading the fields of a llama.cpp block: the helpers that its decoders share.
+"""Helpers that the decoders of llama.cpp's blocks share, to read a block's fields.
 
-Everything works on the last axis, which runs over the bytes of one block (or of one part of it); the axes before it
-are the batch. Words are little-endian, as in the file.
+All work on the last axis, which runs over the bytes of one block (or a part of it); the axes before it are the batch.
+Words are little-endian, as in the file.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax import lax
 
 
 def split(blocks: jax.Array, *widths: int) -> list[jax.Array]:
-    """The fields of a block, which follow one another in `widths` bytes."""
+    """The fields of a block, which are adjacent and `widths` bytes wide."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     assert ends[-1] == blocks.shape[-1]
     return jnp.split(blocks, ends[:-1], axis=-1)
@@ -72,5 +72,5 @@ def lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def scaled(scale: jax.Array, q: jax.Array) -> jax.Array:
-    """`scale[..., g]` times `q[..., n]`: every scale serves n / g consecutive weights."""
+    """`scale[..., g]` times `q[..., n]`: each scale applies to n / g consecutive weights."""
     return flat(scale[..., None] * f32(q).reshape(*scale.shape, -1), 2)

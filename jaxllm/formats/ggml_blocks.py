@@ -1,12 +1,12 @@
-"""How llama.cpp's block types are laid out: `BLOCK_TYPES` by name, and a decoder for each.
+"""The layouts of llama.cpp's block types: `BLOCK_TYPES` by name, each with a decoder.
 
 A decoder takes blocks as uint8 `[..., block_bytes]` and returns float32 `[..., block_size]`. Every product in these
 formulas (an 11-bit float16 significand times small integers) is exact in float32, so the result does not depend on
-the order of operations or on fused multiply-adds, and equals gguf-py's to the bit. Two types need another reason:
+the order of operations or on fused multiply-adds, and equals gguf-py's bit for bit. Two types differ:
 
-- Q8_K has a float32 scale, but its only operation is one product, which rounds once. (The exception: XLA may take
-  float32 subnormals for zeros, so a scale below 2^-126 may decode to zeros.)
-- MXFP4 has scales down to 2^-128, which XLA would lose for that reason: its values are looked up, not multiplied.
+- Q8_K has a float32 scale, but its only operation is one product, which rounds once. (One exception: XLA may flush
+  float32 subnormals to zero, so a scale below 2^-126 may decode to zeros.)
+- MXFP4 has scales down to 2^-128, which XLA would flush to zero. So its values are looked up, not multiplied.
 
 Source of the layouts: ggml's `ggml-common.h`; the formulas are those of `dequantize_row_*` in `ggml-quants.c`.
 """
@@ -107,7 +107,7 @@ def _k_scaled(d: jax.Array, dmin: jax.Array, scales: jax.Array, q: jax.Array) ->
 
 
 def _q4_k_codes(qs: jax.Array) -> jax.Array:
-    """128 bytes as `[..., 8, 32]`: of every 32 bytes first the low nibbles, then the high ones."""
+    """128 bytes as `[..., 8, 32]`: for every 32 bytes, first the low nibbles, then the high ones."""
     pairs = planes(qs.reshape(*qs.shape[:-1], 4, 32), 4)
     return pairs.reshape(*qs.shape[:-1], 8, 32)
 
@@ -150,12 +150,12 @@ E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 
 
 def _e8m0_halves() -> np.ndarray:
-    """Half of the power of two that a byte stands for; 255, which the standard makes a NaN, is one more power."""
+    """Half of the power of two that a byte stands for. 255, a NaN in the standard, is simply the next power here."""
     return np.ldexp(np.float32(1), np.arange(256) - 128)
 
 
 def _ue4m3_halves() -> np.ndarray:
-    """Half of the float8_e4m3 that a byte stands for, its sign ignored; 127, a NaN, is 0 here (but 255 is 240)."""
+    """Half of the float8_e4m3 that a byte stands for, ignoring its sign; 127, a NaN, is 0 here (but 255 is 240)."""
     byte = np.arange(256)
     exponent, mantissa = byte >> 3 & 15, byte & 7
     values = np.ldexp(np.where(exponent == 0, mantissa, mantissa + 8), np.maximum(exponent, 1) - 11)

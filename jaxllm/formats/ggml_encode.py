@@ -1,14 +1,14 @@
 """Encoders for llama.cpp's block types: float32 weights to the bytes that `ggml_blocks` decodes.
 
 An encoder takes blocks as float32 `[..., block_size]` and returns uint8 `[..., block_bytes]`, the mirror of a decoder;
-`encode` applies one to a whole matrix. A block of zeros decodes to zeros. Plain jnp over whole blocks: XLA's loops
-encode some 30 million weights a second to K-quants on two cores, so there is no second implementation in numpy.
+`encode` applies one to a complete matrix. A block of zeros decodes to zeros. The encoders are plain jnp over many
+blocks: XLA's loops encode some 30 million weights a second to K-quants on two cores, so numpy versions are not needed.
 
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4 equal `gguf.quants.quantize` bit for bit on the CPU (but for the sign of a
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4 equal `gguf.quants.quantize` bit for bit on the CPU (except for the sign of a
 minimum that is zero). That needs care: XLA fuses a product into the sum that follows, and divides by a constant
-through its reciprocal (see `_apart`, `_over` and `divide`). The K-quants and IQ4_NL run the searches that llama.cpp
-runs without an importance matrix (see `ggml_search`): most blocks come out the same, the others as good. Which ones
-is not certain, since XLA chooses an order of summation for every shape.
+through its reciprocal (see `_apart`, `_over` and `divide`). The K-quants and IQ4_NL run llama.cpp's searches without an
+importance matrix (see `ggml_search`). Most blocks come out the same, the others equally good. Which ones differ can
+vary, because XLA chooses the order of summation for each shape.
 
 Source: `ggml-quants.c` of llama.cpp; the table of fallbacks is `tensor_type_fallback` in its `llama-quant.cpp`.
 """
@@ -70,12 +70,12 @@ def _f16(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _apart(product: jax.Array, bound: int) -> jax.Array:
-    """The product unchanged, if its magnitude is below `bound`; keeps XLA from fusing it into a following sum."""
+    """The product, unchanged if its magnitude is below `bound`. Keeps XLA from fusing it into a following sum."""
     return jnp.clip(product, F32(-bound), F32(bound))
 
 
 def _over(x: jax.Array, n: int) -> jax.Array:
-    """x / n rounded correctly. By a constant, XLA would multiply by its reciprocal; this divisor looks like none."""
+    """x / n, rounded correctly. XLA would multiply by a constant's reciprocal, so this hides that n is constant."""
     return x / jnp.where(jnp.isnan(x), x, F32(n))
 
 
@@ -130,11 +130,11 @@ def _q8_0(x: jax.Array) -> jax.Array:
 
 
 def _mxfp4(x: jax.Array) -> jax.Array:
-    """The OCP rule: the scale is the power of two that brings the largest weight to 4 .. 8, of which 6 is the maximum.
+    """The OCP rule: the scale is the power of two that brings the largest weight to 4 .. 8; codes end at 6.
 
-    As in gguf-py and llama.cpp, its exponent comes from a float32 logarithm, which just below a power of two rounds up
-    to it (so such a weight becomes 4 of the greater scale, not 6 of the lesser); ties go to the smaller magnitude,
-    where OCP has the even code; and there is no code for -0. Below 2^-123 a block is zeros (there they overflow).
+    As in gguf-py and llama.cpp, the exponent comes from a float32 logarithm, which rounds up just below a power of two
+    (so such a weight becomes 4 times the larger scale, not 6 times the smaller one). Ties go to the smaller magnitude,
+    where OCP takes the even code, and there is no code for -0. A block below 2^-123 becomes zeros (theirs overflow).
     """
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     mantissa, exponent = jnp.frexp(amax)
@@ -149,11 +149,11 @@ def _mxfp4(x: jax.Array) -> jax.Array:
     return _join(jnp.where(small, 0, e).astype(U8), _halves(code))
 
 
-# IQ4_NL: a scale, and the nearest of 16 values that are denser around zero.
+# IQ4_NL: a scale, and a table of 16 values that are denser around zero.
 
 
 def _iq4_nl_code(v: jax.Array) -> jax.Array:
-    """The index of the value nearest to `v`, of two the greater: float32 `[...]` -> uint8 `[...]`."""
+    """The index of the value nearest to `v`; ties go to the greater: float32 `[...]` -> uint8 `[...]`."""
     return sum((v >= F32(t)).astype(U8) for t in IQ4_MIDPOINTS)
 
 
@@ -169,7 +169,7 @@ def _iq4_nl(x: jax.Array) -> jax.Array:
     return _join(_f16(scale)[0], _halves(_iq4_nl_code(divide(F32(1), scale[..., None]) * x)))
 
 
-# K-quants: 256 weights in groups with a searched scale each, and the scales once more as small integers.
+# K-quants: 256 weights in groups. Each group's scale is found by a search; the scales are then quantized themselves.
 
 
 def _levels(tops: jax.Array, levels: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -267,18 +267,18 @@ ENCODERS: dict[str, Encoder] = {
     "MXFP4": _mxfp4,
 }
 
-# The type of 32-blocks that llama.cpp takes for rows which are not a whole number of 256-blocks.
+# The 32-block type that llama.cpp uses for rows that are not a whole number of 256-blocks.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 LIMIT = float(np.finfo(np.float16).max)
-CHUNK = 2**20  # weights encoded at a time: what a search keeps per weight stays in the processor's cache
+CHUNK = 2**20  # weights encoded at a time, so that a search's data stays in the processor's cache
 
 
 def fitting_type(type: str, in_features: int) -> str:
-    """`type`, or what llama.cpp takes in its place when rows of `in_features` are not whole blocks of it.
+    """`type`, or llama.cpp's fallback when rows of `in_features` are not a whole number of its blocks.
 
-    That is `FALLBACK[type]` for the 256-blocks, and "F16" if no block of 32 fits either (where llama.cpp stops for
-    types that are 32-blocks to begin with).
+    The fallback is `FALLBACK[type]` for 256-blocks, and "F16" if 32-blocks do not fit either. (There llama.cpp stops if
+    the original type had 32-blocks.)
 
     Raises:
         InputError: `type` has no encoder.
@@ -294,12 +294,12 @@ def fitting_type(type: str, in_features: int) -> str:
 def encode(w: jax.Array, type: str) -> jax.Array:
     """Weights of any floating dtype `[..., n]` as blocks of `type`, uint8 `[..., n / block_size, block_bytes]`.
 
-    Converts to float32 first. Works through the matrix `CHUNK` weights at a time, so that the peak of memory is the
-    matrix, its blocks and some 20 MB. Looks at the values, hence not for use under `jit`: `encode_blocks` is.
+    Converts to float32 first. Encodes `CHUNK` weights at a time, so that peak memory is the matrix, its blocks and some
+    20 MB. It checks the values, so it cannot run under `jit`; `encode_blocks` can.
 
     Raises:
         InputError: `type` has no encoder; rows are not whole blocks; or a weight is NaN, infinite or over 65504, the
-            largest float16 (llama.cpp leaves undefined what becomes of these).
+            largest float16 (undefined behaviour in llama.cpp).
     """
     n = w.shape[-1]
     if (fitting := fitting_type(type, n)) != type:
@@ -322,13 +322,13 @@ def _peak(w: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=1)
 def encode_blocks(w: jax.Array, type: str) -> jax.Array:
-    """As `encode`, but without looking at the values first: for use under `jit`."""
+    """Like `encode`, but without checking the values: for use under `jit`."""
     size, nbytes = BLOCK_TYPES[type].size, BLOCK_TYPES[type].nbytes
     blocks = w.reshape(-1, size)
     step = min(len(blocks), CHUNK // size)
 
     def chunk(i: jax.Array, out: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(blocks, i * step, step)  # the last is moved back to end with the matrix
+        part = lax.dynamic_slice_in_dim(blocks, i * step, step)  # the last starts earlier, to end with the matrix
         return lax.dynamic_update_slice_in_dim(out, ENCODERS[type](part.astype(F32)), i * step, axis=0)
 
     out = lax.fori_loop(0, math.ceil(len(blocks) / step), chunk, jnp.zeros((len(blocks), nbytes), U8))

@@ -1,12 +1,12 @@
 """The codebooks ("grids") of llama.cpp's IQ types: each entry gives the values of 8 (or 4) neighbouring weights.
 
-A codebook is a subset of a small lattice, all tuples of `width` of its `levels`; its entries are numbered in the order
-of the number that their digits form, the first weight's digit being the lowest. So a codebook is kept as one bit for
-every point of the lattice, in use or not, deflated and in base 85. (Lists of the entries are four times as long.
-gguf-py has such lists too, but private ones, and it is what our tests compare with.)
+A codebook is a subset of a small lattice: all tuples of `width` of its `levels`. Its entries are sorted by the number
+that their digits form; the first weight's digit is the lowest. So one bit per lattice point, used or not, is enough to
+store a codebook. The bits are deflated and written in base 85. (Lists of the entries would be four times as long.
+gguf-py has such lists, but they are private, and our tests compare with them.)
 
 Source: the tables `iq1s_grid`, `iq2xxs_grid`, `iq2xs_grid`, `iq2s_grid`, `iq3xxs_grid` and `iq3s_grid` of ggml's
-`ggml-common.h`, which gives them as numbers, without a formula to generate them by.
+`ggml-common.h`, which lists the numbers and gives no formula for them.
 """
 
 import base64

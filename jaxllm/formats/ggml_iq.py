@@ -1,7 +1,7 @@
 """Decoders of llama.cpp's IQ types: codebook entries (of 8 or 4 weights), signs and scales; IQ4: a table of 16 values.
 
-As in `ggml_blocks.py` every product is exact in float32, whatever its order: a float16 has 11 significant bits, a
-scale at most 5 (6 in IQ4_XS), a codebook value at most 6 (7 in IQ4), which is 24 at most.
+As in `ggml_blocks.py`, every product is exact in float32, in any order: a float16 has 11 significant bits, a scale at
+most 5 (6 in IQ4_XS), and a codebook value at most 6 (7 in IQ4). The sum is at most 24.
 
 Source of the layouts: ggml's `ggml-common.h`; the formulas are those of `dequantize_row_*` in `ggml-quants.c`.
 """
@@ -42,7 +42,7 @@ def _signs_and_scales(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def iq2_xxs(b: jax.Array) -> jax.Array:
     d, rest = split(b, 2, 64)
-    index, packed = split(rest.reshape(*rest.shape[:-1], 8, 8), 4, 4)  # [..., 8, 4]: of every 32 weights
+    index, packed = split(rest.reshape(*rest.shape[:-1], 8, 8), 4, 4)  # [..., 8, 4]: for every 32 weights
     signs, scale = _signs_and_scales(flat(packed, 2))
     return scaled(f16(d) * scale * 0.25, _signed(_entries("IQ2_XXS", flat(index, 2)), signs))
 
@@ -75,7 +75,7 @@ def iq3_s(b: jax.Array) -> jax.Array:
 
 
 def _iq1(scale: jax.Array, index: jax.Array, minus: jax.Array) -> jax.Array:
-    """Entries of -1, 0 and 1, all 8 shifted by 1/8: down where `minus` is set."""
+    """Entries of -1, 0 and 1. All 8 are shifted by 1/8: down where `minus` is set, otherwise up."""
     delta = jnp.where(minus == 1, -IQ1_DELTA, IQ1_DELTA)
     return scaled(scale, flat(f32(lookup(grid("IQ1_S"), index)) + delta[..., None], 2))
 

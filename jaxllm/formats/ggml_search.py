@@ -1,11 +1,11 @@
 """The searches for a scale (and a minimum) with which llama.cpp's encoders beat plain rounding.
 
-Each works on groups of weights along the last axis, float32 `[..., n]`, and returns float32 `[...]`. The codes that a
-search tries are not returned: the formats round scales once more, to their own few bits, and then code the weights
-anew with what a decoder will see.
+Each works on groups of weights along the last axis, float32 `[..., n]`, and returns float32 `[...]`. A search does not
+return the codes that it tried: the formats round the scales to their own few bits and then encode the weights again
+with the rounded scales, which are what a decoder will see.
 
 Source: `make_qkx2_quants`, `make_q3_quants`, `make_qx_quants` and `quantize_row_iq4_nl_impl` in llama.cpp's
-`ggml-quants.c`, each as it is called without an importance matrix. Groups of zeros fit with a scale of zero.
+`ggml-quants.c`, each as called without an importance matrix. A group of zeros gets a scale of zero.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,23 @@ import numpy as np
 from jax import lax
 
 F32 = jnp.float32
-TINY = 1e-15  # a group whose largest magnitude is below is a group of zeros
+TINY = 1e-15  # a group whose largest magnitude is below this counts as zeros
 
 
 def total(x: jax.Array) -> jax.Array:
-    """The sum over the last axis, kept."""
+    """The sum over the last axis, which is kept with size 1."""
     return jnp.sum(x, axis=-1, keepdims=True)
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """The element of largest magnitude along the last axis, with its sign; of several the first. `[..., 1]`"""
+    """The element of largest magnitude along the last axis, with its sign; the first of equals. `[..., 1]`"""
     return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b, and 0 wherever b is 0.
 
-    The selection inside also keeps XLA from turning 1 / (a / n) into n / a, which rounds otherwise.
+    The selection inside also keeps XLA from turning 1 / (a / n) into n / a, which rounds differently.
     """
     zero = b == 0
     return jnp.where(zero, F32(0), a / jnp.where(zero, F32(1), b))
@@ -43,8 +43,8 @@ def fit_affine(
 ) -> tuple[jax.Array, jax.Array]:
     """`scale >= 0` and `minimum >= 0` such that `scale * q - minimum`, q in `0 .. levels`, is near `x`.
 
-    Tries the codes that arise when the range is stretched to `levels + start + k / 10` for k in `0 .. steps`, each
-    with the line that fits them best in least squares, and keeps the least weighted error: of squares, or `absolute`.
+    Tries the codes that result from stretching the range to `levels + start + k / 10` for k in `0 .. steps`. Each time
+    it fits a line by least squares. It keeps the smallest weighted error, squared or `absolute`.
     """
     low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), F32(0))
     high = jnp.max(x, axis=-1, keepdims=True)
@@ -59,13 +59,13 @@ def fit_affine(
 
     def attempt(k: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best_error, best_scale, best_low = best
-        q = code(F32(levels + start) + F32(0.1) * k.astype(F32), best_low)  # from the best minimum so far
+        q = code(F32(levels + start) + F32(0.1) * k.astype(F32), best_low)  # starting at the best minimum so far
         wq = weights * q
         sum_q, sum_q2, sum_xq = total(wq), total(wq * q), total(wq * x)
         det = sum_w * sum_q2 - sum_q * sum_q
         scale = divide(sum_w * sum_xq - sum_x * sum_q, det)
         line = divide(sum_q2 * sum_x - sum_q * sum_xq, det)
-        scale = jnp.where(line > 0, divide(sum_xq, sum_q2), scale)  # a minimum above 0 has no code: through 0 then
+        scale = jnp.where(line > 0, divide(sum_xq, sum_q2), scale)  # a minimum above 0 has no code: fit through 0
         line = jnp.minimum(line, F32(0))
         now = error(scale, line, q)
         better = (det > 0) & (now < best_error)
@@ -84,8 +84,8 @@ def fit_affine(
 def fit_scale(x: jax.Array, targets: np.ndarray, snap: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """`scale` such that `scale * q` is near `x`, where `snap` rounds to the values that q can have.
 
-    Tries the codes that arise when the largest weight is mapped to each of `targets` in turn, each with its least
-    squares scale under weights x^2. The first target wins unless another is strictly better.
+    Tries the codes that result from mapping the largest weight to each of `targets` in turn, each with its
+    least-squares scale, weighted by x^2. The first target wins unless another is strictly better.
     """
     top = largest(x)
     weights = x * x
@@ -105,10 +105,10 @@ def fit_scale(x: jax.Array, targets: np.ndarray, snap: Callable[[jax.Array], jax
 
 
 def fit_scale_by_coordinates(x: jax.Array, levels: int, passes: int = 5) -> jax.Array:
-    """`scale` such that `scale * q`, q in `-levels .. levels - 1`, is near `x` under weights x^2.
+    """`scale` such that `scale * q`, q in `-levels .. levels - 1`, is near `x`, weighted by x^2.
 
-    Starts from the rounding that maps the largest weight to -levels, then lets one weight after the other move to the
-    code that is best given all the others, if that gains.
+    Starts from the rounding that maps the largest weight to -levels. Then moves one weight after the other to the code
+    that is best given all the others, if that reduces the error.
     """
 
     def snap(v: jax.Array) -> jax.Array:

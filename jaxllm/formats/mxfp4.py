@@ -1,8 +1,8 @@
-"""MXFP4, in which GPT-OSS is published: four-bit floats with a power of two for each 32 of them.
+"""MXFP4, the format of GPT-OSS: four-bit floats with a power-of-two scale for every 32 of them.
 
-Checkpoints agree on the bytes and differ in how they present them: GPT-OSS puts the 16 bytes of a block on an axis of
-their own, MLX eight codes into a word. Their readers make this one shape of all of them. Only GGUF orders the codes of
-a block otherwise (`from_ggml`).
+Checkpoints agree on the bytes but differ in their shape: GPT-OSS gives the 16 bytes of a block their own axis, MLX puts
+eight codes into a word. Their readers convert them all to one shape. Only GGUF orders the codes of a block differently
+(`from_ggml`).
 """
 
 from dataclasses import dataclass
@@ -50,11 +50,11 @@ class MXFP4(Weight):
 
     @classmethod
     def from_dense(cls, w: jax.Array) -> Self:
-        """Encode floats `[*batch, out, in]` by the rule of the OCP's specification (6.3): the largest magnitude of a
-        block gets the largest exponent, values are rounded to nearest, ties to even, and saturate.
+        """Encode floats `[*batch, out, in]` by the rule of the OCP specification (6.3): the largest magnitude of a
+        block gets the largest exponent; values are rounded to nearest, ties to even, and saturate.
 
         Raises:
-            InputError: rows are not whole blocks, or there are values that are not finite.
+            InputError: rows are not whole blocks, or some values are not finite.
         """
         w = jnp.asarray(w, jnp.float32)
         if w.shape[-1] % BLOCK:
@@ -64,7 +64,7 @@ class MXFP4(Weight):
         grid = w.reshape(*w.shape[:-1], -1, BLOCK)
         largest = lax.bitcast_convert_type(jnp.max(jnp.abs(grid), axis=-1), jnp.int32)
         scales = jnp.clip((largest >> 23) - 2, 0, 254)  # the exponent of 4, E2M1's largest power of two, is 2
-        # 2^(127 - scale), in two factors because one alone may be beyond float32.
+        # 2^(127 - scale) as two factors, because the product may exceed float32.
         halves = (127 - scales) // 2, (127 - scales) - (127 - scales) // 2
         first, second = (lax.bitcast_convert_type((half + 127) << 23, jnp.float32)[..., None] for half in halves)
         codes = e2m1.rounded(grid * first * second).reshape(w.shape)
@@ -75,10 +75,10 @@ class MXFP4(Weight):
 
     @classmethod
     def from_ggml(cls, weight: GGML) -> Self:
-        """A GGUF file's MXFP4 blocks with their codes in order; nothing is decoded.
+        """A GGUF file's MXFP4 blocks with their codes in order; nothing is dequantized.
 
-        The two disagree on one scale, 255, which no encoder writes: a power of two to ggml, a NaN here.
+        The two disagree about one scale, 255, which no encoder writes: a power of two in ggml, a NaN here.
         """
         scale, packed = weight.blocks[..., 0], weight.blocks[..., 1:]
-        codes = nibbles(packed)  # low nibbles are the first half of a block, high ones the second
+        codes = nibbles(packed)  # low nibbles hold the first half of a block, high ones the second
         return cls(e2m1.pack(codes.reshape(*codes.shape[:-2], -1)), scale)

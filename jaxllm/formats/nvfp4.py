@@ -1,4 +1,4 @@
-"""NVFP4: four-bit floats with a float8 scale for each 16 of them, and one float32 scale for the matrix."""
+"""NVFP4: four-bit floats with a float8 scale for every 16 of them, and one float32 scale for the matrix."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -44,7 +44,7 @@ class NVFP4(Weight):
         scales = self.scales.astype(jnp.float32)
         if self.whole is not None:
             whole = self.whole if self.whole.ndim == 1 else self.whole[..., None]
-            # By one number XLA would multiply with its reciprocal; this divisor looks like many.
+            # XLA would multiply by the reciprocal of a single number; this selection hides that it is one.
             many = jnp.where(jnp.isnan(scales), scales, whole)
             scales = scales / many if self.divides else scales * whole
         values = lookup(e2m1.VALUES, e2m1.unpack(self.blocks))
@@ -52,7 +52,7 @@ class NVFP4(Weight):
 
     @classmethod
     def from_dense(cls, w: jax.Array) -> Self:
-        """Encode floats `[*batch, out, in]`: the largest of all becomes 6 * 448, that of each 16 becomes 6."""
+        """Encode floats `[*batch, out, in]`: the matrix's largest value becomes 6 * 448, each group's becomes 6."""
         w = jnp.asarray(w, jnp.float32)
         grid = w.reshape(*w.shape[:-1], -1, BLOCK)
         peaks = jnp.max(jnp.abs(grid), axis=-1)

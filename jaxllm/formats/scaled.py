@@ -1,5 +1,5 @@
-"""Small floats or integers with a scale for each rectangle of the matrix: FP8 as DeepSeek-V3 and its kin store it, with
-one scale for a row or for all of it, MXFP8, and INT8."""
+"""Small floats or integers with a scale for each rectangle of the matrix: blockwise FP8 as in DeepSeek-V3, FP8 with one
+scale per row or per matrix, MXFP8, and INT8."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ NAMES = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8 E5M2", "int8": "INT8"}
 def quotient(a: jax.Array, b: jax.Array | float) -> jax.Array:
     """`a / b` in float32, rounded once; zeros give 0.
 
-    XLA multiplies by the reciprocal of a divisor that is constant, broadcast or a quotient itself, which half of the
-    time gives another float. It cannot where the divisor is chosen for each number.
+    If a divisor is constant, broadcast or itself a quotient, XLA multiplies by its reciprocal, which gives a different
+    float half of the time. It cannot do so if the divisor is selected separately for each number.
     """
     return a / jnp.where(a == 0, jnp.float32(1), b)
 
 
 def scale_for(peak: jax.Array, limit: float, power_of_two: bool = False) -> jax.Array:
-    """The scale that brings magnitudes up to `peak`, float32, to those up to `limit`: their quotient, rounded once.
+    """The scale that maps magnitudes up to `peak`, float32, to magnitudes up to `limit`: `peak / limit`, rounded once.
 
-    It is 1 where the peak is 0. With `power_of_two` it is rounded up to one ("ue8m0").
+    It is 1 where the peak is 0. With `power_of_two`, it is rounded up to a power of two ("ue8m0").
     """
     scale = jnp.where(peak == 0, jnp.float32(1), quotient(peak, jnp.float32(limit)))
     if not power_of_two:
@@ -39,13 +39,13 @@ def scale_for(peak: jax.Array, limit: float, power_of_two: bool = False) -> jax.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Activations:
-    """How the other operand of a matmul is rounded, to the dtype of the weight's values (W8A8).
+    """How a matmul's activations are rounded to the dtype of the weight's values (W8A8).
 
     Attributes:
-        group: how many neighbours in a row share a scale; None: the whole row.
+        group: how many neighbours in a row share a scale; None: the entire row.
         power_of_two: whether scales are rounded up to powers of two, which configs call "ue8m0".
-        threshold: columns with a larger magnitude are not rounded (LLM.int8); 0: there are none. For whole rows.
-        scale: float32 `[*batch, 1]`, the one scale that the checkpoint gives for all rows; None: each row has its own.
+        threshold: columns with a larger magnitude are not rounded (LLM.int8); 0: all are. Only without groups.
+        scale: float32 `[*batch, 1]`, one scale from the checkpoint for all rows; None: each row has its own.
     """
 
     group: int | None = static_field(None)
@@ -63,8 +63,8 @@ class Scaled(Weight):
         values: float8_e4m3fn, float8_e5m2 or int8 `[*batch, out, in]`.
         scales: float32, bfloat16, float16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
             Some checkpoints call them `weight_scale_inv`, yet they are multiplied by.
-        block: rows and columns that share a scale; None is all of them.
-        activations: how the other operand of a matmul is rounded; None: it is not, and this matrix is only dequantized.
+        block: rows and columns that share a scale; None means all of them.
+        activations: how a matmul's activations are rounded; None: they are not, and this matrix is only dequantized.
     """
 
     values: Leaf
@@ -92,7 +92,7 @@ class Scaled(Weight):
         return 1
 
     def refined(self, out: int, in_: int) -> Self:
-        """The same matrix with smaller blocks: each scale repeated for the parts of its block."""
+        """The same matrix with smaller blocks: each scale is repeated for the parts of its block."""
         scales, block = self.scales, dict(zip((-2, -1), self.block, strict=True))
         for axis, new in ((-2, out), (-1, in_)):
             if (old := block[axis]) is not None and old != new:
@@ -101,12 +101,12 @@ class Scaled(Weight):
         return replace(self, scales=scales, block=(block[-2], block[-1]))
 
     def swapped(self) -> Self:
-        """Its transpose."""
+        """The transpose."""
         values, scales = (leaf.swapaxes(-1, -2) for leaf in (self.values, self.scales))
         return replace(self, values=values, scales=scales, block=self.block[::-1])
 
     def take(self, ids: jax.Array) -> Self:
-        """As `Weight.take`; each row gets a scale of its own."""
+        """See `Weight.take`; each row gets its own scale."""
         rows, cols = self.block
         scales = self.scales if rows is None else self.scales[ids // rows]
         return replace(self, values=self.values[ids], scales=scales, block=(rows and 1, cols))

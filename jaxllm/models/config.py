@@ -1,4 +1,4 @@
-"""What configurations of several families have in common: sizes that depend on each other, and GGUF's own words."""
+"""Helpers for the configurations of several families: sizes that depend on each other, and GGUF's own keys."""
 
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
@@ -7,17 +7,17 @@ from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 
-# The most that is believed of a file, so that a hostile one cannot keep a machine busy.
+# Upper limits for values in a file, so that a hostile file cannot keep a machine busy.
 MANY = 2**14  # layers, heads, experts, dimensions of a head
 WIDEST = 2**24  # all heads together
 POSITIONS = 2**31 - 1
 
 
 def gguf_entries(metadata: Mapping[str, object], architectures: Sequence[str]) -> tuple[str, Entries]:
-    """The architecture of a GGUF file, and the entries of its metadata that have its name as their prefix, without it.
+    """The architecture of a GGUF file, and its metadata entries with the architecture's prefix, which is removed.
 
     Raises:
-        InputError: it is none of `architectures`.
+        InputError: the architecture is none of `architectures`.
     """
     arch = Entries(metadata, "metadata").choice("general.architecture", architectures)
     own = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
@@ -25,13 +25,13 @@ def gguf_entries(metadata: Mapping[str, object], architectures: Sequence[str]) -
 
 
 def gguf_vocab_size(given: Entries, tensors: Mapping[str, Weight]) -> int:
-    """Few files say it; the embedding table does."""
+    """The vocabulary size: few files have an entry for it, but the embedding table shows it."""
     table = tensors.get("token_embd.weight")
     return given.whole("vocab_size") if table is None else table.shape[0]
 
 
 def layer_count(config: Entries, key: str, tensors: Collection[str]) -> int:
-    """How many layers there are: no more than tensors, as each has some (`tensors` is empty where they are unknown)."""
+    """The number of layers. It cannot exceed the number of tensors, if these are known (`tensors` not empty)."""
     count = config.whole(key, most=MANY)
     if tensors and count > len(tensors):
         raise InputError(f"{config.where}: '{key}' is {count}, but there are {len(tensors)} tensors only")
@@ -39,7 +39,7 @@ def layer_count(config: Entries, key: str, tensors: Collection[str]) -> int:
 
 
 def per_layer(config: Entries, key: str, count: int, default: object = None, least: int = 1) -> list[int]:
-    """A whole number up to `WIDEST` for each of `count` layers, from a list of them or from one that all share."""
+    """A whole number up to `WIDEST` for each of `count` layers, from a list or from one number for all layers."""
 
     def good(value: object) -> bool:
         return all(type(n) is int and least <= n <= WIDEST for n in (value if isinstance(value, list) else [value]))
@@ -51,7 +51,7 @@ def per_layer(config: Entries, key: str, count: int, default: object = None, lea
 
 
 def check_shared(config: Entries, heads_key: str, heads: int, kv_key: str, kv_heads: int) -> None:
-    """Raise InputError unless every key/value head serves equally many query heads."""
+    """Raise InputError unless every key/value head serves the same number of query heads."""
     if heads % kv_heads:
         raise InputError(
             f"{config.where}: {heads} query heads cannot share {kv_heads} key/value heads evenly ('{heads_key}', "
@@ -60,7 +60,7 @@ def check_shared(config: Entries, heads_key: str, heads: int, kv_key: str, kv_he
 
 
 def check_activation(config: Entries) -> None:
-    """Raise InputError if a config.json asks for another activation than SiLU."""
+    """Raise InputError if a config.json asks for an activation other than SiLU."""
     if (activation := config.values.get("hidden_act")) not in (None, "silu", "swish"):
         raise InputError(f"{config.where}: hidden_act {reprlib.repr(activation)} is not supported, only silu")
 

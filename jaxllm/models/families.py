@@ -1,4 +1,4 @@
-"""All families of models that there are. A new one is its record and a line here, or `FAMILIES.append` from outside."""
+"""All families of models. To add one, write its record and list it here, or call `FAMILIES.append` from outside."""
 
 from jaxllm.models.deepseek.family import DEEPSEEK
 from jaxllm.models.family import Family

@@ -1,4 +1,4 @@
-"""A family of models as one record: everything that the loader has to know of it."""
+"""A family of models as one record: everything that the loader needs to know about it."""
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +19,13 @@ def nothing(config: Any) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Dialect:
-    """The words in which one kind of file describes models of a family.
+    """How one kind of file describes models of a family.
 
     Attributes:
         kinds: the names of its architectures: `model_type` of a config.json, `general.architecture` of a GGUF file.
-        config: from what the file says of itself and its tensors by name to the model's configuration.
-        rules: given the configuration and the tensors, how tensors become parameters.
-        ignored: given the configuration, patterns of names that such files may have and that mean nothing here.
+        config: makes the model's configuration from the file's description and its tensors by name.
+        rules: given the configuration and the tensors, the rules by which tensors become parameters.
+        ignored: given the configuration, patterns of tensor names that such files may have and we do not need.
     """
 
     kinds: tuple[str, ...]
@@ -36,17 +36,17 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Family:
-    """A family.
+    """A family of models that share an architecture.
 
     Attributes:
-        name: as people call it.
+        name: its common name.
         model: makes a model with its parameters declared, given the configuration, the mesh, and how many columns of a
             ROW matrix belong to one block of its format.
         config: the type of its configurations.
-        dialects: by the name of the kind of file.
-        options: what a user can choose for its models. For each option, the keyword arguments that tell `model` of a
-            choice, by the choice's name.
-        presets: descriptions of published models, in one of the dialects that JSON files have, by name.
+        dialects: its dialects by kind of file.
+        options: what a user can choose for its models: for each option, the choices by name, each with the keyword
+            arguments that it adds to the call of `model`.
+        presets: descriptions of published models by name, each in a dialect of a JSON file.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Family:
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
-    """The family whose models files of this dialect call `kind`.
+    """The family that has the name `kind` in files of this dialect.
 
     Raises:
-        InputError: there is none; lists those that there are.
+        InputError: there is none; the message lists the known ones.
     """
     known: list[str] = []
     for family in families:
@@ -74,10 +74,10 @@ def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
 
 
 def model_arguments(families: Sequence[Family], family: Family, options: Mapping[str, str | None]) -> dict[str, object]:
-    """Keyword arguments for `family.model`, from those of the options that the user set (the others are None).
+    """Keyword arguments for `family.model`, from the options that the user set (the others are None).
 
     Raises:
-        InputError: an option that this family does not have, or a choice that the option does not have.
+        InputError: this family does not have the option, or the option does not have the choice.
     """
     arguments: dict[str, object] = {}
     for option, choice in options.items():

@@ -1,4 +1,4 @@
-"""Names that several families share in Hugging Face checkpoints: stacks of experts, and what means nothing here."""
+"""Names that several families share in Hugging Face checkpoints: stacks of experts, and tensors that we ignore."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
 from jaxllm.models.rule import Rule, transposed
 
-# Frequencies, which are computed from the configuration, and what some quantizers say of a cache in FP8, which ours is
+# Frequencies, which we compute from the configuration, and some quantizers' scales for an FP8 cache, which ours is
 # not.
 HF_IGNORED = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -26,18 +26,18 @@ def hf_ignored(config: Any) -> tuple[str, ...]:
 
 
 def expert_rules(block: str, hidden_size: int, width: int, tensors: Mapping[str, Weight]) -> list[Rule]:
-    """Rules for the stacks of experts in a sparse layer, by every name that they have in Hugging Face checkpoints.
+    """Rules for the stacks of experts in a sparse layer, for every name they have in Hugging Face checkpoints.
 
     MLX calls a stack `switch_mlp.gate_proj`; mistral.rs writes MXFP4 and AFQ as `experts.gate_proj`. Both are
-    `[experts, out, in]`. Transformers joins gate and up, gate first, in `experts.gate_up_proj`, which is stored as
-    `[experts, out, in]` by some and as `[experts, in, out]` by others.
+    `[experts, out, in]`. Transformers joins gate and up, gate first, in `experts.gate_up_proj`. Some models store it
+    as `[experts, out, in]`, others as `[experts, in, out]`.
 
     Args:
-        block: pattern for the name of the sparse block, with the layer's number as its group 1.
-        hidden_size, width: of the model, and of one expert's intermediate layer.
+        block: pattern for the name of the sparse block; group 1 is the layer's number.
+        hidden_size, width: the model's hidden size, and an expert's intermediate size.
 
     Raises:
-        InputError: stacks of one layer contradict one another about their orientation.
+        InputError: the shapes of a layer's stacks imply different orientations.
     """
     swapped = _transposed_layers(block, hidden_size, width, tensors)
 
@@ -59,8 +59,8 @@ def expert_rules(block: str, hidden_size: int, width: int, tensors: Mapping[str,
 def _transposed_layers(block: str, hidden: int, width: int, tensors: Mapping[str, Weight]) -> set[int]:
     """The layers whose stacks are `[experts, in, out]`.
 
-    A square stack can be read either way, but a layer's two stacks are never square both: `gate_up_proj` is where
-    hidden = 2 width, `down_proj` where hidden = width. So a layer is decided by those of its stacks that are not.
+    A square stack could have either orientation. But a layer's two stacks are never both square: `gate_up_proj` is if
+    hidden = 2 width, `down_proj` if hidden = width. So the stack that is not square decides for the layer.
     """
     votes: dict[int, dict[bool, str]] = {}
     for name, weight in tensors.items():

@@ -12,7 +12,7 @@ from jaxllm.layers.rope import Rope
 from jaxllm.models.config import POSITIONS
 
 GGUF_KINDS = ("none", "linear", "yarn", "longrope")
-MSCALE = 1000.0  # the most that is believed of YaRN's temperature
+MSCALE = 1000.0  # upper limit for YaRN's temperature
 HF_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "su")
 
 
@@ -28,11 +28,11 @@ def gguf_rope(
 
     Args:
         given: entries without the architecture's prefix.
-        truncate: whether the ends of YaRN's ramp are rounded, which no key says.
-        supported: kinds of scaling, of GGUF_KINDS.
+        truncate: whether the ends of YaRN's ramp are rounded; GGUF has no key for this.
+        supported: the supported kinds of scaling, from GGUF_KINDS.
 
     Raises:
-        InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+        InputError: a key is missing, has an impossible value, or asks for something that is not supported.
     """
     theta = given.number("rope.freq_base", 10000.0, above=1.0)
     dim = given.whole_up_to("rope.dimension_count", head_dim, "attention.key_length", head_dim)
@@ -73,9 +73,9 @@ def gguf_rope(
 
 
 def hf_rope_entries(config: Entries) -> tuple[str, Entries]:
-    """What a config.json says of rotary embeddings, and the kind of scaling.
+    """The kind of scaling of rotary embeddings in a config.json, and the entries for it.
 
-    It has either spelling: `rope_parameters` of transformers 5, or `rope_scaling` with `rope_theta` beside it.
+    Both spellings are read: `rope_parameters` of transformers 5, and `rope_scaling` with `rope_theta` beside it.
     """
     name = next((n for n in ("rope_parameters", "rope_scaling") if config.values.get(n) not in (None, {})), None)
     if name is None:
@@ -93,11 +93,11 @@ def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Co
     """Frequencies from a config.json, see `hf_rope_entries`.
 
     Args:
-        head_dim, key: dimensions of a head that may be rotary, and the entry that says it.
-        supported: kinds of scaling, of HF_KINDS.
+        head_dim, key: how many dimensions of a head may be rotary, and the entry that says so.
+        supported: the supported kinds of scaling, from HF_KINDS.
 
     Raises:
-        InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+        InputError: a key is missing, has an impossible value, or asks for something that is not supported.
     """
     kind, given = hf_rope_entries(config)
     if kind not in supported:

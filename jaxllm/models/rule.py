@@ -1,4 +1,4 @@
-"""How the names of a checkpoint become the parameters of a model: each family lists rules for each kind of file."""
+"""How a checkpoint's tensors become a model's parameters: each family lists rules for each kind of file."""
 
 import re
 from collections.abc import Callable
@@ -19,11 +19,11 @@ Present = Callable[[Weight, re.Match], Weight]
 class Rule:
     """Tensors whose full name matches `pattern` become the parameter `target` (a template for `re.Match.expand`).
 
-    A group named `expert` in the pattern makes each tensor one of a stack. Several rules may match one tensor, which
-    then becomes several parameters, each made of some of its rows.
+    If the pattern has a group named `expert`, each tensor is one matrix of a stack. Several rules may match one tensor:
+    it then becomes several parameters, each made of some of its rows.
 
-    rows: given the model's config and the match, which row of the tensor each row of the parameter is (None: in order).
-    present: given a tensor and the match, the tensor as `[..., out, in]`, if it is stored otherwise.
+    rows: given the model's config and the match, the tensor's row for each row of the parameter (None: in order).
+    present: given a tensor and the match, the tensor as `[..., out, in]`, for tensors that are stored differently.
     """
 
     pattern: str
@@ -33,7 +33,7 @@ class Rule:
 
 
 def transposed(weight: Weight, m: re.Match | None = None) -> Weight:
-    """For `Rule.present`: stored as `[in, out]`, unless it is packed; packed formats store `[out, in]` only."""
+    """For `Rule.present`: a tensor stored as `[in, out]`. Packed tensors are always `[out, in]` and stay unchanged."""
     return weight.swapped() if isinstance(weight, Dense | Scaled) else weight
 
 

@@ -27,7 +27,7 @@ GGUF_ARCHITECTURES = ("deepseek2",)
 DEMO_TYPE = "deepseek_demo"
 SCORING = ("softmax", "sigmoid")
 GGUF_SCORING = dict(enumerate(SCORING, 1))
-# What the entries for `_routing` are called.
+# The names of the entries for `_routing`.
 HF_ROUTING = "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"
 GGUF_ROUTING = "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"
 DEMO_ROUTING = "n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups"
@@ -80,11 +80,11 @@ PRESETS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class DeepseekConfig:
-    """A model, by Hugging Face's names where there are some.
+    """A model's configuration, with Hugging Face's names where these exist.
 
-    rope: rotary frequencies; `interleaved` says that the checkpoint pairs neighbours.
+    rope: rotary frequencies; `interleaved` means that the checkpoint pairs neighbours.
     softmax_scale: what scores are multiplied by, YaRN's temperature included.
-    split_kv_b: whether the checkpoint has kv_b in two stacks, see `LatentAttention`.
+    split_kv_b: whether the checkpoint stores kv_b as two stacks, see `LatentAttention`.
     scoring_func: "softmax" or "sigmoid"; `group_score`: "max", or "top2" for the sum of a group's two best.
     """
 
@@ -125,8 +125,8 @@ class DeepseekConfig:
         """The configuration in a config.json of one of MODEL_TYPES.
 
         Args:
-            tensors: names of the checkpoint's tensors, which say what the config does not: whether routers have a
-                correction bias. Without them, those of V3 do.
+            tensors: names of the checkpoint's tensors. They show what the config does not say: whether routers have a
+                correction bias. Without names, V3's routers are taken to have one.
 
         Raises:
             InputError: a key is missing, or asks for something that is not supported.
@@ -135,7 +135,7 @@ class DeepseekConfig:
         given = Entries(config, "config.json")
         kind = given.choice("model_type", MODEL_TYPES)
         check_activation(given)
-        given.whole("moe_layer_freq", 1, most=1)  # others would have dense layers between sparse ones
+        given.whole("moe_layer_freq", 1, most=1)  # other values would put dense layers between sparse ones
         v3 = kind == "deepseek_v3"
         method = given.choice("topk_method", TOPK_METHODS, "noaux_tc" if v3 else "greedy")
         heads = given.whole("num_attention_heads", most=MANY)
@@ -177,14 +177,14 @@ class DeepseekConfig:
         """The configuration of a GGUF file of one of GGUF_ARCHITECTURES.
 
         Raises:
-            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+            InputError: a key is missing, has an impossible value, or asks for something that is not supported.
         """
         arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
         if given.number("attention.temperature_scale", 0.0, above=-math.inf):
             raise InputError(f"{given.where}: 'attention.temperature_scale' is not supported")
 
         def head(key: str) -> int:
-            """Of files with kv_b in two stacks, `key` is the size of a latent key or value."""
+            """A head's size. In files with kv_b in two stacks, `key` itself is the size of a latent key or value."""
             key = f"{key}_mla" if f"{key}_mla" in given else key
             return given.whole(key, most=min(MANY, WIDEST // heads))
 
@@ -226,14 +226,14 @@ class DeepseekConfig:
 
     @classmethod
     def from_demo(cls, args: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
-        """The configuration of DeepSeek's own inference demo: the fields of its `ModelArgs`, missing ones as there.
+        """The configuration from `ModelArgs` of DeepSeek's inference demo; missing fields have the demo's defaults.
 
         Args:
-            tensors: names of what is in the files. The demo has the correction bias by the model's width alone; here
-                the files decide.
+            tensors: names of the tensors in the files. They show whether there is a correction bias; the demo decides
+                this by the model's width alone.
 
         Raises:
-            InputError: a field that `ModelArgs` does not have, or that has no sensible value.
+            InputError: `ModelArgs` does not have the field, or the field has an impossible value.
         """
         given = Entries(demo_args(args), "ModelArgs")
         sigmoid = given.values["score_func"] == "sigmoid"
@@ -273,11 +273,11 @@ class DeepseekConfig:
 
 
 def demo_args(args: Mapping[str, object]) -> dict[str, Any]:
-    """All fields of the demo's `ModelArgs`, those that `args` does not give (or gives as null) as they are there.
+    """All fields of the demo's `ModelArgs`. Fields that `args` lacks (or gives as null) have the demo's defaults.
 
     Raises:
-        InputError: a field that `ModelArgs` does not have, or one of those that do not become part of a
-            `DeepseekConfig` without a sensible value. The others are for `DeepseekConfig.from_demo` to check.
+        InputError: `ModelArgs` does not have the field, or a field that does not become part of a `DeepseekConfig` has
+            an impossible value. `DeepseekConfig.from_demo` checks the other fields.
     """
     for key in args:
         if key not in DEMO_DEFAULTS:
@@ -290,7 +290,7 @@ def demo_args(args: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
-    """Dimensions of a head: without position, rotary, and of values. A config.json and ModelArgs share the words."""
+    """Dimensions of a head: without position, rotary, and of values. A config.json and ModelArgs share these keys."""
     most = min(MANY, WIDEST // heads)
     nope, rotary = config.whole("qk_nope_head_dim", 128, most=most), config.whole("qk_rope_head_dim", 64, most=most)
     return nope, rotary, config.whole("v_head_dim", 128, most=most)
@@ -299,11 +299,11 @@ def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
 def _routing(
     config: Entries, experts: str, chosen: str, groups: str = "", limited: str = "", least: int = 1
 ) -> dict[str, Any]:
-    """How many experts there are and are chosen, and from how many groups; the arguments name the entries.
+    """The numbers of experts and groups, in total and chosen; the arguments name the entries.
 
     Args:
         groups, limited: "" if the model does not choose groups.
-        least: experts that a group must have for its score.
+        least: how many experts a group's score needs at least.
     """
     count = config.whole(experts, most=MANY)
     used = config.whole_up_to(chosen, count, experts)
@@ -337,7 +337,7 @@ def _hf_yarn(config: Entries, dim: int) -> tuple[Rope, float]:
 
 
 def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
-    """As `_hf_yarn`. The demo stretches contexts that are longer than the original, and has one temperature only."""
+    """Like `_hf_yarn`. The demo applies YaRN to contexts longer than the original, and has only one temperature."""
     mscale = given.number("mscale", most=MSCALE)
     values: dict[str, Any] = {
         "rope_theta": given.number("rope_theta", above=1.0),
@@ -354,7 +354,7 @@ def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
 
 
 def _gguf_yarn(given: Entries, tensors: Mapping[str, Weight], dim: int) -> tuple[Rope, float]:
-    """As `_hf_yarn`. A file has a tenth of mscale_all_dim and no mscale, which llama.cpp takes to be the same."""
+    """Like `_hf_yarn`. A file has a tenth of mscale_all_dim and no mscale; llama.cpp takes the two to be equal."""
     frequencies = gguf_rope(given, tensors, dim, supported=("none", "yarn"))
     mscale = given.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=MSCALE) / 0.1
     if not mscale or given.values.get("rope.scaling.type") != "yarn":
@@ -363,7 +363,7 @@ def _gguf_yarn(given: Entries, tensors: Mapping[str, Weight], dim: int) -> tuple
 
 
 def _gguf_scoring(given: Entries, biased: bool) -> str:
-    """Files that do not say it are of V2, or of models like V3 that came before the key: only those have the bias."""
+    """The scoring function. Files without the key are V2, or V3 from before the key; only V3 has the bias."""
     number = given.whole("expert_gating_func", 0, 0) or (2 if biased else 1)
     if number not in GGUF_SCORING:
         raise InputError(f"{given.where}: 'expert_gating_func' {number} is not supported; 1 and 2 are")
@@ -371,5 +371,5 @@ def _gguf_scoring(given: Entries, biased: bool) -> str:
 
 
 def _predicting_layers(tensors: Mapping[str, Weight]) -> set[int]:
-    """Layers for multi-token prediction, which stand after the others."""
+    """Layers for multi-token prediction, which come after the others."""
     return {int(m[1]) for name in tensors if (m := re.match(r"blk\.([1-9]\d{0,5})\.nextn\.", name))}

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 as a family. Only its models come in a third kind of file, that of their inference demo."""
+"""DeepSeek-V2 and V3 as a family. Besides the usual kinds of files, there are those of DeepSeek's inference demo."""
 
 from jaxllm.models.deepseek import names
 from jaxllm.models.deepseek.config import DEMO_TYPE, GGUF_ARCHITECTURES, MODEL_TYPES, PRESETS, DeepseekConfig

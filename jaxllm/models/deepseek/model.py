@@ -17,11 +17,11 @@ from jaxllm.parallel import CACHE, EP, TP
 
 
 def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache: bool = False) -> Decoder:
-    """A model of this family, its parameters declared.
+    """A model of this family with its parameters declared.
 
     Args:
-        mesh: what it is sharded over.
-        block: positions of a ROW matrix's columns that cannot be cut apart, from the formats of the checkpoint.
+        mesh: the mesh that it is sharded over.
+        block: how many columns of a ROW matrix belong to one block, from the formats of the checkpoint.
         per_head_cache: whether the cache holds every head's keys and values instead of latents.
     """
     blocks = [DeepseekBlock(config, i, mesh, block, per_head_cache) for i in range(config.num_hidden_layers)]
@@ -30,7 +30,7 @@ def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache:
 
 
 class DeepseekBlock(nnx.Module):
-    """Latent attention, then a feed-forward block, each on a normalised copy of the stream and added to it."""
+    """Latent attention, then a feed-forward block. Each reads the normalised residual stream and adds to it."""
 
     cache_of: int | None = None
 

@@ -1,4 +1,4 @@
-"""What the tensors of DeepSeek-V2 and V3 are called in GGUF files and in Hugging Face checkpoints."""
+"""Tensor names of DeepSeek-V2 and V3 in GGUF files, in Hugging Face checkpoints, and in the demo's files."""
 
 import re
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from jaxllm.models.rule import Rule
 
 
 def _query_rows(config: DeepseekConfig, m: re.Match) -> np.ndarray:
-    """Each head's rotary part, which comes after the other, in the half-split order."""
+    """Each head's part without position, then its rotary part in half-split order."""
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     within = np.concatenate([np.arange(nope), nope + _rotary(config)])
     return (np.arange(heads)[:, None] * (nope + rope) + within).reshape(-1)
 
 
 def _latent_rows(config: DeepseekConfig, m: re.Match) -> np.ndarray:
-    """The latent, then the rotary key in the half-split order."""
+    """The latent, then the rotary key in half-split order."""
     return np.concatenate([np.arange(config.kv_lora_rank), config.kv_lora_rank + _rotary(config)])
 
 
@@ -32,7 +32,7 @@ def _rotary(config: DeepseekConfig) -> np.ndarray:
 _L, _A = r"layers.\1.", r"layers.\1.self_attn."
 _G = r"blk\.(\d+)\."
 
-# Rotary parts pair neighbours here as well: llama.cpp's converter leaves these rows as they are.
+# Rotary parts pair neighbours here too: llama.cpp's converter does not reorder these rows.
 _GGUF = [
     Rule(r"token_embd\.weight", "embed_tokens.weight"),
     Rule(r"output_norm\.weight", "norm.weight"),
@@ -60,7 +60,7 @@ def gguf_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Ru
 
 
 def gguf_ignored(config: DeepseekConfig) -> list[str]:
-    """The layer after the last, for multi-token prediction, and what some forks of llama.cpp add to kv_b: its parts."""
+    """The extra layer for multi-token prediction, and the parts of kv_b that some forks of llama.cpp add to it."""
     copies = [] if config.split_kv_b else [r"blk\.\d+\.attn_[kv]_b\.weight"]
     return [rf"blk\.{config.num_hidden_layers}\..*", *copies]
 
@@ -89,11 +89,11 @@ def hf_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Rule
 
 
 def hf_ignored(config: DeepseekConfig) -> list[str]:
-    """The layer after the last, which predicts a second token (MTP), and what all families ignore."""
+    """The extra layer for multi-token prediction (MTP), and what all families ignore."""
     return [rf"model\.layers\.{config.num_hidden_layers}\..*", *HF_IGNORED]
 
 
-# DeepSeek's inference demo: for each of Hugging Face's names, its own, and the axis along which it cuts the tensor.
+# DeepSeek's inference demo: for each Hugging Face name, the demo's name, and the axis along which it splits the tensor.
 DEMO_NAMES = {
     "embed_tokens": ("embed", 0),
     "input_layernorm": ("attn_norm", None),
@@ -123,7 +123,7 @@ _HF_PARENTS = {demo: hf for hf, demo in _DEMO_PARENTS.items()}
 
 
 def demo_name(name: str) -> str | None:
-    """The demo's name of a tensor of a Hugging Face checkpoint; None if it has no place there."""
+    """The demo's name for a tensor of a Hugging Face checkpoint; None if the demo does not have it."""
     *parents, key, kind = _split(name.removeprefix("model."))
     if key not in DEMO_NAMES or kind not in _DEMO_KINDS:
         return None
@@ -131,7 +131,7 @@ def demo_name(name: str) -> str | None:
 
 
 def name_of_demo(name: str) -> str | None:
-    """The other way around."""
+    """The inverse of `demo_name`."""
     *parents, key, kind = _split(name)
     if key not in _HF_NAMES or kind not in _HF_KINDS:
         return None
@@ -140,7 +140,7 @@ def name_of_demo(name: str) -> str | None:
 
 
 def _split(name: str) -> list[str]:
-    """The parts of a name, of which there are two at least."""
+    """The parts of a name; there are at least two."""
     return name.split(".") if "." in name else ["", name]
 
 

@@ -23,7 +23,7 @@ from jaxllm.models.rope_config import gguf_rope, hf_rope
 MODEL_TYPES = ("gpt_oss",)
 GGUF_ARCHITECTURES = ("gpt-oss",)
 
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of the published models; GGUF files have no key for them
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # the published models' values; GGUF files have no key for them
 
 _ROPE = {
     "rope_type": "yarn",
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class GptOssConfig:
-    """A model, by Hugging Face's names. `sliding_windows` has one entry for each layer, None where it sees all."""
+    """A model's configuration, with Hugging Face's names. `sliding_windows` has an entry per layer; None: no window."""
 
     model_type: str
     vocab_size: int
@@ -69,11 +69,11 @@ class GptOssConfig:
         """The configuration in a config.json of one of MODEL_TYPES.
 
         Raises:
-            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+            InputError: a key is missing, has an impossible value, or asks for something that is not supported.
         """
         given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value is not None}
         if all(given.get(key, {}) == {} for key in ("rope_parameters", "rope_scaling")):
-            given |= {"rope_scaling": _ROPE}  # as transformers has it
+            given |= {"rope_scaling": _ROPE}  # transformers' default
         entries = Entries(given, "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
         check_activation(entries)
@@ -137,7 +137,7 @@ class GptOssConfig:
             attention_bias="blk.0.attn_q.bias" in tensors,
             swiglu_alpha=SWIGLU_ALPHA,
             swiglu_limit=SWIGLU_LIMIT,
-            # The models were trained with the ends of YaRN's ramp as they are; llama.cpp rounds them.
+            # The models were trained without rounding the ends of YaRN's ramp; llama.cpp rounds them.
             rope=gguf_rope(given, tensors, head_dim, truncate=False),
         )
 

@@ -17,18 +17,18 @@ from jaxllm.parallel import EP, TP
 
 
 def gpt_oss(config: GptOssConfig, mesh: Mesh, block: int = 1) -> Decoder:
-    """A model of this family, its parameters declared.
+    """A model of this family with its parameters declared.
 
     Args:
-        mesh: what it is sharded over.
-        block: positions of a ROW matrix's columns that cannot be cut apart, from the formats of the checkpoint.
+        mesh: the mesh that it is sharded over.
+        block: how many columns of a ROW matrix belong to one block, from the formats of the checkpoint.
     """
     blocks = [GptOssBlock(config, window, mesh, block) for window in config.sliding_windows]
     return Decoder(config, blocks, RMSNorm(config.hidden_size, config.rms_norm_eps), mesh)
 
 
 class GptOssBlock(nnx.Module):
-    """Attention, then experts, each on a normalised copy of the stream and added to it."""
+    """Attention, then experts. Each reads the normalised residual stream and adds to it."""
 
     cache_of: int | None = None
 
@@ -52,7 +52,7 @@ class GptOssBlock(nnx.Module):
             c.hidden_size,
             c.num_local_experts,
             c.intermediate_size,
-            TopKRouter(c.num_experts_per_tok, normalize=True),  # the same as a softmax over the chosen alone
+            TopKRouter(c.num_experts_per_tok, normalize=True),  # equals a softmax over only the chosen experts
             block,
             mesh.shape[TP],
             mesh.shape[EP],

@@ -1,4 +1,4 @@
-"""What the tensors of GPT-OSS are called in Hugging Face checkpoints, in MLX's, and in GGUF files."""
+"""Tensor names of GPT-OSS in Hugging Face checkpoints, in MLX's, and in GGUF files."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from jaxllm.models.rule import Rows, Rule, column, transposed
 
 
 def _every_other(first: int) -> Rows:
-    """Rows of the gate (0) or the up projection (1), which take turns in `gate_up_proj`."""
+    """Rows of the gate (0) or the up projection (1), which alternate in `gate_up_proj`."""
     return lambda config, m: np.arange(first, 2 * config.intermediate_size, 2)
 
 
@@ -31,7 +31,7 @@ _HF = [
     Rule(_E + "gate_up_proj_bias", _X + "gate_bias", _every_other(0), column),
     Rule(_E + "gate_up_proj_bias", _X + "up_bias", _every_other(1), column),
     Rule(_E + "down_proj_bias", _X + "down_bias", present=column),
-    # MLX keeps the two apart.
+    # MLX stores gate and up separately.
     Rule(_E + r"(gate|up|down)_proj\.weight", _X + r"\2_proj"),
     Rule(_E + r"(gate|up|down)_proj\.bias", _X + r"\2_bias", present=column),
 ]

@@ -28,7 +28,7 @@ MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qw
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What may differ from layer to layer. `sliding_window` is None where a layer sees everything."""
+    """What may differ from layer to layer. `sliding_window` is None if the layer attends to all positions."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -48,7 +48,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A model, by Hugging Face's names where there are some; `layers` has one entry for each."""
+    """A model's configuration, with Hugging Face's names where these exist; `layers` has one entry per layer."""
 
     model_type: str
     vocab_size: int
@@ -107,11 +107,11 @@ class LlamaConfig:
         """The configuration in a config.json whose model_type is one of MODEL_TYPES.
 
         Args:
-            tensors: names of the checkpoint's tensors. Older GPTQ files have biases (of zeros) everywhere; and a head
-                that is there counts more than being tied, as in transformers.
+            tensors: names of the checkpoint's tensors. They show the biases (of zeros) that older GPTQ files have
+                everywhere, and a head: if there is one, it overrides `tie_word_embeddings`, as in transformers.
 
         Raises:
-            InputError: a key is missing or has no sensible value, or asks for something that is not supported.
+            InputError: a key is missing, has an impossible value, or asks for something that is not supported.
         """
         entries = Entries(config, "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
@@ -152,7 +152,7 @@ def _gguf_layers(given: Entries, count: int, tensors: Mapping[str, Weight]) -> t
     heads_key, kv_key, width_key = "attention.head_count", "attention.head_count_kv", "feed_forward_length"
     heads = per_layer(given, heads_key, count)
     kv_heads = per_layer(given, kv_key, count, heads)
-    widths = per_layer(given, width_key, count, 0, least=0)  # of a sparse layer, it need not be there
+    widths = per_layer(given, width_key, count, 0, least=0)  # not needed for sparse layers
     window = given.whole("attention.sliding_window", 0, 0, POSITIONS) or None
     layers = []
     for i, (h, kv, width) in enumerate(zip(heads, kv_heads, widths, strict=True)):
@@ -182,7 +182,7 @@ def _shared_size(tensors: Mapping[str, Weight]) -> int | None:
 
 
 def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
-    """The sliding window of each layer. Every architecture has its own way to say which layers have one."""
+    """The sliding window of each layer. Each architecture says in its own way which layers have one."""
     window = config.whole("sliding_window", 0, 0, POSITIONS)
     qwen = kind.startswith("qwen")
     used = config.flag("use_sliding_window", default=not qwen)
@@ -199,7 +199,7 @@ def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
 
 
 def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int], bool], MoEConfig | None]:
-    """Which layers are sparse, and what those have in common."""
+    """Which layers are sparse, and the configuration that they share."""
     name = "num_local_experts" if "num_local_experts" in config else "num_experts"
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe") or not (experts := config.whole(name, 0, 0, MANY)):
         return lambda i: False, None

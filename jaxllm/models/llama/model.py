@@ -17,18 +17,18 @@ from jaxllm.parallel import EP, TP
 
 
 def llama(config: LlamaConfig, mesh: Mesh, block: int = 1) -> Decoder:
-    """A model of this family, its parameters declared.
+    """A model of this family with its parameters declared.
 
     Args:
-        mesh: what it is sharded over.
-        block: positions of a ROW matrix's columns that cannot be cut apart, from the formats of the checkpoint.
+        mesh: the mesh that it is sharded over.
+        block: how many columns of a ROW matrix belong to one block, from the formats of the checkpoint.
     """
     blocks = [LlamaBlock(config, layer, mesh, block) for layer in config.layers]
     return Decoder(config, blocks, RMSNorm(config.hidden_size, config.rms_norm_eps), mesh)
 
 
 class LlamaBlock(nnx.Module):
-    """Attention, then a feed-forward block, each on a normalised copy of the stream and added to it."""
+    """Attention, then a feed-forward block. Each reads the normalised residual stream and adds to it."""
 
     cache_of: int | None = None
 

@@ -1,4 +1,4 @@
-"""What the tensors of the Llama family are called in GGUF files and in Hugging Face checkpoints."""
+"""Tensor names of the Llama family in GGUF files and in Hugging Face checkpoints."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jaxllm.models.rule import Rows, Rule
 
 
 def _attention_rows(part: str, fused: bool, half_split: bool = False) -> Rows:
-    """Rows of q, k or v: a part of a fused tensor, and brought to the half-split order where neighbours are paired."""
+    """Rows of q, k or v: a part of a fused tensor, reordered to half-split order where neighbours are paired."""
 
     def rows(config: LlamaConfig, m: re.Match) -> np.ndarray:
         layer = config.layers[int(m[1])]
@@ -65,7 +65,7 @@ _GGUF_FUSED = [
     Rule(_G + r"ffn_up\.weight", _L + "mlp.up_proj.weight", _half(1)),
     Rule(_G + r"ffn_down\.weight", _L + "mlp.down_proj.weight"),
 ]
-# Read with the configuration: they change rotary frequencies.
+# These are read with the configuration, because they change rotary frequencies.
 _GGUF_IGNORED = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd")
 
 
