@@ -1,6 +1,6 @@
-"""The other operand of a matmul, where a weight asks for it to be rounded to the weight's own dtype (W8A8).
+"""Activations, for weights that require them to be rounded to the weight's own dtype (W8A8).
 
-Groups of neighbours are rounded by the kernels themselves. Whole rows are rounded here, before, since their scale may
+Kernels round groups of neighbours themselves. Entire rows are rounded here, before the kernel, since a row's scale may
 depend on parts of the row that other devices hold, and the outliers of LLM.int8 on other rows.
 """
 
@@ -20,7 +20,7 @@ LIMITS = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rounded:
-    """Rows that have been rounded as a weight asks, as the numbers they stand for: float32 `[..., in]`."""
+    """Rows that were rounded as a weight requires, dequantized again: float32 `[..., in]`."""
 
     values: jax.Array
 
@@ -28,9 +28,9 @@ class Rounded:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """Rows as codes, with a scale for each `group` neighbours: what `act_quant` gives.
+    """Rows as codes with a scale for each `group` neighbours, as `act_quant` returns them.
 
-    codes: `[..., in]` of the dtype of the weight's values.
+    codes: `[..., in]`, in the dtype of the weight's values.
     scales: float32 `[..., ceil(in / group)]`.
     """
 
@@ -55,7 +55,7 @@ class Quantized:
         return self.codes.astype(jnp.float32) * jnp.repeat(self.scales, self.group, -1)[..., : self.codes.shape[-1]]
 
 
-Rows = jax.Array | Rounded | Quantized  # what a matmul takes: floats are rounded by it if the weight asks for that
+Rows = jax.Array | Rounded | Quantized  # what a matmul takes: it rounds floats if the weight requires that
 Peak = Callable[[jax.Array], jax.Array]
 
 
@@ -64,12 +64,12 @@ def unchanged(values: jax.Array) -> jax.Array:
 
 
 def of_whole_rows(weight: Weight) -> bool:
-    """Whether the weight asks for whole rows to be rounded."""
+    """Whether the weight requires entire rows to be rounded."""
     return isinstance(weight, Scaled) and weight.activations is not None and weight.activations.group is None
 
 
 def group_of(weight: Scaled) -> int | None:
-    """How many neighbours a kernel rounds with one scale; None: it rounds nothing."""
+    """How many neighbours a kernel rounds with one scale; None: it does not round."""
     return None if weight.activations is None else weight.activations.group
 
 
@@ -79,24 +79,24 @@ def rounds_to_powers(weight: Scaled) -> bool:
 
 
 def not_rounding(weight: Weight) -> Weight:
-    """The same matrix, which asks for nothing to be rounded."""
+    """The same matrix without the requirement to round activations."""
     return replace(weight, activations=None) if isinstance(weight, Scaled) else weight
 
 
 def rounded(
     x: jax.Array, weight: Weight, peak: Peak = unchanged, of_rows: Peak = unchanged, columns: Peak | None = None
 ) -> jax.Array | Rounded:
-    """`x[..., in]` as it is, or, where the weight asks for whole rows to be rounded, rounded to its dtype.
+    """`x[..., in]`, rounded to the weight's dtype if the weight requires entire rows to be rounded, else unchanged.
 
-    The product of what this gives with the dequantized weight is what products of codes, scaled, come to. LLM.int8
-    (Dettmers et al., 2022) leaves columns alone in which any value reaches its threshold; a row's scale is then that of
-    its values below. Gradients pass as if nothing had been rounded.
+    The result times the dequantized weight equals the scaled product of codes. LLM.int8 (Dettmers et al., 2022) does
+    not round columns in which any value reaches the threshold; a row's scale then comes from its other values.
+    Gradients pass as if nothing had been rounded.
 
     Args:
-        peak: given the largest magnitudes of this device's parts of the rows, those of the whole rows.
-        of_rows: given a stack's `Activations.scale`, the scales of the rows of x.
-        columns: given whether each value reaches the threshold, whether one of its column does, among the rows that
-            meet the same matrix; by default all.
+        peak: maps the peaks of this device's parts of the rows to the peaks of the complete rows.
+        of_rows: maps a stack's `Activations.scale` to the scales of the rows of x.
+        columns: given which values reach the threshold, tells for each whether any value of its column does, among the
+            rows that are multiplied by the same matrix; by default among all rows.
     """
     if not of_whole_rows(weight):
         return x
@@ -120,10 +120,10 @@ def rounded(
 def rounded_tiles(
     x: jax.Array, stack: Weight, expert: jax.Array, peak: Peak = unchanged, real: jax.Array | None = None
 ) -> jax.Array | Rounded:
-    """`rounded` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`.
+    """`rounded` for tiles of rows, each with its own matrix, see `dense.grouped_matmul`.
 
     Args:
-        real: bool `[tiles * tile]`, whether a row counts when outliers are looked for; by default all do.
+        real: bool `[tiles * tile]`, which rows count in the search for outliers; by default all do.
     """
     tiles, experts = len(expert), stack.shape[0]
 
@@ -138,5 +138,5 @@ def rounded_tiles(
 
 
 def each_row(values: jax.Array, expert: jax.Array, rows: int) -> jax.Array:
-    """What is the experts', `[experts, ...]`, for each row of their tiles: `[rows, ...]`."""
+    """Values per expert, `[experts, ...]`, repeated for each row of the expert's tiles: `[rows, ...]`."""
     return jnp.repeat(values[jnp.maximum(expert, 0)], rows // len(expert), axis=0)

@@ -1,7 +1,7 @@
-"""`python -m jaxllm.kernels.bench`: what the kernels are compiled to, how far the chips could go, and, on a machine
-that has one of the chips, how far they go.
+"""`python -m jaxllm.kernels.bench`: what the kernels compile to, the limits of each chip, and the measured speed on a
+machine that has one of the chips.
 
-With `--compile-only` nothing runs: the compilers of the chips are asked, and measured columns say so.
+With `--compile-only` nothing runs: the chips' compilers are asked, and the measured columns say so.
 """
 
 import argparse
@@ -28,14 +28,14 @@ REPEATS = 20
 
 @dataclass(frozen=True)
 class Chip:
-    """What a device can do at most, by its maker's data sheet.
+    """A device's limits, from its maker's data sheet.
 
     Attributes:
-        target: what the compiler calls it: a topology of TPUs, or the compute capability of a GPU.
-        kinds: what JAX may call it (`device_kind`), a part of the name.
-        bandwidth: of its memory, bytes a second.
-        flops: of bfloat16 operands, a second.
-        flops_fp8: of FP8 operands; where a chip has no such product, of those as bfloat16.
+        target: the compiler's name for it: a TPU topology, or a GPU's compute capability.
+        kinds: parts of the names that JAX may give it (`device_kind`).
+        bandwidth: memory bandwidth, bytes per second.
+        flops: FLOP per second with bfloat16 operands.
+        flops_fp8: FLOP per second with FP8 operands; on chips without FP8 products, with bfloat16 ones.
     """
 
     target: str | int
@@ -45,7 +45,7 @@ class Chip:
     flops_fp8: float
 
 
-# One device as JAX counts them: of the two in a chip of TPU7x, half of what the chip has.
+# One device as JAX counts them. A TPU7x chip has two devices, so these are half of the chip's numbers.
 CHIPS = {
     "TPU v5e": Chip("v5e:2x2", ("TPU v5 lite", "TPU v5e"), 819e9, 197e12, 197e12),
     "TPU v6e": Chip("v6e:2x4", ("TPU v6 lite", "TPU v6e"), 1640e9, 918e12, 918e12),
@@ -64,8 +64,8 @@ PUBLISHED = {
 
 
 def bytes_and_flops(op: str, shape: Shape) -> tuple[float, float]:
-    """What an op has to read and write, bfloat16 activations and packed weights, and multiply. Of experts, as many as
-    there can be: every row its own, up to all."""
+    """The bytes that an op reads and writes (bfloat16 activations and packed weights), and its FLOPs. Counts as many
+    experts as possible: one per row, up to all of them."""
     matrices = min(shape.m, shape.experts) if shape.experts else 1
     scales = shape.n * shape.k / 32 if op.startswith("mxfp4") else shape.n * shape.k / 128**2 * 4
     packed = shape.n * shape.k * (0.5 if op.startswith("mxfp4") else 1) + scales
@@ -73,7 +73,7 @@ def bytes_and_flops(op: str, shape: Shape) -> tuple[float, float]:
 
 
 def compiled(op: str, shape: Shape, group: int | None, chip: Chip) -> tuple[str, str, str, str]:
-    """Tile sizes, memory on the chip, what else the compiler says, and its estimate of the time."""
+    """Tile sizes, on-chip memory, other facts from the compiler, and its estimate of the time."""
     if isinstance(chip.target, str):
         made = tpu_report.compile_report(op, shape, chip.target, group=group)
         seconds = made["optimal_seconds"]
@@ -88,7 +88,7 @@ def compiled(op: str, shape: Shape, group: int | None, chip: Chip) -> tuple[str,
 
 
 def measured(op: str, shape: Shape, group: int | None) -> float:
-    """Seconds of a run on this machine's first device, the median of many."""
+    """The median seconds per run on this machine's first device."""
     kind, name = op.split(".")
     weight = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.abstract_weight(kind, shape, group))
     f: Callable = getattr(dispatch, name)
@@ -109,7 +109,7 @@ def measured(op: str, shape: Shape, group: int | None) -> float:
 
 
 def rows(name: str, chip: Chip, measure: bool) -> list[tuple]:
-    """The table of a chip. FP8 weights meet activations in bfloat16 (W8A16) and in FP8 (W8A8)."""
+    """A chip's table. FP8 weights are multiplied by activations in bfloat16 (W8A16) and in FP8 (W8A8)."""
     out = []
     cases = [
         (op, kind, group, label, shape)
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     if missing := [name for name in ("libtpu", "triton", "jax_triton") if importlib.util.find_spec(name) is None]:
         raise InputError(f"{missing[0]} is not installed: pip install 'jaxllm[plan]'")
     if args.compile_only:
-        jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU, since there is a compiler for it
+        jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for a TPU, since a compiler for it is installed
     kind = jax.devices()[0].device_kind
     here = [name for name, chip in CHIPS.items() if any(k in kind for k in chip.kinds)]
     if not here and not args.compile_only:

@@ -1,6 +1,6 @@
-"""What every matmul here means: the weight decoded to the other operand's dtype, products summed in float32.
+"""The definition of every matmul here: the weight is dequantized to the activations' dtype, products sum in float32.
 
-This serves all formats. `dispatch` prefers a kernel of a format's own where there is one for the platform.
+This serves all formats. `dispatch` prefers a format's own kernel if the platform has one.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def weight_dequant(weight: Weight, dtype: jax.typing.DTypeLike = jnp.bfloat16) -
 
 
 def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    """The last axis of `x` against that `axis` of `w`, a matrix: float32 `[..., n]`."""
+    """Contract the last axis of `x` with `axis` of the matrix `w`: float32 `[..., n]`."""
     rows = x.reshape(-1, x.shape[-1])
     # XLA:CPU multiplies a single 2-byte row in scalar code, 30 times slower than two rows.
     alone = rows.shape[0] == 1 and x.dtype.itemsize == 2
@@ -37,24 +37,24 @@ def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
 
 def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
-    """Tiles of rows, each times a matrix of its own: `x[tile t] @ stack[expert[t]].T`.
+    """Tiles of rows, each times its own matrix: `x[tile t] @ stack[expert[t]].T`.
 
-    Only the experts of `expert` are read and decoded, one at a time, so the work grows with the tiles in use.
-    (`lax.ragged_dot` says nearly the same in one line, but XLA:CPU expands it to every expert times every row.)
+    Only the experts in `expert` are read and dequantized, one at a time, so the work grows with the tiles in use.
+    (`lax.ragged_dot` does nearly the same in one line, but XLA:CPU expands it to every expert times every row.)
 
     Args:
         x: `[tiles * tile, in]`.
         stack: `[experts, out, in]`.
-        expert: int32 `[tiles]`, which matrix each tile meets; the tiles in use come first, -1 marks the others.
+        expert: int32 `[tiles]`, each tile's matrix; the tiles in use come first, -1 marks the others.
 
     Returns:
-        float32 `[tiles * tile, out]`; rows of tiles that are not in use mean nothing.
+        float32 `[tiles * tile, out]`; rows of unused tiles are undefined.
     """
     return each_tile(x, stack, expert, matmul)
 
 
 def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.Array, Weight], jax.Array]) -> jax.Array:
-    """`f(rows, weight)` for each tile in use and its expert's weight, float32, in the place of the rows."""
+    """`f(rows, weight)` for each tile in use and its expert's weight, float32, stored at the tile's rows."""
     tile = x.shape[0] // expert.shape[0]
 
     def weight_of(index: jax.Array) -> Weight:

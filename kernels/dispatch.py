@@ -1,10 +1,10 @@
-"""Which implementation multiplies by a weight. One device's shards only: see `jaxllm.parallel` for the rest.
+"""Chooses the implementation that multiplies by a weight, on one device's shards; `jaxllm.parallel` does the rest.
 
-The choice is made while a program is traced, by the kind of weight and by the platform of the ambient mesh, which may
-be one that this machine does not have. A format without kernels of its own is decoded and multiplied (`dense`), and so
-is what a kernel refuses, unless the kernel was asked for by name (`using`): then the refusal is an error.
+The choice is made while a program is traced, by the kind of weight and the platform of the ambient mesh. This machine
+need not have that platform. If a format has no kernel, or its kernel refuses, the weight is dequantized and multiplied
+(`dense`). If the kernel was requested by name (`using`), the refusal is an error.
 
-Packed weights are frozen: gradients are those of x alone, through the decoded matrix, whichever implementation ran.
+Packed weights are frozen: only x has gradients, through the dequantized matrix, whichever implementation ran.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ _named: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """What is traced inside uses this backend, for example "reference" or "pallas_tpu", wherever it has kernels.
+    """Code that is traced inside uses this backend, for example "reference" or "pallas_tpu", wherever it has kernels.
 
     Raises:
-        InputError: there is no such backend; inside: it cannot serve a matmul.
+        InputError: there is no such backend, or, while tracing inside, it cannot serve a matmul.
     """
     known = sorted({kernel.backend for kernel in registry.KERNELS})
     if backend not in known:
@@ -57,21 +57,21 @@ class Choice:
 
 
 def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None = None) -> Choice:
-    """What does the op with these, which may be shapes only.
+    """The kernel that serves the op with these operands, which may be shapes only.
 
     Args:
         op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class) or "weight_dequant" (x is None).
-        platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's own default.
+        platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's default.
 
     Raises:
-        InputError: there is no such op, or a backend asked for by name cannot do it.
+        InputError: there is no such op, or a backend requested by name cannot do it.
     """
     platform, named = platform or _platform(), _named.get()
     platform = "gpu" if platform == "cuda" else platform
     ops = dict.fromkeys(kernel.op for kernel in registry.KERNELS)
     if op not in ops:
         raise InputError(f"op '{op}': choose one of {', '.join(ops)}")
-    if not isinstance(weight, type) and of_whole_rows(weight):  # which are rounded before
+    if not isinstance(weight, type) and of_whole_rows(weight):  # the rows are rounded before the kernel runs
         x, weight = x if x is None else jax.ShapeDtypeStruct(x.shape, jnp.float32), not_rounding(weight)
 
     kernels = [kernel for kernel in registry.KERNELS if kernel.takes(op, weight)]
@@ -99,14 +99,14 @@ def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None 
 
 
 def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Choice:
-    """What will multiply rows of `dtype` by a weight that lies on devices; on each of them, by its own shard."""
+    """The kernel that each device will use to multiply rows of `dtype` by its shard of a placed weight."""
     shard = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), weight)
     op = "grouped_matmul" if len(weight.shape) > 2 else "matmul"
     return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
 
 
 def explain(op: str, x: Rows, weight: Weight, platform: str | None = None) -> str:
-    """What `choose` says, in a sentence."""
+    """The choice of `choose` as a sentence."""
     choice = choose(op, x, weight, platform)
     return f"{op} of {weight.format} {'x'.join(map(str, weight.shape))}: {choice.backend} ({choice.why})"
 
@@ -123,11 +123,11 @@ def _platform() -> str:
 def matmul(x: Rows, weight: Weight) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`.
 
-    Floats are rounded if the weight asks for that (`Scaled.activations`). Where `in` is sharded, the scale of a whole
-    row is known to nobody here: there the caller rounds (`activations.rounded`).
+    Floats are rounded if the weight requires it (`Scaled.activations`). If `in` is sharded, the scale of an entire row
+    is not known here, so the caller must round (`activations.rounded`).
 
     Raises:
-        InputError: x are codes without scales.
+        InputError: x holds codes without scales.
     """
     x, weight = _operands(x, weight, rounded)
     kernel = choose("matmul", x, weight).kernel
@@ -137,22 +137,22 @@ def matmul(x: Rows, weight: Weight) -> jax.Array:
 
 
 def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
-    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`; rounded as for `matmul`."""
+    """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`; rounds like `matmul`."""
     x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
     kernel = choose("grouped_matmul", x, stack).kernel
     return _frozen(kernel.function, _grouped_vjp)(*_alike(x, stack, expert))
 
 
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The matrix itself `[*batch, out, in]`, for layers that multiply by it in ways of their own, such as MLA's kv_b.
+    """The dequantized matrix `[*batch, out, in]`, for layers that multiply by it in their own way, such as MLA's kv_b.
 
-    It is not `choose`'s weight_dequant: XLA can fuse this with what follows.
+    This is not the op "weight_dequant" of `choose`: XLA can fuse it with the following computation.
     """
     return weight.dequantize(dtype)
 
 
 def _operands(x: Rows, weight: Weight, round_rows: Callable[[jax.Array, Weight], Any]) -> tuple[Any, Weight]:
-    """x and the weight as kernels take them: floats, or codes with scales; no rows are left to be rounded."""
+    """x and the weight as kernels take them: floats, or codes with scales. Entire rows are already rounded."""
     if isinstance(x, Quantized):
         if not isinstance(weight, Scaled):
             return x.dequantize(), weight
@@ -171,7 +171,7 @@ def _operands(x: Rows, weight: Weight, round_rows: Callable[[jax.Array, Weight],
 
 
 def _alike(*trees: object) -> tuple:
-    """The same values, each varying over all mesh axes that one of them varies over, as gradients will."""
+    """The same values, each marked as varying over all mesh axes that any of them varies over, as gradients will."""
     axes = frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(trees)))
 
     def vary(leaf: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Feed-forward blocks whose weights every token chooses for itself, on one device's experts.
+"""Mixture-of-experts feed-forward blocks, on one device's experts.
 
-The rows that go through one expert are laid out together, in tiles, so that a kernel sees tiles of rows with one
-matrix each (`Tiles`). An expert that nobody chose is never read.
+The rows for one expert are laid out together in tiles, so that a kernel sees tiles of rows with one matrix each
+(`Tiles`). An expert that no token chose is never read.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, each_row, rounded_tiles, unchanged
 from jaxllm.kernels.dispatch import grouped_matmul
 
-SMALLEST_TILE, LARGEST_TILE = 16, 64  # a few rows cost what one does: reading the expert
+SMALLEST_TILE, LARGEST_TILE = 16, 64  # a few rows cost as much as one: reading the expert
 
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -26,7 +26,7 @@ Activation = Callable[[jax.Array, jax.Array], jax.Array]
 class Gated:
     """The matrices of a gated feed-forward block, or stacks of them.
 
-    `bias` holds their biases, if they have some, as matrices of one column: `[..., out, 1]`.
+    `bias` holds their biases, if there are any, as matrices of one column: `[..., out, 1]`.
     """
 
     gate: Weight
@@ -38,14 +38,13 @@ class Gated:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tiles:
-    """Where the choices of tokens stand when each tile of rows belongs to one expert.
+    """A layout of the tokens' choices in rows, where each tile of rows belongs to one expert.
 
     Attributes:
-        expert: int32 `[tiles]`, of each tile; the tiles in use come first, -1 marks the others.
-        choice: int32 `[tiles * tile]`, which choice (token * k + its number) is in each row; rows that hold none
-            have any.
-        row: int32 `[tokens, k]`, the row that each choice stands in.
-        held: bool `[tokens, k]`, whether the expert is one of this device's; the rows of others mean nothing.
+        expert: int32 `[tiles]`, each tile's expert; the tiles in use come first, -1 marks the others.
+        choice: int32 `[tiles * tile]`, the choice (token * k + its number) in each row; arbitrary in padding rows.
+        row: int32 `[tokens, k]`, the row of each choice; undefined where `held` is false.
+        held: bool `[tokens, k]`, whether the chosen expert is on this device.
     """
 
     expert: jax.Array
@@ -55,14 +54,14 @@ class Tiles:
 
     @classmethod
     def of(cls, chosen: jax.Array, experts: int, tile: int) -> Self:
-        """Lay out `chosen[tokens, k]`, of which those in `0 .. experts - 1` are held here."""
+        """Lay out `chosen[tokens, k]`; this device holds the experts `0 .. experts - 1`."""
         held, count = (chosen >= 0) & (chosen < experts), chosen.size
-        expert = jnp.where(held, chosen, experts).reshape(-1)  # those of others sort behind the last
+        expert = jnp.where(held, chosen, experts).reshape(-1)  # choices of other devices' experts sort last
         order = jnp.argsort(expert, stable=True)
         sizes = jnp.bincount(expert, length=experts + 1)
         tiles = (sizes + tile - 1) // tile
         tiles = tiles.at[-1].set(0)
-        # An expert's first row, less the place of its first choice in the sorted order.
+        # An expert's first row, minus the position of its first choice in the sorted order.
         offset = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
         row = jnp.zeros(count, jnp.int32).at[order].set(offset[expert[order]] + jnp.arange(count))
 
@@ -75,12 +74,12 @@ class Tiles:
         return cls(of_tile, choice, row.reshape(chosen.shape), held)
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """Rows for each choice, from `x[tokens, ...]`, or from one for each choice, `x[tokens, k, ...]`."""
+        """A row for each choice, from `x[tokens, ...]`, or from `x[tokens, k, ...]` with a row per choice."""
         tokens, k = self.row.shape
         return x[self.choice // k] if x.ndim == 2 else x.reshape(tokens * k, -1)[self.choice]
 
     def collect(self, rows: jax.Array) -> jax.Array:
-        """`[tokens, k, ...]` from the rows, zeros for what is not held here."""
+        """`[tokens, k, ...]` from the rows; zeros for experts of other devices."""
         taken = rows[jnp.minimum(self.row, len(rows) - 1)]
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
@@ -105,11 +104,11 @@ def grouped_mlp(
     Args:
         x: `[tokens, in]`.
         scores: `[tokens, k]`.
-        chosen: int32 `[tokens, k]`, numbered from this device's first; those of other devices add nothing.
+        chosen: int32 `[tokens, k]`, numbered from this device's first expert; other devices' experts add nothing.
         stack: gate and up `[experts, intermediate, in]`, down `[experts, in, intermediate]`.
         tile: rows that are multiplied at once.
-        activation: of the gate's and the up projection's outputs.
-        peak: for `rounded`, of rows of the intermediate dimension.
+        activation: a function of the gate and up projections.
+        peak: for `rounded`, for rows of the intermediate dimension.
 
     Returns:
         float32 `[tokens, in]`.
@@ -123,14 +122,14 @@ def grouped_mlp(
 
 
 def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight | None = None) -> jax.Array:
-    """Each token times the matrices that it has chosen, without summing: `x[n] @ stack[indices[n, k]].T + bias`.
+    """Each token times its chosen matrices, without summing: `x[n] @ stack[indices[n, k]].T + bias`.
 
-    Only the chosen matrices are read, and one at a time is decoded.
+    Only the chosen matrices are read, and they are dequantized one at a time.
 
     Args:
-        x: `[tokens, in]`, or a row for every choice, `[tokens, k, in]`.
+        x: `[tokens, in]`, or `[tokens, k, in]` with a row for every choice.
         stack: `[experts, out, in]`.
-        indices: int32 `[tokens, k]`. One outside `0 .. experts - 1` gives zeros; under `checkify` it is an error.
+        indices: int32 `[tokens, k]`. An index outside `0 .. experts - 1` gives zeros; under `checkify` it is an error.
         bias: `[experts, out, 1]`.
 
     Returns:
@@ -144,6 +143,6 @@ def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight
 
 
 def tile_size(assignments: int, experts: int) -> int:
-    """Rows of a tile such that an expert's share of the assignments is about one of them."""
+    """The number of rows per tile such that an expert's average share of the assignments fills about one tile."""
     share = min(max(-(-assignments // experts), SMALLEST_TILE), LARGEST_TILE, assignments)
     return 1 << (share - 1).bit_length()

@@ -1,7 +1,7 @@
-"""What the Triton kernels share: how they are launched, and how work is cut for a GPU.
+"""What the Triton kernels share: how they are launched, and how work is divided on a GPU.
 
-Every kernel computes `y.T = w @ x.T`: the matrix's rows are the matrix instruction's M, x's rows its N. Its N may be as
-small as 8, its M is at least 64, so few rows of x cost little; and on Hopper only the first operand may come from
+Every kernel computes `y.T = w @ x.T`: the matrix's rows are the matrix instruction's M, x's rows its N. N may be as
+small as 8 but M is at least 64, so few rows of x cost little. Also, on Hopper only the first operand may come from
 registers, where the codes are decoded. (The other way around, each decoded tile would go through shared memory.)
 """
 
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from jax import lax
 
-PROGRAMS = 2 * 132  # that a launch should have at least: two for each multiprocessor of an H100, to hide latencies
+PROGRAMS = 2 * 132  # the fewest per launch: two for each multiprocessor of an H100, to hide latencies
 FEWEST_STEPS = 4  # of the loop over k in one program: fewer do not fill the pipeline of loads
-FEW_ROWS = 1024  # beyond, there are programs enough, and what splits write and read grows with the rows
+FEW_ROWS = 1024  # with more there are enough programs, and the memory traffic of splits grows with the rows
 
 X_DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -49,9 +49,9 @@ class Work(NamedTuple):
     def of(cls, rows: int, n: int, k: int, tile: Tile, tiles: int = 1) -> Self:
         """Programs for `tiles` times `rows` rows of x against matrices `[n, k]`.
 
-        The sum over k is split where programs would be too few. How many tiles are in use is not known yet, often
-        few: they count as one. Splits are summed by XLA, always in one order; atomic additions would save a launch,
-        and differ from run to run.
+        The sum over k is split if there would be too few programs. The number of tiles in use is not known yet and
+        often small, so they count as one. XLA sums the splits, always in the same order. Atomic additions would save
+        a launch but vary from run to run.
         """
         blocks, parts, steps = triton.cdiv(n, tile.n), triton.cdiv(rows, tile.m), triton.cdiv(k, tile.k)
         splits = min(max(PROGRAMS // (blocks * parts), 1), max(steps // FEWEST_STEPS, 1))
@@ -62,15 +62,15 @@ class Work(NamedTuple):
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
-        """Of a result for each split: `[splits, all rows, n]`."""
+        """The type of the results, one per split: `[splits, all rows, n]`."""
         return jax.ShapeDtypeStruct((self.grid[2], self.constants["ALL_ROWS"], self.constants["N"]), jnp.float32)
 
 
 @triton.jit
 def place(ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tuple:
-    """This program's tile, the rows of it, and the first row of the matrix; int64, because their products may be.
+    """This program's tile, its rows, and its first row of the matrix; int64, because their products may need it.
 
-    Programs that run at the same time share up to 8 blocks of x, and what they share stays in the L2 cache.
+    Programs that run at the same time share up to 8 blocks of x, which stay in the L2 cache.
     """
     block_m, block_n = tl.program_id(1), tl.program_id(0)
     block_m, block_n = tl.swizzle2d(block_m, block_n, tl.num_programs(1), tl.num_programs(0), 8)
@@ -80,9 +80,9 @@ def place(ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> t
 
 
 def refuses(x: jax.Array | None) -> str | None:
-    """Why no kernel can serve this machine's GPU or activations `x`, or None.
+    """Why no kernel can serve this machine's GPU or the activations `x`, or None.
 
-    Without a GPU, programs are compiled for another machine's, which is taken to be one that can.
+    Without a GPU, programs are compiled for another machine's GPU, which is assumed to be capable.
     """
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     if capability is not None and not 9 <= float(capability) < 11:
@@ -95,10 +95,10 @@ def refuses(x: jax.Array | None) -> str | None:
 class Launch(NamedTuple):
     """A call of a kernel. The kernel's parameters are `args`, then pointers to the results, then constants.
 
-    Shapes are constants: XLA compiles for one shape anyway, and only of constants Triton sees what divides them.
+    Shapes are constants: XLA compiles for one shape anyway, and Triton knows the divisors of constants only.
 
     Attributes:
-        args: arrays, or what they will be; None for one that the kernel does without.
+        args: arrays or their shapes; None for an argument that the kernel does not need.
         out_type: ShapeDtypeStructs of the results, in a pytree of any kind.
     """
 
@@ -122,7 +122,7 @@ def run(launch: Launch) -> Any:
         num_stages=launch.stages,
         **launch.constants,
     )
-    # Inside `shard_map`, results differ between devices where arguments do; jax_triton says that they do not.
+    # Inside `shard_map`, results vary over the same mesh axes as the arguments; jax_triton says they do not vary.
     axes = tuple(frozenset().union(*(jax.typeof(a).mat.varying for a in launch.args if a is not None)))
     return jax.tree.map(lambda result: lax.pcast(result, axes, to="varying"), results) if axes else results
 
@@ -132,7 +132,7 @@ _runner: ContextVar[Callable[[Launch], Any]] = ContextVar("runner", default=run)
 
 @contextmanager
 def run_by(runner: Callable[[Launch], Any]) -> Iterator[None]:
-    """What is traced inside gives its launches to `runner`, which returns results, instead of running them on a GPU."""
+    """Launches that are traced inside go to `runner`, which returns the results, instead of running on a GPU."""
     token = _runner.set(runner)
     try:
         yield

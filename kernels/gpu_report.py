@@ -1,4 +1,4 @@
-"""What Triton makes of a kernel, without a GPU: `compile_report`."""
+"""What Triton compiles a kernel to, without a GPU: `compile_report`."""
 
 import importlib
 import re
@@ -25,7 +25,7 @@ MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[
 
 
 def launches(f: Callable, *args: Any) -> list[gpu.Launch]:
-    """What `f` would launch, from ShapeDtypeStructs."""
+    """The launches that `f` would make, from ShapeDtypeStructs."""
     recorded = []
 
     def record(launch: gpu.Launch) -> Any:
@@ -33,7 +33,7 @@ def launches(f: Callable, *args: Any) -> list[gpu.Launch]:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), launch.out_type)
 
     with gpu.run_by(record):
-        jax.eval_shape(lambda *args: f(*args), *args)  # a function of its own: the trace of `f` may be in a cache
+        jax.eval_shape(lambda *args: f(*args), *args)  # a new function, because the trace of `f` may be cached
     return recorded
 
 
@@ -53,10 +53,10 @@ def compiled(launch: gpu.Launch, arch: int) -> triton.compiler.CompiledKernel:
 
 
 def arguments(op: str, shape: Shape, dtype: jax.typing.DTypeLike = jnp.bfloat16, group: int | None = None) -> tuple:
-    """ShapeDtypeStructs for an op of `shapes.named()`: x and a weight, for grouped ones as many tiles as there may be.
+    """ShapeDtypeStructs for an op of `shapes.named()`: x and a weight; for grouped ops, the largest number of tiles.
 
     Args:
-        group: of activations that are rounded to FP8 (W8A8).
+        group: the group size of activations that are rounded to FP8 (W8A8).
     """
     weight, struct = abstract_weight(op.split(".")[0], shape, group), jax.ShapeDtypeStruct
     if not shape.experts:
@@ -88,9 +88,9 @@ def compile_report(
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:
-    """A compiled kernel's shared memory, registers of a thread, spilled bytes, and matrix instructions.
+    """A compiled kernel's shared memory, registers per thread, spilled bytes, and matrix instructions.
 
-    `from_registers` is whether Hopper's takes its first operand from the registers that it was computed in.
+    `from_registers`: whether Hopper's instruction takes its first operand from the registers that it was computed in.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -1,9 +1,9 @@
-"""Which kernels there are, in order of preference.
+"""The list of kernels, in order of preference.
 
-A `Kernel` does one op on one kind of weight on one platform. `dispatch` takes the first that does not refuse; the last
-ones, for every platform, refuse nothing: they are the definitions. Another package adds its own with `register`.
+A `Kernel` does one op on one kind of weight on one platform. `dispatch` takes the first that does not refuse. The last
+ones are the definitions: they run on every platform and never refuse. Another package adds its own with `register`.
 
-Kernels are named before their modules are imported, because some of these need packages that most machines lack.
+Kernels are listed without importing their modules, because some need packages that most machines lack.
 """
 
 import importlib
@@ -26,13 +26,13 @@ TRITON = "triton", "jax_triton"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kernel wants the leaves of a weight stored on its devices. The loader asks for it.
+    """How a kernel needs the leaves of a weight stored on devices. The loader follows it.
 
     Attributes:
-        row_major: in memory, axes follow each other in their order. (TPUs transpose narrow arrays by default, and XLA
+        row_major: whether leaves are stored in row-major order. (TPUs transpose narrow arrays by default, and XLA
             would transpose them back before every call.)
-        repack: given a weight as it was read, the weight to hold: of the same logical shape, perhaps of another class,
-            which kernels of its own then serve. It is traced, with leaves sharded over the mesh.
+        repack: maps a weight as it was read to the weight to hold, which has the same logical shape and perhaps another
+            class with its own kernels. It is traced, with leaves sharded over the mesh.
     """
 
     row_major: bool = False
@@ -53,13 +53,14 @@ class Kernel:
 
     Attributes:
         op: "matmul", "grouped_matmul", "act_quant" or "weight_dequant", see `dense` and `block_fp8.reference`.
-        weight: the class of weights that it takes; `act_quant` takes none, and is registered for `Scaled`.
+        weight: the class of weights that it takes; `act_quant` takes none and is registered for `Scaled`.
         platform: "cpu", "tpu" or "gpu"; None: all of them.
-        backend: what it is called in `dispatch.using` and in explanations.
+        backend: its name in `dispatch.using` and in explanations.
         function: the op, on one device's shards.
-        differentiable: whether gradients pass through the function, to plain weights too. Otherwise they are those of x
-            alone, and the function needs none.
-        refuses: from `(op, x, weight)`, perhaps shapes only, to the reason why it cannot, in words for users, or None.
+        differentiable: whether gradients pass through the function, to plain weights too. Otherwise only x has
+            gradients, and the function needs none.
+        refuses: given `(op, x, weight)`, perhaps shapes only, why the kernel cannot serve them, in words for users, or
+            None.
         layout: how the weight should be stored.
         needs: optional packages that it imports.
     """
@@ -79,7 +80,7 @@ class Kernel:
         return self.op == op and issubclass(kind, self.weight)
 
     def missing(self) -> str | None:
-        """The reason why it cannot be imported: an optional package is not installed. (A broken one raises.)"""
+        """Why it cannot be imported, or None: an optional package is not installed. (A broken package raises.)"""
         for name in self.needs:
             try:
                 importlib.import_module(name)
@@ -92,12 +93,12 @@ class Kernel:
 
 
 def _late(module: str, name: str) -> Callable:
-    """A function of one of our modules, which is imported when the function is called."""
+    """A function of one of our modules; the module is imported when the function is called."""
     return lambda *args, **options: getattr(importlib.import_module(f"jaxllm.kernels.{module}"), name)(*args, **options)
 
 
 def _kernels(module: str, weight: type[Weight], platform: str | None, *ops: str, **options: Any) -> list[Kernel]:
-    """Those of one of our modules, `format.backend`."""
+    """The kernels of one of our modules, named `format.backend`."""
     backend = module.rpartition(".")[2]
     refuses = _late(module, "refuses") if platform else serves_all
     return [Kernel(op, weight, platform, backend, _late(module, op), refuses, **options) for op in ops]
@@ -108,7 +109,7 @@ def _is_not_mxfp4(op: str, x: Any, weight: GGML) -> str | None:
 
 
 ROW_MAJOR = Layout(row_major=True)
-REORDERED = Layout(repack=MXFP4.from_ggml)  # the codes of a block in order, for all platforms
+REORDERED = Layout(repack=MXFP4.from_ggml)  # puts the codes of a block in order, on all platforms
 FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
 KERNELS: list[Kernel] = [
     *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
@@ -126,12 +127,12 @@ KERNELS: list[Kernel] = [
 
 
 def register(*kernels: Kernel) -> None:
-    """Add kernels, preferred to those that there are already."""
+    """Add kernels, which are preferred to the existing ones."""
     KERNELS[:0] = kernels
 
 
 def row_major(weight: Weight, platform: str) -> bool:
-    """Whether a kernel of the platform wants the leaves of such a weight in the order of their axes."""
+    """Whether a kernel of the platform needs the leaves of such a weight in row-major order."""
     return any(k.platform == platform and isinstance(weight, k.weight) and k.layout.row_major for k in KERNELS)
 
 

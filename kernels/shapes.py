@@ -11,7 +11,7 @@ from jaxllm.formats.scaled import Activations, Scaled
 
 
 class Shape(NamedTuple):
-    """A matmul `[m, k] @ [n, k].T`; with `experts`, of tiles of rows that choose among so many matrices."""
+    """A matmul `[m, k] @ [n, k].T`; with `experts`, tiles of rows choose among that many matrices."""
 
     m: int
     n: int
@@ -19,10 +19,10 @@ class Shape(NamedTuple):
     experts: int = 0
 
 
-# Rows: a step of 1 or 16 sequences, and a prompt.
+# Rows: a decode step of 1 or 16 sequences, and a prompt.
 DECODE, BATCH, PREFILL = 1, 16, 4096
 
-DEEPSEEK_V3 = {  # 671B, tp=8 (experts: ep=8, whole)
+DEEPSEEK_V3 = {  # 671B, tp=8 (experts: ep=8, not split)
     "q_a_proj": (1536, 7168),
     "q_b_proj": (24576 // 8, 1536),
     "kv_a_proj": (576, 7168),
@@ -52,7 +52,7 @@ PUBLISHED = {
 
 
 def named() -> dict[str, dict[str, Shape]]:
-    """For each op, the shapes that it is compiled and measured with."""
+    """The shapes with which each op is compiled and measured."""
     dense = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3.items()}
     dense |= {f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}
     gpt_oss = {f"gpt-oss-120b {name}": shape for name, shape in GPT_OSS_120B_EXPERTS.items()}

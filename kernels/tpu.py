@@ -1,11 +1,11 @@
-"""What the Pallas TPU kernels share: one pipeline for all weights that are decoded on the chip, and its tile sizes.
+"""What the Pallas TPU kernels share: one pipeline for all weights that are dequantized on the chip, and its tile sizes.
 
-A grid step owns one block of a matrix's rows and one tile of activations. The grid runs over the tiles innermost, so a
-block is copied to VMEM and decoded there once, and then meets all tiles that want it. Decoding once for each tile
-would cost a prompt more vector work than matrix work; a decoded copy in HBM would cost a step two to four times the
-traffic. Blocks hold whole rows (all of `in`): no tails of `in` need masks, and each copy is one long burst.
+A grid step handles one block of a matrix's rows and one tile of activations. The grid runs over the tiles innermost, so
+a block is copied to VMEM and dequantized there once, then multiplied by all tiles that need it. Dequantizing for each
+tile would cost a prompt more vector work than matrix work; a dequantized copy in HBM would cost a decode step two to
+four times the traffic. Blocks hold complete rows (all of `in`): no tail of `in` needs a mask, and a copy is one burst.
 
-A plain matmul is the grouped one with a single expert, so there is one kernel a format.
+A plain matmul is a grouped one with a single expert, so each format needs only one kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-CHUNK = 512  # lanes that are decoded at once: enough independent work, few enough registers
-DECODE_ROWS = 64  # of x: up to here a matmul is bound by reading the weight
-BLOCK_BYTES = 2 << 20  # of a decoding step's weight: 1.3 us on v6e. The first block's copy hides behind nothing.
-PROMPT_TILE = 512  # rows: the MXU holds a part of the weight for so many pushes
-PROMPT_BLOCK = 1024  # rows are the FLOP for each byte of a tile read again: v6e needs 561, so 512 are nearly enough
+CHUNK = 512  # lanes that are dequantized at once: enough independent work, few enough registers
+DECODE_ROWS = 64  # of x: up to here, reading the weight bounds a matmul
+BLOCK_BYTES = 2 << 20  # of the weight in a decode step: 1.3 us on v6e. Nothing hides the copy of the first block.
+PROMPT_TILE = 512  # rows: the MXU holds a part of the weight for that many pushes
+PROMPT_BLOCK = 1024  # rows = FLOP per byte of a tile that is read again: v6e needs 561, so 512 are nearly enough
 VMEM_BUDGET = 40 << 20  # what tiles may take; v5p and each core of tpu7x have 64 MiB, v5e and v6e 128 MiB
 VMEM_LIMIT = 56 << 20
 
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def fitting(found: Sizes | None) -> Sizes:
-    """Sizes that a kernel which did not refuse has."""
+    """The sizes for a kernel that did not refuse."""
     assert found is not None, "`refuses` is asked first"
     return found
 
@@ -48,28 +48,28 @@ def sizes(m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LAN
     """Tile sizes for `m` rows against `[n, k]`, or None if even the smallest need too much VMEM.
 
     Args:
-        row_bytes: of one row of the weight as it is stored.
-        itemsize: of x, and of the decoded weight.
-        unit: blocks have a multiple of so many rows, itself one of 128 (they are the lanes of the output).
+        row_bytes: bytes of one row of the weight as it is stored.
+        itemsize: bytes of an element of x and of the dequantized weight.
+        unit: the number of rows of a block is a multiple of this, itself a multiple of 128 (the output's lanes).
     """
     wanted = PROMPT_BLOCK if m > DECODE_ROWS else min(PROMPT_BLOCK, BLOCK_BYTES // row_bytes)
     tile, block = min(m, PROMPT_TILE), _up(min(max(wanted, unit), n), unit)
     while _vmem_bytes(tile, block, k, row_bytes, itemsize) > VMEM_BUDGET:
-        # The larger of the two first: fewer rows of a tile load the MXU more often, of a block read x more often.
+        # Shrink the larger one first: smaller tiles load the MXU more often, smaller blocks read x more often.
         if tile > LANES and (tile >= block or block == unit):
             tile //= 2
         elif block > unit:
             block = _up(block // 2, unit)
         else:
             return None
-    # The same number of steps, as even as they can be: less of the last one hangs over the edge.
+    # The same number of steps, made as even as possible, so that less of the last one is padding.
     tile = tile if tile == m else min(tile, _up(-(-m // -(-m // tile)), 16))
     block = min(block, _up(-(-n // -(-n // block)), unit))
     return Sizes(tile, block, _vmem_bytes(tile, block, k, row_bytes, itemsize))
 
 
 def _vmem_bytes(tile: int, block: int, k: int, row_bytes: int, itemsize: int) -> int:
-    """Two buffers for all that is copied, the decoded block, and what a kernel makes of a tile."""
+    """Bytes of two buffers for everything copied, the dequantized block, and a kernel's results for a tile."""
     copied = tile * k * itemsize + block * row_bytes + tile * block * 4
     return 2 * copied + (block + tile) * k * itemsize
 
@@ -81,7 +81,7 @@ def _up(size: int, multiple: int) -> int:
 def spread(values: jax.Array, unit: int, start: int, count: int) -> jax.Array:
     """Columns `start .. start + count - 1` of `values[rows, s]` with each column repeated `unit` times.
 
-    `start` is a multiple of 128; one of 128 and `unit` divides the other. (`jnp.repeat` compiles too, to ten times as
+    `start` is a multiple of 128; one of 128 and `unit` divides the other. (`jnp.repeat` would compile to ten times as
     many instructions.)
     """
     parts = []
@@ -99,14 +99,14 @@ def spread(values: jax.Array, unit: int, start: int, count: int) -> jax.Array:
 def gather_lanes(values: jax.Array, source: jax.Array) -> jax.Array:
     """`values[:, source[0]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[1, 128]`."""
     rows = len(values)
-    # JAX simplifies a gather from a single row to one that Mosaic does not know.
+    # JAX simplifies a gather from a single row to one that Mosaic does not support.
     values = jnp.broadcast_to(values, (8, values.shape[1])) if rows == 1 else values
     index = jnp.broadcast_to(source, (len(values), LANES))
     return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")[:rows]
 
 
 def chunks(k: int) -> list[tuple[int, int]]:
-    """`(start, count)` of the parts of `k` lanes that are decoded together."""
+    """`(start, count)` of the parts of `k` lanes that are dequantized together."""
     return [(start, min(CHUNK, k - start)) for start in range(0, k, CHUNK)]
 
 
@@ -117,7 +117,7 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result, which differs between devices where `like`, an operand, does."""
+    """The type of a kernel's result, which varies over the same mesh axes as the operand `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
 
 
@@ -145,18 +145,18 @@ def multiply(
 
     Args:
         tiles: the activations, each `[tiles, ..., tile, columns]`.
-        leaves: the weight; `[experts, n, columns]` are cut into blocks of rows, `[experts, blocks, ...]` are already.
+        leaves: the weight; `[experts, n, columns]` is split into blocks of rows, `[experts, blocks, ...]` already is.
         expert: int32 `[tiles]`, see `dense.grouped_matmul`.
         block: rows of the weight in a grid step.
-        scratch: what stays in VMEM from step to step, first of all a block's decoded form.
-        decode: `(*leaf_refs, *scratch_refs)`, writes the decoded block.
-        product: `(*tile_refs, *leaf_refs, *scratch_refs) -> [tile, block]`; no ref has its leading axes.
+        scratch: buffers that stay in VMEM from step to step; the first holds a block's dequantized form.
+        decode: `(*leaf_refs, *scratch_refs)`, writes the dequantized block.
+        product: `(*tile_refs, *leaf_refs, *scratch_refs) -> [tile, block]`; refs come without their leading axes.
 
     Returns:
         float32 `[tiles, tile, n]`.
     """
     count = jnp.sum(expert >= 0, dtype=jnp.int32)
-    # Tiles that are not in use point to what the last one in use has in VMEM: nothing is copied for them.
+    # Unused tiles point to the block that the last tile in use has in VMEM, so nothing is copied for them.
     source = jnp.maximum(jnp.where(expert >= 0, expert, expert[jnp.maximum(count - 1, 0)]), 0)
     tile, blocks = tiles[0].shape[-2], pl.cdiv(n, block)
 

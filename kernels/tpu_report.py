@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of a kernel, without a TPU: `compile_report`."""
+"""What the TPU's compiler turns a kernel into, without a TPU: `compile_report`."""
 
 import importlib
 import os
@@ -24,10 +24,10 @@ def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16"
     """Compile one of `shapes.named()`'s ops for chips that need not be there.
 
     Args:
-        op: "block_fp8.matmul" and the like.
-        topology: "v6e:2x4" and the like, by libtpu's names.
-        dtype: of the activations.
-        group: of activations that are rounded to FP8 (W8A8).
+        op: for example "block_fp8.matmul".
+        topology: libtpu's name, for example "v6e:2x4".
+        dtype: the dtype of the activations.
+        group: the group size of activations that are rounded to FP8 (W8A8).
 
     Returns:
         `tile`, `block`: rows of activations and of the weight in a grid step; `vmem_bytes` that they take;
@@ -73,7 +73,7 @@ def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16"
 
 
 def topology_mesh(name: str) -> Mesh:
-    """All devices of a topology, which only the compiler knows, in a row."""
+    """A mesh of all devices of a topology in a row. Only the compiler knows these devices."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server to ask about this machine's TPUs
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need the chips for itself
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
@@ -84,7 +84,7 @@ def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtyp
     """A leaf in row-major order, as kernels read it.
 
     By default TPUs transpose arrays where that saves padding (`uint8[2880, 1440]`, `[8192, 32]`), and the compiler
-    would transpose them back before each kernel: a copy of the whole weight at every call.
+    would transpose them back before each kernel: a copy of the entire weight at every call.
     """
     format = Format(Layout(tuple(range(len(leaf.shape)))), sharding)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=format)

@@ -1,7 +1,7 @@
-"""The kinds of files that checkpoints come in. Each says how it is recognised and opened; the first that fits is taken.
+"""The kinds of files that checkpoints come in. Each says how it is recognised and opened; the first match is used.
 
-What is opened looks alike, whatever it came in: a description in some dialect, tensors as weights, and texts. What the
-description means is the business of the families of models.
+Every kind opens to the same thing: a description in some dialect, tensors as weights, and texts. The families of models
+interpret the description.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ class Opened:
     """An opened checkpoint, of which only headers have been read.
 
     Attributes:
-        dialect, kind: in whose words it describes itself, and what it calls its architecture; see `models.family`.
+        dialect, kind: the dialect of its description, and its name for the architecture; see `models.family`.
         description: config.json, GGUF metadata, or the demo's ModelArgs.
-        tensors: by the file's own names, the parts of a quantized matrix joined.
-        max_batch_size: how many prompts it asks to be answered together; None: it does not say.
+        tensors: by the file's own names, with the tensors of each quantized matrix joined.
+        max_batch_size: how many prompts are answered together; None: the checkpoint does not say.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Container:
     """A kind of file or directory.
 
     Attributes:
-        name: as people call it.
-        detects: whether a path is one.
-        opens: opens it, given those of `options` that the user set.
-        options: what it can be told besides its path.
+        name: its common name.
+        detects: whether a path is of this kind.
+        opens: opens a path, given those of `options` that the user set.
+        options: the options that it takes besides the path.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Container:
 
 
 def open_container(path: Path, options: Mapping[str, object]) -> Opened:
-    """Open a path as what it is.
+    """Detect the kind of a path and open it.
 
     Raises:
-        InputError: it cannot be read, or is of a kind that an option means nothing for.
+        InputError: it cannot be read, or its kind does not have one of the options.
     """
     container = next(c for c in CONTAINERS if c.detects(path))
     for option, value in options.items():
@@ -104,5 +104,5 @@ CONTAINERS: list[Container] = [
     Container("files of DeepSeek's demo (model*-mp*.safetensors)", is_demo, _open_demo, frozenset({"config"})),
     Container("a Hugging Face directory", Path.is_dir, _open_directory),
     Container("a GGML file from before GGUF", is_ggml, _open_ggml, frozenset({"gqa"})),
-    Container("a GGUF file", lambda path: True, _open_gguf),  # last: what is nothing else is refused as one
+    Container("a GGUF file", lambda path: True, _open_gguf),  # last: anything unrecognised is refused as a GGUF file
 ]

@@ -1,7 +1,7 @@
-"""What a checkpoint's config says about its quantization: which scheme each module is in.
+"""What a checkpoint's config declares about its quantization: the scheme of each module.
 
-Every tool has its own words for that (`quantization_config`, MLX's `quantization`, ModelOpt's `hf_quant_config.json`),
-its own way to leave modules out, and its own way to give some of them other parameters.
+Every tool has its own entry (`quantization_config`, MLX's `quantization`, ModelOpt's `hf_quant_config.json`), its own
+way to exclude modules, and its own way to give some of them other parameters.
 """
 
 import fnmatch
@@ -17,12 +17,12 @@ from jaxllm.errors import InputError
 
 @dataclass(frozen=True)
 class Declared:
-    """What is declared.
+    """The declared quantization of a checkpoint.
 
     Attributes:
         schemes: given a module's name, the schemes that its matrix may be in.
-        keys: what the names end in by which a matrix in one of them is recognised.
-        excluded: given a module's name, the entry of a list that leaves it out, or None.
+        keys: the endings of tensor names by which matrices in these schemes are recognised.
+        excluded: given a module's name, the entry of a list that excludes it, or None.
     """
 
     schemes: Callable[[str], Sequence[Scheme]]
@@ -35,13 +35,13 @@ NOT_CONVERTED = ("modules_to_not_convert", "ignored_layers")  # what configs of 
 
 
 def declared(config: Mapping[str, object], siblings: Mapping[str, Mapping[str, object]]) -> Declared | None:
-    """What config.json declares, or else a file beside it that older tools wrote instead; None if nothing.
+    """The declaration in config.json, or in a file beside it that older tools wrote instead; None if there is none.
 
     Args:
-        siblings: those of SIBLINGS that there are.
+        siblings: those files of SIBLINGS that exist.
 
     Raises:
-        InputError: it makes no sense, or is not supported.
+        InputError: the declaration makes no sense or is not supported.
     """
     for name in ("quantization_config", "quantization", "compression_config"):
         if given := config.get(name):
@@ -60,7 +60,7 @@ def declared(config: Mapping[str, object], siblings: Mapping[str, Mapping[str, o
 
 
 def _sibling(siblings: Mapping[str, Mapping[str, object]]) -> tuple[str, object]:
-    """The name of the first file that there is, and its content in today's words."""
+    """The name of the first file that exists, and its content in today's form."""
     for name in SIBLINGS:
         if not (given := siblings.get(name)):
             continue
@@ -92,7 +92,7 @@ def _listed(entries: Entries, *names: str) -> list[str]:
 
 
 def _left_out(patterns: list[str]) -> Callable[[str], str | None]:
-    """As transformers: an entry is the beginning of a name, perhaps a regular expression, or its end."""
+    """As in transformers, an entry is the beginning of a name, perhaps a regular expression, or its end."""
 
     def excluded(module: str) -> str | None:
         return next((p for p in patterns if _matches(p, module, r"(?:\.|$)") or module.endswith(p)), None)
@@ -127,7 +127,7 @@ def _gptq(entries: Entries, config: Mapping[str, object]) -> Declared:
 
     usual = scheme(entries)
     dynamic = entries.get("dynamic", {}, lambda value: isinstance(value, Mapping), "an object")
-    rules = []  # of a regular expression, and the scheme of what it matches, or None to leave that out
+    rules = []  # a regular expression, and the scheme of the modules it matches, or None to exclude them
     for pattern, value in dynamic.items():
         given = Entries(
             {**entries.values, **(value if isinstance(value, Mapping) else {})}, f"{entries.where}: {pattern}"
@@ -159,7 +159,7 @@ def _awq(entries: Entries, config: Mapping[str, object]) -> Declared:
 
 
 def _bitsandbytes(entries: Entries, config: Mapping[str, object]) -> Declared:
-    # Which of the two it is, each matrix says of itself.
+    # Each matrix shows which of the two it is.
     skipped = _left_out(_listed(entries, "llm_int8_skip_modules"))
     int8 = scaled_schemes.llm_int8(entries.number("llm_int8_threshold", 6.0, above=-1.0))
     return _constant(fourbit_schemes.BNB_4BIT, int8, excluded=skipped)
@@ -175,20 +175,20 @@ def _fp8(entries: Entries, config: Mapping[str, object]) -> Declared:
     excluded = _left_out(_listed(entries, *NOT_CONVERTED))
     if "weight_block_size" in entries:
         block, ue8m0 = _block(entries, "weight_block_size"), scaled_schemes.is_ue8m0(entries)
-        # The last one is of stacks, which have no ".weight".
+        # The last one is for stacks, which have no ".weight".
         names = ("", "_scale_inv"), (".weight", ".weight_scale"), ("", ".weight_scale_inv")
         return _constant(*(scaled_schemes.block_fp8(block, *pair, ue8m0) for pair in names), excluded=excluded)
     return _constant(*_scaled("FP8", config), excluded=excluded)
 
 
 def _scaled(name: str, config: Mapping[str, object]) -> tuple[Scheme, ...]:
-    """Either of the two names that a scale has."""
+    """Schemes for both names that a scale may have."""
     fused = _fused_rows(config)
     return tuple(scaled_schemes.scaled(name, suffix, fused) for suffix in (".weight_scale", ".weight_scale_inv"))
 
 
 def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
-    """Rows of the parts of a fused matrix: gate and up, or q, k and v."""
+    """The numbers of rows of a fused matrix's parts: gate and up, or q, k and v."""
     given = Entries(config, "config.json")
 
     def parts(count: int) -> list[int]:
@@ -211,7 +211,7 @@ def _block(entries: Entries, key: str) -> tuple[int, int]:
 
 
 def _mxfp4(entries: Entries, config: Mapping[str, object]) -> Declared:
-    # Its list of modules has patterns that name more than they mean: what is packed is packed.
+    # Its list of modules has patterns that match too much. So the tensors decide: what is packed is quantized.
     return _constant(fourbit_schemes.MXFP4_GPT_OSS, fourbit_schemes.MXFP4_PLAIN)
 
 
@@ -230,7 +230,7 @@ def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
         return integer_schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
 
     usual = scheme(entries)
-    # What an override leaves out is MLX's own default, not what the others have.
+    # What an override leaves out has MLX's own default, not the other modules' value.
     others = {
         path: scheme(Entries({"group_size": 64, "bits": 4, **value}, f"{entries.where}: {path}"))
         for path, value in entries.values.items()
@@ -257,7 +257,7 @@ def _compressed_tensors(entries: Entries, config: Mapping[str, object]) -> Decla
     ignored = _listed(entries, "ignore")
 
     def of(module: str) -> list[Scheme]:
-        """A name counts more than a regular expression, and that more than a class, such as "Linear"."""
+        """A name takes precedence over a regular expression, and that over a class such as "Linear"."""
         for strength in (
             lambda t: t == module,
             lambda t: _is_regex(t, module),
@@ -337,7 +337,7 @@ def _f8q8(entries: Entries, config: Mapping[str, object]) -> Declared:
     return _constant(scaled_schemes.F8Q8)
 
 
-# By `quant_method`. A new one is a reader here, or `READERS[name] = reader` from outside.
+# By `quant_method`. To add one, write a reader and list it here, or set `READERS[name] = reader` from outside.
 READERS: dict[str, Callable[[Entries, Mapping[str, object]], Declared]] = {
     "gptq": _gptq,
     "awq": _awq,

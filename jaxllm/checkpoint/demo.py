@@ -1,7 +1,7 @@
-"""The files of DeepSeek's inference demo: `model{i}-mp{n}.safetensors`, of which each holds what one of n GPUs needs.
+"""The files of DeepSeek's inference demo: `model{i}-mp{n}.safetensors`, where each file holds what one of n GPUs needs.
 
-What the demo cuts is put together again while it is read, so the n of the files is no matter to the mesh. Experts are
-whole, each in one file; what is not cut is in every file, and read from the first.
+Tensors that the demo splits are joined again while they are read, so n does not restrict the mesh. Experts are not
+split: each is complete in one file. Replicated tensors are in every file, and are read from the first.
 """
 
 import re
@@ -32,7 +32,7 @@ def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, Any], d
     """Open a directory of the demo's files: fields of its `ModelArgs`, and tensors, FP8 ones joined with their scales.
 
     Args:
-        config: a file with fields of `ModelArgs`; by default the one such `config*.json` in the directory.
+        config: a file with fields of `ModelArgs`; by default the only such `config*.json` in the directory.
 
     Raises:
         InputError: files are missing, damaged, or do not fit together, or there is no such config.
@@ -57,14 +57,14 @@ def demo_tensors(path: Path) -> dict[str, Dense]:
 
 
 def read_args(file: Path) -> dict[str, Any]:
-    """All fields of the demo's `ModelArgs`, from what a JSON file says of them.
+    """All fields of the demo's `ModelArgs`, from a JSON file that may give only some of them.
 
     Raises:
-        InputError: a field that the demo does not have, or with an impossible value.
+        InputError: the demo does not have a field, or a field has an impossible value.
     """
     with located(file):
         args = demo_args(read_json(file))
-        DeepseekConfig.from_demo(args)  # it reads them again with the tensors; here, errors are said of the file
+        DeepseekConfig.from_demo(args)  # read again later, with the tensors; here, errors name the file
     return args
 
 
@@ -90,7 +90,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _joined(name: str, parts: list[FileArray | None]) -> FileArray | JoinedArray:
-    """The whole tensor, from what each file has of it."""
+    """The complete tensor, from each file's part of it."""
     there = [part for part in parts if part is not None]
     if DEMO_EXPERT.fullmatch(name):
         if len(there) > 1:
@@ -111,12 +111,12 @@ def _joined(name: str, parts: list[FileArray | None]) -> FileArray | JoinedArray
 
 
 def demo_axis(name: str) -> int | None:
-    """The axis along which the demo cuts a tensor of this name; experts it does not cut."""
+    """The axis along which the demo splits a tensor of this name; it does not split experts."""
     return None if DEMO_EXPERT.fullmatch(name) else DEMO_AXES.get(name.split(".")[-2:][0])
 
 
 def _refuse_split_blocks(path: Path, arrays: Mapping[str, FileArray | JoinedArray]) -> None:
-    """Scales of blocks that lie across two files would not say which of the values there they are of."""
+    """Refuse blocks that span two files: it would be unknown which values their scales belong to."""
     for name, array in arrays.items():
         stem = name.removesuffix(".weight")
         if stem != name and f"{stem}.scale" in arrays and isinstance(array, JoinedArray):

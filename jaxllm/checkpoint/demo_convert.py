@@ -1,7 +1,7 @@
-"""From a Hugging Face directory of DeepSeek's to the files of its inference demo, and back: no value changes.
+"""Convert a DeepSeek Hugging Face directory to the files of DeepSeek's inference demo, and back. No value changes.
 
-The demo's ModelArgs cannot say everything that a config.json can, nor the other way around. What was written is
-therefore read again by the code that loads models, and has to mean the same.
+The demo's ModelArgs cannot express everything that a config.json can, nor the other way around. So the code that loads
+models reads the new configuration again, and it has to mean the same.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from jaxllm.models.deepseek.config import DEMO_DEFAULTS, MODEL_TYPES, DeepseekCo
 from jaxllm.models.deepseek.names import DEMO_EXPERT, demo_name, hf_ignored, name_of_demo
 from jaxllm.placing import FileArray
 
-_FIELDS = {  # of ModelArgs, and what they are called in a config.json
+_FIELDS = {  # of ModelArgs, and their names in a config.json
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "inter_dim": "intermediate_size",
@@ -64,21 +64,21 @@ _YARN = {
     "mscale": "mscale_all_dim",
 }
 
-# What DeepSeek's config.json says of FP8.
+# What DeepSeek's config.json says about FP8.
 DECLARATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
 
 
 def to_demo(
     folder: HFDirectory, count: int, n_experts: int | None = None
 ) -> tuple[dict[str, list[Tensor]], dict[str, Any] | None]:
-    """The demo's files and their tensors, and the model's ModelArgs, None if these cannot say what it is.
+    """The demo's files and their tensors, and the model's ModelArgs; None if these cannot describe it.
 
     Args:
-        count: of files, each for one GPU.
-        n_experts: how many there should be.
+        count: the number of files, one per GPU.
+        n_experts: the expected number of experts.
 
     Raises:
-        InputError: the model is no DeepSeek, or cannot be cut into so many parts.
+        InputError: the model is not a DeepSeek model, or cannot be split into `count` parts.
     """
     if folder.config["model_type"] not in MODEL_TYPES:
         raise InputError(f"model_type {folder.config['model_type']!r}: the demo knows {', '.join(MODEL_TYPES)} only")
@@ -109,10 +109,10 @@ def to_huggingface(path: Path, config: Path | None = None) -> tuple[list[Tensor]
     """The tensors of a directory of the demo's files by Hugging Face's names, and the config.json.
 
     Args:
-        config: ModelArgs, or a config.json that is taken as it is; by default the ModelArgs in the directory.
+        config: ModelArgs, or a config.json to use unchanged; by default the ModelArgs in the directory.
 
     Raises:
-        InputError: files are missing or damaged, or a config.json cannot say what the model is.
+        InputError: files are missing or damaged, or a config.json cannot describe the model.
     """
     tensors, config = demo_tensors(path), config or find_config(path)
     given = read_json(config)
@@ -142,11 +142,11 @@ def _check_counts(config: DeepseekConfig, count: int, n_experts: int | None) -> 
 def _parts(
     name: str, new: str, array: FileArray, count: int, experts: int, whole: Weight | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """What each file has of a tensor.
+    """Each file's number and its part of a tensor.
 
     Args:
-        experts: to a file.
-        whole: the matrix that the tensor is the values or the scales of, if it is FP8.
+        experts: the number of experts per file.
+        whole: if the tensor holds the values or the scales of an FP8 matrix, that matrix.
     """
     if found := DEMO_EXPERT.fullmatch(new):
         if int(found[1]) >= experts * count:
@@ -177,7 +177,7 @@ def _columns(name: str, array: FileArray, shape: tuple[int, ...], i: int) -> Ite
 def _args(
     config: DeepseekConfig, given: Mapping[str, Any], weights: Mapping[str, Weight], names: Collection[str]
 ) -> dict[str, Any] | None:
-    """ModelArgs of the model that a config.json is of."""
+    """ModelArgs for the model of a config.json; None if they cannot describe it."""
     args = {arg: getattr(config, key) for arg, key in _FIELDS.items()} | {"q_lora_rank": config.q_lora_rank or 0}
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     args["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", DEMO_DEFAULTS["rope_theta"]))
@@ -196,7 +196,7 @@ def _args(
 
 
 def _hf_config(args: Mapping[str, Any], weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, Any]:
-    """The config.json of the model that (all fields of) ModelArgs are of."""
+    """A config.json for the model of `args`, which has all fields of ModelArgs."""
     model = DeepseekConfig.from_demo(args, weights)
     v3 = model.scoring_func == "sigmoid" or model.has_correction_bias
     version = 3 if v3 else 2

@@ -1,4 +1,4 @@
-"""Filling a model with its weights: each device's part of each tensor is read, encoded, placed, and perhaps decoded."""
+"""Fill a model with weights: each device's part of a tensor is read, encoded, placed, and perhaps dequantized."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from jaxllm.kernels import dispatch
 from jaxllm.layers.parameter import parameters
 from jaxllm.placing import Source, place, place_of
 
-READERS = 4  # threads: parameters that are read at the same time
+READERS = 4  # threads, each reading one parameter at a time
 
 Encode = Callable[[str, Weight], Weight]
 Convert = Callable[[Weight, NamedSharding], Weight]
@@ -27,11 +27,11 @@ Convert = Callable[[Weight, NamedSharding], Weight]
 
 @dataclass(frozen=True)
 class Placed:
-    """One parameter as it was loaded.
+    """One loaded parameter.
 
     source: what the checkpoint holds (shapes only).
-    encoded: what was made of that before it was placed (shapes only); the same unless it was quantized anew.
-    weight: what lies on the devices.
+    encoded: what it was encoded to before placing (shapes only); the same as `source` unless requantized.
+    weight: what the devices hold.
     """
 
     name: str
@@ -55,13 +55,13 @@ def fill(
     Args:
         sources: from `match`.
         encode: applied to each matrix, with the parameter's name, before it is placed.
-        convert: applied to each placed matrix, with the sharding of the whole matrix. The kernel that will multiply by
-            the result may want it stored otherwise, which is done then.
-        dtype: of the activations.
-        track: wraps the results, of which there will be so many, to show progress.
+        convert: applied to each placed matrix, with the sharding of the matrix. Afterwards the result is repacked if
+            its kernel needs another layout.
+        dtype: the dtype of the activations.
+        track: wraps the results, given their number, to show progress.
     """
 
-    # Two programs of several devices, started by two threads at once, can each wait for a device that the other has.
+    # If two threads start multi-device programs at once, each can wait for a device that the other holds.
     starting = Lock()
 
     def load(item: tuple[str, nnx.Param]) -> Placed:
@@ -98,12 +98,12 @@ def keep(name: str, weight: Weight) -> Weight:
 
 
 def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
-    """The `convert` of `fill` that holds matrices as they were placed."""
+    """The `convert` of `fill` that keeps matrices as they were placed."""
     return weight
 
 
 def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:
-    """The weight as the kernel that will multiply by it wants it stored."""
+    """The weight in the layout that its kernel needs."""
     platform = sharding.mesh.devices.flat[0].platform
     repack = dispatch.choose_for(weight, dtype, platform).kernel.layout.repack
     if repack is None:
@@ -115,7 +115,7 @@ def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLi
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:
-    """A `convert` of `fill`: decode each matrix where it lies, rounding once to `dtype`."""
+    """A `convert` of `fill`: dequantize each matrix in place, rounding once to `dtype`."""
 
     @cache  # like matrices share a program
     def decoder(sharding: NamedSharding) -> Callable[[Weight], Weight]:

@@ -22,8 +22,7 @@ from jaxllm.placing import HostArray
 
 
 def _mxfp4(blocks: HostArray, scales: HostArray) -> MXFP4:
-    """Blocks `[..., out, in / 2]` of bytes, or with the bytes of a block on an axis of their own, or eight codes to a
-    word."""
+    """Blocks are bytes `[..., out, in / 2]`, bytes with an extra axis for each block's bytes, or words of 8 codes."""
     if blocks.ndim == scales.ndim + 1 and blocks.shape[-1] == mxfp4.BLOCK // 2:
         blocks = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
     blocks, scales = (array.view(np.uint8) for array in (blocks, scales))

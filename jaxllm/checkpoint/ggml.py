@@ -1,7 +1,7 @@
-"""Llama files from before GGUF: "ggml", "ggmf" and "ggjt", shown as the GGUF files they would be today.
+"""Llama files from before GGUF: "ggml", "ggmf" and "ggjt", presented as GGUF files.
 
-The three differ little: "ggmf" added a version and the scores of tokens, "ggjt" the alignment of tensors. How blocks
-are laid out changed with versions 2 and 3 of "ggjt": of quantized files, those of version 3 can be read as they are.
+The three differ little: "ggmf" added a version and the scores of tokens, "ggjt" the alignment of tensors. The layout of
+blocks changed with versions 2 and 3 of "ggjt", so quantized files can be read only if they are of version 3.
 """
 
 import re
@@ -14,11 +14,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf import TokenType
 
-from jaxllm.checkpoint.gguf import Cursor, mapped
+from jaxllm.checkpoint.gguf import Cursor, tensor_weight
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 
-# As the bytes of a file: the magics are little-endian words.
+# As bytes in the file: the magics are little-endian words.
 _VERSIONS = {b"lmgg": ("ggml", ()), b"fmgg": ("ggmf", (1,)), b"tjgg": ("ggjt", (1, 2, 3))}
 _OTHERS = {b"algg": "a LoRA adapter (ggla)", b"nsgg": "a saved state of llama.cpp (ggsn)"}
 
@@ -28,7 +28,7 @@ _BLOCKS = {T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_
 _NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
 _LAYER_NAMES = {
     "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",  # rows in the order that GGUF has too: neighbours make a pair
+    "attention.wq": "attn_q",  # rows in the same order as in GGUF: neighbours are paired
     "attention.wk": "attn_k",
     "attention.wv": "attn_v",
     "attention.wo": "attn_output",
@@ -41,7 +41,7 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class HParams:
-    """The numbers after a file's magic, as llama.cpp named them."""
+    """The numbers after a file's magic, with llama.cpp's names."""
 
     n_vocab: int
     n_embd: int
@@ -70,7 +70,7 @@ class GGMLFile:
 
 
 def is_ggml(path: Path) -> bool:
-    """Whether a file is of the family that `open_ggml` reads, or refuses by name."""
+    """Whether a file is of a kind that `open_ggml` reads, or refuses with a specific message."""
     with path.open("rb") as file:
         return file.read(4) in (*_VERSIONS, *_OTHERS)
 
@@ -79,11 +79,11 @@ def open_ggml(path: Path, gqa: int = 1, context: int = 4096) -> GGMLFile:
     """Map a file from before GGUF; its header and vocabulary are read.
 
     Args:
-        gqa: query heads for each key-value head. These files do not say; it is 8 for the 70B model of Llama 2.
-        context: positions the model was trained on. They do not say that either; it is 2048 for the first Llama.
+        gqa: query heads per key/value head. The files do not contain it; it is 8 for the 70B model of Llama 2.
+        context: positions the model was trained on. The files do not contain it; it is 2048 for the first Llama.
 
     Raises:
-        InputError: not such a file, cut short, inconsistent, or quantized in a layout that is no longer used.
+        InputError: the file is of another kind, truncated, inconsistent, or quantized in an obsolete layout.
     """
     with path.open("rb") as file:
         magic = file.read(4)
@@ -120,16 +120,16 @@ def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
         name = _gguf_name(name)
         if name in tensors:
             raise InputError(f"tensor '{name}' is given twice")
-        tensors[name] = mapped(data, cursor.offset, name, dims, type_number)
+        tensors[name] = tensor_weight(data, cursor.offset, name, dims, type_number)
         cursor.take(tensors[name].nbytes)
     metadata = _sizes(hparams, tensors, gqa, context) | _tokenizer(vocabulary)
     return GGMLFile(path, kind, hparams, vocabulary, metadata, tensors)
 
 
 def _vocabulary(cursor: Cursor, count: int, scores: bool) -> list[tuple[bytes, float]]:
-    """Tokens with scores. Where there are none, minus the id does: SentencePiece numbers its pieces by falling score.
+    """Tokens with scores. Missing scores become minus the id, since SentencePiece sorts its pieces by falling score.
 
-    (llama.cpp's converter writes zeros, with which text is joined into other tokens than those of the training.)
+    (llama.cpp's converter writes zeros instead, so that text is merged into tokens that differ from the training's.)
     """
     vocabulary = []
     for i in range(cursor.plausible(count)):
@@ -156,7 +156,7 @@ def _unreadable(name: str, type_number: int, kind: str) -> str:
 
 
 def _gguf_name(name: str) -> str:
-    """The name in GGUF; one that is not of this family stays what it is, for the complaint about it to name."""
+    """The name in GGUF; an unknown name stays unchanged, so that the error message can show it."""
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
     if layer and layer[2] in _LAYER_NAMES:
         return f"blk.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
@@ -164,7 +164,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _sizes(hparams: HParams, tensors: Mapping[str, Weight], gqa: int, context: int) -> dict[str, Any]:
-    """What GGUF says of a model's sizes. Constants that these files do not have are Llama 2's."""
+    """A model's sizes as GGUF metadata. Constants that these files lack are Llama 2's."""
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in tensors:
             raise InputError(f"tensor '{name}' is missing")

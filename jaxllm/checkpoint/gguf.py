@@ -1,7 +1,7 @@
-"""GGUF files, whole or in parts: metadata as plain values, tensors as weights over the mapped file.
+"""GGUF files, single or split: metadata as plain values, tensors as weights over the memory-mapped file.
 
-Every count and length is held against the size of the file before it is used. (gguf-py's reader trusts them all, knows
-nothing of version 1 and of parts, and takes a second and a half over a vocabulary of 49,152 tokens.)
+Every count and length is checked against the size of the file before it is used. (gguf-py's reader trusts them all,
+supports neither version 1 nor split files, and takes a second and a half for a vocabulary of 49,152 tokens.)
 """
 
 import math
@@ -23,7 +23,7 @@ from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 
 MAGIC = b"GGUF"
 
-# Far more than any vocabulary or chat template has, and little enough to read: a damaged length must not fill memory.
+# Far more than any vocabulary or chat template needs, but small enough that a damaged length cannot fill memory.
 MOST = 1 << 24
 
 _PLAIN = {
@@ -56,7 +56,7 @@ _WHOLE_NUMBERS = ("general.alignment", "split.no", "split.count", "split.tensors
 class GGUFFile:
     """An open file: `metadata` by key, `tensors` by name with memory-mapped leaves.
 
-    path: of the first part, where there are several.
+    path: the path of the file, or of the first part of a split file.
     """
 
     path: Path
@@ -69,10 +69,10 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Map a GGUF file; nothing but its header is read. Any part of a split file stands for all of them.
+    """Map a GGUF file and read its header. The path may be any part of a split file.
 
     Raises:
-        InputError: not a GGUF file, cut short, inconsistent, with tensors of an unknown type, or without all its parts.
+        InputError: not a GGUF file, truncated, inconsistent, with tensors of an unknown type, or with missing parts.
     """
     file = _open_one(path)
     return _open_parts(file) if file.metadata.get("split.count", 0) > 1 else file
@@ -90,7 +90,7 @@ def _open_one(path: Path) -> GGUFFile:
 
 
 def _open_parts(given: GGUFFile) -> GGUFFile:
-    """All parts of a split file as one; all but the tensors is what the first part says."""
+    """All parts of a split file as one file; everything except the tensors comes from the first part."""
     number, count = given.metadata.get("split.no", 0), given.metadata["split.count"]
     end = f"-{number + 1:05}-of-{count:05}.gguf"
     if not given.path.name.endswith(end):
@@ -136,7 +136,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
     for name, dims, type_number, offset in infos:
         if name in tensors:
             raise InputError(f"tensor '{name}' is given twice")
-        tensors[name] = mapped(data, start + offset, name, dims, type_number)
+        tensors[name] = tensor_weight(data, start + offset, name, dims, type_number)
         if offset % alignment:
             raise InputError(f"tensor '{name}' begins at offset {offset}, which is not a multiple of {alignment}")
         ranges.append((offset, offset + tensors[name].nbytes, name))
@@ -147,7 +147,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
 
 
 class Cursor:
-    """A mapped file and a place in it, from which to read on. Reading past the end is an InputError."""
+    """A memory-mapped file and the position to read from next. Reading past the end is an InputError."""
 
     def __init__(self, data: np.ndarray, offset: int) -> None:
         self.data, self.offset = memoryview(data), offset
@@ -171,11 +171,11 @@ class Cursor:
         return self.numbers(dtype, 1)[0]
 
     def length(self, nbytes: int = 4) -> int:
-        """A count of things to come, itself of `nbytes` bytes."""
+        """A count of the items that follow, stored in `nbytes` bytes."""
         return self.plausible(int.from_bytes(self.take(nbytes), "little"))
 
     def plausible(self, count: int) -> int:
-        """The same `count`, if so many things can follow here: nothing that is counted has less than a byte."""
+        """The same `count`, if that many items can follow here: every item has at least one byte."""
         if count > min(MOST, self.left):
             raise InputError(
                 f"cut short or damaged: {count} announced before offset {self.offset}, {self.left} bytes left"
@@ -189,7 +189,7 @@ class Cursor:
 
 
 class _Header(Cursor):
-    """What a GGUF file has before its tensors."""
+    """The part of a GGUF file before its tensors."""
 
     def __init__(self, data: np.ndarray) -> None:
         super().__init__(data, len(MAGIC))
@@ -219,7 +219,7 @@ class _Header(Cursor):
         return self.numbers(self._scalar(item, f"an item of {key[:64]!r}"), self.length())
 
     def _strings(self, count: int) -> list[str]:
-        """As `string`, so many times. Vocabularies have 100,000 of them, so this is a loop over local names."""
+        """`count` strings. Vocabularies have 100,000 of them, so this loop uses local names only."""
         data, offset, word, end, out = self.data, self.offset, self.word, len(self.data), []
         for _ in range(count):
             start = offset + word
@@ -241,8 +241,8 @@ class _Header(Cursor):
         return name, self.dims(self.number(), f"<u{self.word}"), self.number(), self.number("<u8")
 
 
-def mapped(data: np.ndarray, offset: int, name: str, dims: list[int], type_number: int) -> Weight:
-    """The tensor at `offset` of a mapped file as a weight.
+def tensor_weight(data: np.ndarray, offset: int, name: str, dims: list[int], type_number: int) -> Weight:
+    """The tensor at `offset` of a memory-mapped file as a weight.
 
     Args:
         dims: the innermost first.

@@ -1,4 +1,4 @@
-"""Schemes of whole numbers with a scale and an offset for each group: GPTQ, AWQ, MLX, compressed-tensors, HQQ."""
+"""Schemes of integers with a scale and an offset for each group: GPTQ, AWQ, MLX, compressed-tensors, HQQ."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect, mapped
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect, read_array
 from jaxllm.errors import InputError
 from jaxllm.formats.affine import WORD, Affine, word_values
 from jaxllm.formats.base import Weight
@@ -28,9 +28,9 @@ def affine(
     words: HostArray | None = None,
     out_groups: np.ndarray | None = None,
 ) -> Affine | Dense:
-    """A weight of codes `[out, in]`, to be computed, or of their words as they are.
+    """A weight from codes `[out, in]`, computed later, or from words that are already in our layout.
 
-    Where rows are not whole words of so many bits, codes are held in more bits.
+    If the codes of a row do not fill its words, they are stored with more bits.
     """
     out, in_ = shape
     held = next((b for b in sorted({bits, 4, 8}) if b >= bits and in_ % word_values(b) == 0), None)
@@ -50,7 +50,7 @@ def affine(
 
 
 def _indexed(weight: Affine, index: np.ndarray) -> Affine:
-    """The weight with the group of each column given: groups are counted from 1, behind one of scale 0."""
+    """The weight with `index` as the group of each column. Groups count from 1; group 0 has scale 0."""
 
     def behind_nothing(array: HostArray | None) -> HostArray | None:
         if array is None:
@@ -69,7 +69,7 @@ def _indexed(weight: Affine, index: np.ndarray) -> Affine:
 def grouped(
     weight: Affine | Dense, index: np.ndarray | None, shape: tuple[int, int], groups: int, group: int
 ) -> Weight:
-    """The weight with its columns in the groups of `index`, or, where all are in one, in that."""
+    """The weight with its columns in the groups of `index`; if there is only one group, in that group."""
     in_ = shape[1]
     if index is not None and (index.min() < 0 or index.max() >= groups):
         raise InputError(f"g_idx goes from {index.min()} to {index.max()}, but there are {groups} groups")
@@ -103,9 +103,9 @@ def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
             words = derived(
                 words_shape,
                 np.uint32,
-                lambda: mapped(qweight).view(np.uint32).reshape(n, width, out).transpose(2, 0, 1),
+                lambda: read_array(qweight).view(np.uint32).reshape(n, width, out).transpose(2, 0, 1),
             )
-        kind = np.dtype(np.uint8 if bits < 8 else np.int16)  # that holds 2^bits, which version 1 may mean
+        kind = np.dtype(np.uint8 if bits < 8 else np.int16)  # has to hold 2^bits, which can occur in version 1
 
         def zero_points() -> np.ndarray:
             return repack.bit_stream(np.asarray(qzeros), bits, out).T.astype(kind) + kind.type(not v2)
@@ -113,7 +113,7 @@ def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
         zeros = derived((out, groups), kind, zero_points)
 
         def codes() -> np.ndarray:
-            return repack.bit_stream(mapped(qweight).T, bits, in_)
+            return repack.bit_stream(read_array(qweight).T, bits, in_)
 
         weight = affine("GPTQ", codes, shape, bits, group, scales.swapaxes(0, 1), zeros, words=words)
         return grouped(weight, None if g_idx is None else np.asarray(g_idx), shape, groups, group)
@@ -190,7 +190,7 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
             raise InputError(f"weight_packed has shape {[*weight_packed.shape]}, expected {[out, dense]}")
 
         def stream(words: np.ndarray, count: int) -> np.ndarray:
-            """Releases before 0.20 left the bits of a word empty that held no whole code."""
+            """Unpack codes. Before release 0.20, bits of a word that could not hold a complete code stayed empty."""
             if words.shape[1] == -(-count * bits // WORD):
                 return repack.bit_stream(words, bits, count)
             per_word = WORD // bits
@@ -205,16 +205,16 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
                 raise InputError(f"weight_zero_point has shape {[*weight_zero_point.shape]} for {out} rows")
             expect("weight_zero_point", weight_zero_point, weight_zero_point.shape[0], groups)
             zeros = derived(
-                (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(mapped(weight_zero_point).T), out).T
+                (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(read_array(weight_zero_point).T), out).T
             )
 
         def codes() -> np.ndarray:
-            return stream(np.ascontiguousarray(mapped(weight_packed)), in_)
+            return stream(np.ascontiguousarray(read_array(weight_packed)), in_)
 
         half = 2 ** (bits - 1)
         weight = affine("INT", codes, (out, in_), bits, group, weight_scale, zeros, half, words)
         index = None if weight_g_idx is None else np.asarray(weight_g_idx)
-        if index is not None and (index == -1).all():  # the library's own word for "in order"
+        if index is not None and (index == -1).all():  # how the library says "in order"
             index = None
         return grouped(weight, index, (out, in_), groups, group)
 
@@ -226,12 +226,12 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
 
 
 def _flat(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The parts, matrices and never stacks of them."""
+    """The parts, restricted to matrices (no stacks)."""
     return {name: replace(part, most=2) for name, part in parts.items()}
 
 
 def sizes(shape: HostArray) -> tuple[int, int]:
-    """`[out, in]` from a tensor that says so."""
+    """`[out, in]` from a tensor that holds these numbers."""
     values = np.asarray(shape)
     if values.shape != (2,) or values.min() < 1 or values.max() >= 2**31:
         raise InputError(f"its shape is said to be {values.tolist()}, expected two sizes")
@@ -288,7 +288,7 @@ def _hqq(
     heads = out // group
 
     def behind(array: HostArray) -> HostArray:
-        """With a group of zeros before the first."""
+        """The array with a group of zeros before the first one."""
         return derived(
             (heads + 1, in_), array.dtype, lambda: np.pad(np.asarray(array).reshape(heads, in_), ((1, 0), (0, 0)))
         )

@@ -20,14 +20,14 @@ from jaxllm.placing import Source
 def match(
     model: Decoder, tensors: Mapping[str, Weight], rules: Sequence[Rule], ignored: Sequence[str] = ()
 ) -> dict[str, Source]:
-    """For each parameter of the model, what it is read from.
+    """For each parameter of the model, its source in the checkpoint.
 
     Args:
         tensors: the checkpoint's tensors by name.
-        ignored: patterns of names that checkpoints of this kind may have and that mean nothing here.
+        ignored: patterns of tensor names that such checkpoints may have and we do not need.
 
     Raises:
-        InputError: lists every unknown, missing, doubly given and mis-shaped tensor.
+        InputError: lists every tensor that is unknown, missing, duplicate or has the wrong shape.
     """
     found: dict[str, dict[int | None, tuple[str, Rule, re.Match]]] = {}
     complaints = []
@@ -86,7 +86,7 @@ def _source(
 
 
 def _unused_rows(sources: Iterable[Source]) -> list[str]:
-    """A complaint for each tensor of which the parameters made of its rows do not take every row once."""
+    """A complaint for each tensor whose rows are not all used exactly once by the parameters made of them."""
     have: dict[str, int] = {}
     want: Counter[str] = Counter()
     for source in sources:
@@ -101,7 +101,7 @@ def _listed(numbers: list) -> str:
 
 
 def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Weight], Weight]) -> int:
-    """The largest block, along its columns, of a matrix whose columns the model cuts, once it is encoded."""
+    """The largest block size along columns, after encoding, of the matrices whose columns the model shards."""
     cut = [
         planned(name, sources[name].parts[0]).granularity("in")
         for name, param in parameters(model).items()

@@ -1,4 +1,4 @@
-"""From a path to a checkpoint: the container that it is in, and the family that its model belongs to."""
+"""From a path to a checkpoint: finds its kind of file and the family of its model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from jaxllm.models.rule import Rule
 class Checkpoint:
     """A checkpoint whose headers have been read and whose model is known.
 
-    config: of the model, as its family has it.
-    rules, ignored: how its tensors become parameters, see `Rule`; patterns of names that mean nothing.
-    max_batch_size: how many prompts it asks to be answered together; None: it does not say.
+    config: the model's configuration, of its family's type.
+    rules, ignored: how its tensors become parameters, see `Rule`; patterns of tensor names that are not needed.
+    max_batch_size: how many prompts are answered together; None: the checkpoint does not say.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, **options: object) -> Checkpoint:
-    """Open whatever `path` is; see `containers.CONTAINERS` for the kinds of files, and for their options.
+    """Open a checkpoint of any kind; see `containers.CONTAINERS` for the kinds and their options.
 
     Raises:
-        InputError: it cannot be read, or is of a model that is not supported.
+        InputError: it cannot be read, or its model is not supported.
     """
     with located(path):
         opened = open_container(path, options)

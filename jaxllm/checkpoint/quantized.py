@@ -1,4 +1,4 @@
-"""Tensors that belong together as one quantized weight, joined as the checkpoint's config declares them."""
+"""Joins tensors that make up one quantized weight, as the checkpoint's config declares."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,14 +14,14 @@ from jaxllm.kernels.activations import not_rounding
 
 
 def assemble(folder: HFDirectory) -> dict[str, Weight]:
-    """The tensors of a directory with those of one quantized matrix joined under the matrix's name.
+    """The tensors of a directory; those of one quantized matrix are joined under the matrix's name.
 
-    Which matrices are quantized, the tensors say; how, the config. A matrix that could be quantized by the config, but
-    is there as plain numbers, stays what it is.
+    The tensors show which matrices are quantized, the config says how. A matrix that the config allows to be quantized
+    but that is stored as plain numbers stays unchanged.
 
     Raises:
-        InputError: the quantization is not supported, a matrix lacks a part or has parts that do not fit, or one is
-            quantized that the config leaves out.
+        InputError: the quantization is not supported, a matrix lacks a part or has parts that do not fit, or a matrix
+            is quantized although the config excludes it.
     """
     found = declared(folder.config, {name: optional_json(folder.path, name).values for name in SIBLINGS})
     return dict(folder.tensors) if found is None else join(folder.tensors, found)
@@ -33,7 +33,7 @@ def only(*known: Scheme) -> Declared:
 
 
 def join(tensors: Mapping[str, Dense], found: Declared) -> dict[str, Weight]:
-    """The tensors with those that make up one quantized matrix joined.
+    """The tensors; those that make up one quantized matrix are joined.
 
     Raises:
         InputError: lists every matrix that lacks a part, has parts that do not fit, or contradicts what is declared.
@@ -73,7 +73,7 @@ def join(tensors: Mapping[str, Dense], found: Declared) -> dict[str, Weight]:
 
 
 def _known(name: str, found: Declared) -> list[tuple[str, Scheme]]:
-    """Modules and the schemes in which a tensor of this name would be the one by which they are recognised."""
+    """The modules and schemes that a tensor of this name would identify."""
     modules = ((key, name.removesuffix(key)) for key in sorted(found.keys) if name.endswith(key))
     return [(module, scheme) for key, module in modules for scheme in found.schemes(module) if scheme.key == key]
 
@@ -83,7 +83,7 @@ def _missing(module: str, scheme: Scheme, tensors: Mapping[str, Dense]) -> list[
 
 
 def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
-    """A complaint about a tensor that means nothing without others."""
+    """A complaint about a tensor that is useless without others."""
     if not isinstance(tensor, Dense) or not tensor.format.startswith("float8"):
         return []
     for scheme in found.schemes(name):
@@ -94,13 +94,13 @@ def _alone(name: str, tensor: Weight, found: Declared) -> list[str]:
 
 
 def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weight]:
-    """The same tensors, those of `kind` to be multiplied with activations rounded to that.
+    """The same tensors, but weights of `kind` require activations rounded to `kind`.
 
-    Blockwise FP8 gets a scale for as many activations as a block is wide, others one for a row, or the one that the
-    checkpoint gives.
+    For blockwise FP8, as many activations as a block is wide share a scale. Other weights use one scale per row, or the
+    checkpoint's scale.
 
     Args:
-        kind: "fp8", "int8", or "dequant", with which nothing is rounded, whatever the checkpoint says.
+        kind: "fp8", "int8", or "dequant", which rounds nothing, whatever the checkpoint says.
 
     Raises:
         InputError: there are no such tensors.
@@ -108,7 +108,7 @@ def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weig
     dtype = {"dequant": None, "fp8": "float8_e4m3fn", "int8": "int8"}[kind]
 
     def fits(w: Weight) -> bool:
-        # In INT8 blocks, there is nothing to say how activations should be.
+        # For INT8 blocks, nothing says how activations should be rounded.
         return isinstance(w, Scaled) and w.values.dtype.name == dtype and (kind == "fp8" or w.block[1] is None)
 
     def rounding(w: Weight) -> Weight:

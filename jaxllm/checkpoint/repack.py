@@ -1,6 +1,6 @@
-"""Codes of other orders put into ours, on the host, while a tensor is read. Nothing is decoded: bits only move.
+"""Reorders codes into our layout, on the host, while a tensor is read. Nothing is dequantized: bits only move.
 
-Everything is lazy: a function here gives an array that knows its shape and computes itself when a device needs it.
+Everything is lazy: a function here returns an array that knows its shape and is computed when a device needs it.
 """
 
 import math
@@ -19,7 +19,7 @@ def derived(shape: tuple[int, ...], dtype: np.typing.DTypeLike, compute: Callabl
 
 
 def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first `count` codes of each row of words `[rows, n]`, uint8: the bits of a row follow one another."""
+    """The first `count` codes of each row of words `[rows, n]`, uint8; a row's codes are packed without gaps."""
     words = np.ascontiguousarray(words).view(np.uint32)
     start = np.arange(count) * bits
     first, shift = start // WORD, (start % WORD).astype(np.uint64)
@@ -62,12 +62,12 @@ def hqq_codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
 
 
 def group_size(in_: int, block: int) -> int:
-    """The widest groups of a row that blocks of a matrix laid out flat never cut."""
+    """The widest groups within a row that blocks over the flattened matrix never split."""
     return math.gcd(in_, block)
 
 
 def by_rows(values: HostArray, shape: tuple[int, int], block: int) -> DerivedArray:
-    """A value for every block of a matrix `[out, in]` laid out flat, as one for every group of its rows."""
+    """Values per block of a flattened matrix `[out, in]`, as values per group of its rows."""
     out, in_ = shape
     group = group_size(in_, block)
 

@@ -1,6 +1,6 @@
-"""Hugging Face directories: config.json and the tensors of model.safetensors, or of the files that an index names.
+"""Hugging Face directories: config.json, and the tensors of model.safetensors or of the files that an index names.
 
-Only headers are read here. A tensor is a `FileArray`, so that later each device's part is read on its own.
+Only headers are read here. A tensor is a `FileArray`, so that each device's part can be read separately later.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def open_directory(path: Path) -> HFDirectory:
     """Open a Hugging Face directory. Pickles are never read.
 
     Raises:
-        InputError: a file is missing, cut short or inconsistent, or the index points outside the directory.
+        InputError: a file is missing, truncated or inconsistent, or the index points outside the directory.
     """
     config = read_json(path / "config.json")
     if not isinstance(config.get("model_type"), str):
@@ -75,7 +75,7 @@ def optional_json(folder: Path, name: str) -> Entries:
 
 
 def _files(path: Path) -> dict[Path, list[str]]:
-    """The files that make up the checkpoint, and the tensors that the index, if it is needed, says are in each."""
+    """The files that make up the checkpoint, each with the tensors that the index, if there is one, lists for it."""
     if (path / SINGLE).is_file():
         return {path / SINGLE: []}
     if not (path / INDEX).is_file():
@@ -102,7 +102,7 @@ def read_header(file: Path) -> dict[str, FileArray]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        InputError: the file is cut short, or its header makes no sense.
+        InputError: the file is truncated, or its header makes no sense.
     """
     try:
         with file.open("rb") as opened:
@@ -115,7 +115,7 @@ def read_header(file: Path) -> dict[str, FileArray]:
         raise InputError(f"{file}: {error.strerror}") from error
     header, start = json_object(text, f"{file}: damaged header"), 8 + length
     arrays = {name: _array(file, start, size, name, e) for name, e in header.items() if name != "__metadata__"}
-    # As the format's own library: what overlaps or leaves a hole is damaged, or hides something.
+    # As in the format's own library: tensors that overlap or leave a hole mean damage, or hide something.
     end = start
     for name, array in sorted(arrays.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if array.offset != end:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.integer_schemes import affine, grouped, sizes
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, mapped
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, read_array
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -26,7 +26,7 @@ def block_fp8(
     """Blockwise FP8; by default as in Hugging Face checkpoints, where `X` has its scales in `X_scale_inv`.
 
     Args:
-        power_of_two: whether activations have such scales, see `is_ue8m0`.
+        power_of_two: whether scales of activations are rounded up to powers of two, see `is_ue8m0`.
     """
 
     def build(scales: HostArray, values: HostArray) -> Scaled:
@@ -45,17 +45,17 @@ def is_ue8m0(entries: Entries) -> bool:
     """Whether a config's `scale_fmt` says that the scales of activations are rounded up to powers of two.
 
     Raises:
-        InputError: it says something else than "ue8m0", "float", or nothing.
+        InputError: it is neither "ue8m0" nor "float" nor missing.
     """
     known = f"one of {', '.join(SCALE_FORMATS)}"
     return entries.get("scale_fmt", "float", lambda value: value in SCALE_FORMATS, known) == "ue8m0"
 
 
 def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[int]] | None = None) -> Scheme:
-    """One scale for the whole of `.weight`, for each row, or for each of the parts that a fused matrix consists of.
+    """One scale for all of `.weight`, for each row, or for each part of a fused matrix.
 
     Args:
-        fused: given how many scales there are, how many rows each of them has.
+        fused: given the number of scales, the number of rows for each of them.
     """
 
     def build(
@@ -90,9 +90,9 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
         zeros = derived(
             (out, 1),
             np.int16,
-            lambda: np.broadcast_to(mapped(zero_point).astype(np.int16).reshape(-1, 1) + 128, (out, 1)),
+            lambda: np.broadcast_to(read_array(zero_point).astype(np.int16).reshape(-1, 1) + 128, (out, 1)),
         )
-        weight = affine("INT", lambda: mapped(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
+        weight = affine("INT", lambda: read_array(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
         return grouped(weight, None, (out, in_), 1, in_)
 
     optional = {n: Part(f".{n}", FLOATS, 0, 2) for n in ("input_scale", "activation_scale")}
@@ -102,7 +102,7 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
 
 
 def _mxfp8(scales: HostArray, values: HostArray) -> Scaled:
-    """Scales are powers of two, one for 32; the values are bytes or, in MLX, words of four."""
+    """Each 32 values share a power-of-two scale; the values are bytes or, in MLX, words of four bytes."""
     values = values.view(ml_dtypes.float8_e4m3fn)
     if values.shape[-1] % 32:
         raise InputError(f"rows of {values.shape[-1]} are not whole blocks of 32")
@@ -136,16 +136,16 @@ def llm_int8(threshold: float) -> Scheme:
 
 
 def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
-    """mistral.rs's blocks over the flat matrix: a float8 scale, then 32 signed bytes."""
+    """mistral.rs's blocks over the flattened matrix: a float8 scale, then 32 signed bytes."""
     out, in_ = sizes(shape)
     expect("blocks", blocks, -(-out * in_ // 32), 33)
     step = derived(
         (blocks.shape[0],),
         np.float32,
-        lambda: mapped(blocks)[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(448),
+        lambda: read_array(blocks)[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(448),
     )
     values = derived(
-        (out, in_), np.int8, lambda: mapped(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
+        (out, in_), np.int8, lambda: read_array(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
     )
     return Scaled(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)))
 

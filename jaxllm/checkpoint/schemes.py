@@ -1,9 +1,8 @@
-"""What the tensors of one quantized matrix are called in a checkpoint, and the weight that they make.
+"""Schemes: the names of the tensors that make up a quantized matrix, and how they become a weight.
 
-A scheme knows a naming and its bytes, nothing of models or of configurations: those choose among schemes (`declared`).
-The schemes themselves are in `integer_schemes`, `scaled_schemes` and `fourbit_schemes`. Matrices whose sizes no packed
-layout of ours fits (an odd number of 4-bit codes in a row) are decoded while they are read: exact, and as large as they
-are then.
+A scheme knows names and bytes, but neither models nor configurations; `declared` chooses among schemes. The schemes
+themselves are in `integer_schemes`, `scaled_schemes` and `fourbit_schemes`. A matrix whose size does not fit our packed
+layouts (an odd number of 4-bit codes in a row) is dequantized while it is read: exact, but it takes more memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +25,8 @@ ANY = frozenset({"uint8", "int8", "uint32", *INTEGERS, *FLOATS})
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors: what follows the matrix's name in its name, of which dtype and of how many dimensions it
-    may be."""
+    """One of the tensors: the end of its name, after the matrix's name, and the dtypes and numbers of dimensions that
+    it may have."""
 
     suffix: str
     dtypes: frozenset[str]
@@ -45,16 +44,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A naming of the tensors that make up one matrix.
+    """The tensors that make up one matrix, and how to build its weight.
 
     Attributes:
         name: as its users write it.
-        parts: for each argument of `build`, its tensor. The first is the one by which a matrix in this scheme is
-            recognised.
+        parts: for each argument of `build`, its tensor. A matrix in this scheme is recognised by the first one.
         build: makes the weight, raising InputError (without names) if the tensors do not fit together.
-        optional: arguments of `build` that a matrix may do without.
-        unused: what follows the names of tensors that may be there and mean nothing for the matrix.
-        result: what follows the matrix's name in the name of the whole.
+        optional: arguments of `build` that may be missing.
+        unused: endings of the names of tensors that may exist and are not needed.
+        result: the end of the joined weight's name, after the matrix's name.
     """
 
     name: str
@@ -74,12 +72,12 @@ def expect(what: str, array: HostArray, *shape: int) -> None:
         raise InputError(f"{what} has shape {[*array.shape]}, expected {[*shape]}")
 
 
-def mapped(array: HostArray) -> np.ndarray:
+def read_array(array: HostArray) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.map()
 
 
 def decoded(weight: Callable[[], Weight], shape: tuple[int, ...]) -> Dense:
-    """A matrix that is decoded while it is read."""
+    """A matrix that is dequantized while it is read."""
 
     def compute() -> np.ndarray:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):

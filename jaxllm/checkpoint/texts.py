@@ -1,4 +1,4 @@
-"""What a directory says of texts: its tokenizer, the tokens that end an answer, and how answers are sampled."""
+"""A directory's settings for text: its tokenizer, the tokens that end an answer, and how answers are sampled."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from jaxllm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Texts:
-    """How texts become tokens and tokens texts.
+    """A checkpoint's tokenizer and generation settings.
 
     tokenizer: None where the checkpoint has none.
     eos_ids: tokens that end an answer; a tokenizer may know more of them.
@@ -28,7 +28,7 @@ class Texts:
 
 
 def read_texts(folder: Path, config: Mapping[str, object]) -> Texts:
-    """What the files of a directory say beside its `config`.
+    """Read these settings from a directory and its `config`.
 
     Raises:
         InputError: one of the files cannot be read, or asks for something impossible.
@@ -53,7 +53,7 @@ def _eos(entries: Entries) -> list[int]:
 
 
 def _sampling(generation: Entries) -> Sampling:
-    """How answers are sampled. Values that transformers takes for "off" (top_k 0, min_p 0) are left out."""
+    """How answers are sampled. Values that mean "off" in transformers (top_k 0, min_p 0) are left out."""
     if not generation.flag("do_sample"):
         return Sampling()
     names = [option.name for option in fields(Sampling) if option.name in generation]

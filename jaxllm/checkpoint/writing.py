@@ -1,7 +1,7 @@
-"""Writing checkpoints: safetensors files of bounded size, in a directory that appears whole or not at all.
+"""Write checkpoints: safetensors files of bounded size, in a directory that appears complete or not at all.
 
-Values come as pieces that are made while they are written, so no tensor is ever held as a whole. (The `safetensors`
-package writes a file from a dictionary of everything in it, and over a file that is there already.)
+Values are produced piece by piece while they are written, so no tensor is ever completely in memory. (The `safetensors`
+package needs a dictionary of everything in a file, and overwrites an existing file.)
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from jaxllm.errors import InputError
 from jaxllm.placing import FileArray, JoinedArray
 
 GB = 10**9
-PIECE = 1 << 18  # values that are in memory at a time, or a little more
+PIECE = 1 << 18  # about how many values are in memory at a time
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 Advance = Callable[[int], object]
 
 
 class Tensor(NamedTuple):
-    """What a header says of a tensor, and its values in order: arrays of `dtype` and any shape, read once."""
+    """A tensor's entry in the header, and its values in order: arrays of `dtype` and any shape, read once."""
 
     name: str
     dtype: np.dtype
@@ -49,12 +49,12 @@ def write_directory(
     max_shard_size: int = 5 * GB,
     advance: Advance = lambda nbytes: None,
 ) -> None:
-    """Write a Hugging Face directory, whose index, if there are several shards, is written last.
+    """Write a Hugging Face directory. If there are several shards, their index is written last.
 
     Args:
-        path: what does not exist yet, or is an empty directory.
-        files: everything but weights and their index: names with contents, or with a file to copy.
-        advance: is told of bytes of tensors that were written.
+        path: must not exist, or be an empty directory.
+        files: everything except weights and their index: names with contents, or with a file to copy.
+        advance: called with the number of tensor bytes just written.
 
     Raises:
         InputError: `path` cannot be made or has too little space, or writing failed; nothing is left behind.
@@ -79,7 +79,7 @@ def write_files(
     advance: Advance = lambda nbytes: None,
     last: Mapping[str, Path | bytes] = MappingProxyType({}),
 ) -> None:
-    """Write a directory of safetensors files with these tensors, and of other files; see `write_directory`.
+    """Write a directory with these tensors as safetensors files, and with other files; see `write_directory`.
 
     Args:
         last: files like `files`, written after everything else.
@@ -104,7 +104,7 @@ def _copy(files: Mapping[str, Path | bytes], folder: Path) -> None:
 
 
 def shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
-    """Tensors in their order, as many to a file as fit into `limit` bytes; a larger one has a file of its own."""
+    """The tensors in order, as many per file as fit into `limit` bytes; a larger tensor gets its own file."""
     parts: list[list[Tensor]] = []
     left = 0
     for tensor in tensors:
@@ -117,7 +117,7 @@ def shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
 
 
 def write_file(path: Path, tensors: Iterable[Tensor], advance: Advance = lambda nbytes: None) -> None:
-    """Write one safetensors file. Large items come first: so all begin where their alignment asks them to."""
+    """Write one safetensors file. Dtypes with large items come first, so that every tensor is aligned."""
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
     text = _header(tensors)
     with path.open("xb") as file:
@@ -132,7 +132,7 @@ def write_file(path: Path, tensors: Iterable[Tensor], advance: Advance = lambda 
 
 @contextmanager
 def new_directory(path: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden directory beside `path` to fill with `nbytes`. It becomes `path` at the end; on any error it is gone.
+    """A hidden directory beside `path` to fill with `nbytes`. It becomes `path` at the end; an error removes it.
 
     Raises:
         InputError: `path` is taken or cannot be made, there is too little space, or the operating system refused.
@@ -147,7 +147,7 @@ def new_directory(path: Path, nbytes: int) -> Iterator[Path]:
             raise InputError(f"{path}: {final.parent} is not a directory; make it first")
         if (free := shutil.disk_usage(final.parent).free) < nbytes:
             raise InputError(f"{path}: {nbytes / GB:.2f} GB are needed, but {free / GB:.2f} GB are free on that disk")
-        # The directory inside has the permissions that any other has; those of a temporary one are narrower.
+        # The directory inside has the usual permissions; those of a temporary one are narrower.
         with tempfile.TemporaryDirectory(prefix=f".{final.name}.", suffix=".partial", dir=final.parent) as temporary:
             folder = Path(temporary, final.name)
             folder.mkdir()
@@ -161,10 +161,10 @@ def new_directory(path: Path, nbytes: int) -> Iterator[Path]:
 
 
 def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator[np.ndarray]:
-    """The values of a tensor in order, a few at a time: flat arrays of a multiple of `unit`, but for the last.
+    """The values of a tensor in order, a few at a time: flat arrays of a multiple of `unit`, except the last.
 
     Raises:
-        InputError: the file is not as long as it was.
+        InputError: the file has become shorter.
     """
     if isinstance(array, JoinedArray) and array.axis == 0:
         for part in array.parts:
@@ -187,7 +187,7 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
 
 
 def nth(array: FileArray, shape: tuple[int, ...], i: int) -> FileArray:
-    """The i-th of the arrays of this shape that lie one after another in an array."""
+    """The i-th of the consecutive arrays of this shape in an array."""
     return dataclasses.replace(array, offset=array.offset + i * math.prod(shape) * array.dtype.itemsize, shape=shape)
 
 
@@ -202,7 +202,7 @@ def _header(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _space(tensor: Tensor) -> int:
-    """The size of a file with this tensor alone. In one with others it takes less, longer offsets included."""
+    """The size of a file with only this tensor. It takes less in a file with others, even with longer offsets."""
     return 8 + len(_header([tensor])) + tensor.nbytes
 
 

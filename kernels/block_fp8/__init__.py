@@ -1,7 +1,7 @@
 """Matmuls of blockwise FP8 weights, as DeepSeek-V3 was trained: the functions of its demo's kernel.py.
 
-They run on one device, on the kernels of its platform (`dispatch.choose`). Where the demo gives torch's default dtype,
-which its generate.py sets to bfloat16, these give `dtype`, by default bfloat16.
+They run on one device, on the kernels of its platform (`dispatch.choose`). The demo returns torch's default dtype,
+which its generate.py sets to bfloat16; these return `dtype`, by default bfloat16.
 """
 
 import jax
@@ -30,7 +30,7 @@ def act_quant(x: jax.Array, block_size: int = BLOCK, scale_fmt: str | None = Non
         float8_e4m3fn `[..., in]` and float32 `[..., ceil(in / block_size)]`.
 
     Raises:
-        InputError: x is not of floats, or there is no such `scale_fmt`.
+        InputError: x does not hold floats, or there is no such `scale_fmt`.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
         raise InputError(f"x is of {x.dtype.name}: only float32, bfloat16 and float16 are rounded to FP8")
@@ -42,7 +42,7 @@ def act_quant(x: jax.Array, block_size: int = BLOCK, scale_fmt: str | None = Non
 def weight_dequant(
     x: jax.Array, s: jax.Array, block_size: int = BLOCK, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> jax.Array:
-    """The matrix that FP8 codes and the scales of their blocks stand for.
+    """Dequantize FP8 codes with one scale per block.
 
     Args:
         x: float8_e4m3fn `[out, in]`, or a stack `[*batch, out, in]`.
@@ -52,7 +52,7 @@ def weight_dequant(
         `x * s` in float32, rounded once to `dtype`.
 
     Raises:
-        InputError: the scales are not so many.
+        InputError: the number of scales is wrong.
     """
     weight = _weight(x, s, block_size)
     return dispatch.choose("weight_dequant", None, weight).kernel.function(weight, dtype)
@@ -61,7 +61,7 @@ def weight_dequant(
 def fp8_gemm(
     a: jax.Array, a_s: jax.Array, b: jax.Array, b_s: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> jax.Array:
-    """The product of FP8 activations, as `act_quant` gives them, and a transposed FP8 weight, both in blocks of 128.
+    """The product of FP8 activations from `act_quant` and a transposed FP8 weight, both in blocks of 128.
 
     Args:
         a: float8_e4m3fn `[..., in]`.
@@ -73,7 +73,7 @@ def fp8_gemm(
         `[..., out]`: summed in float32, then rounded to `dtype`.
 
     Raises:
-        InputError: sizes or dtypes do not belong together.
+        InputError: sizes or dtypes do not match.
     """
     if b.ndim != 2 or a.shape[-1] != b.shape[-1]:
         raise InputError(f"a {[*a.shape]} and b {[*b.shape]}: b has to be a matrix with as many columns as a")

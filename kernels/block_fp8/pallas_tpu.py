@@ -1,9 +1,9 @@
-"""Matmuls of blockwise FP8 weights on TPUs: codes go from HBM to VMEM, where a block of rows is decoded once.
+"""Matmuls of blockwise FP8 weights on TPUs: codes go from HBM to VMEM, where a block of rows is dequantized once.
 
-W8A16: a block is decoded to the activations' dtype, scales included. W8A8: codes are multiplied by codes and each
-product of 128 columns (a block's, or a group's if that is smaller) is scaled by both sides' scales, in float32, so
-nothing is rounded but the activations. Before TPU7x the MXU has no e4m3, so codes are widened to bfloat16, which holds
-them exactly; TPU7x multiplies them as they are.
+W8A16: a block is dequantized to the activations' dtype, scales included. W8A8: codes are multiplied by codes, and each
+product of 128 columns (a block's, or a group's if that is smaller) is multiplied by both scales in float32, so only the
+activations are rounded. Before TPU7x the MXU has no e4m3, so codes are widened to bfloat16, which is exact; TPU7x
+multiplies e4m3 directly.
 """
 
 import math
@@ -19,13 +19,13 @@ from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import tpu
 from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
 
-GROUP = 32  # rows that are decoded together: as many as a register of bytes has
+GROUP = 32  # rows that are dequantized together: as many as a register of bytes holds
 QUANTIZED = 1 << 21  # values of x that are rounded in one step
 LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
 
 
 def blocks(weight: Scaled) -> tuple[int, int]:
-    """Rows and columns of a block; matrices with one scale for a row or for all of it are refused."""
+    """Rows and columns of a block; matrices with one scale per row or per matrix are refused."""
     rows, columns = weight.block
     assert rows is not None and columns is not None
     return rows, columns
@@ -70,7 +70,7 @@ def matmul(x: jax.Array | Quantized, weight: Scaled, *, interpret: tpu.Interpret
 def grouped_matmul(
     x: jax.Array | Quantized, stack: Scaled, expert: jax.Array, *, interpret: tpu.Interpret = False
 ) -> jax.Array:
-    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
+    """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`."""
     tiles = jax.tree.map(lambda leaf: leaf.reshape(len(expert), -1, leaf.shape[-1]), x)
     y = _multiply(tiles, stack, expert, "block_fp8_grouped_matmul", interpret)
     return y.reshape(-1, y.shape[-1])
@@ -109,14 +109,14 @@ def _multiply(
 
 
 def _scales_of_blocks(stack: Scaled, block: int) -> jax.Array:
-    """float32 `[experts, blocks, scales of a block's rows, ceil(in / columns)]`: few, and they fit any tiling."""
+    """float32 `[experts, blocks, scales of a block's rows, ceil(in / columns)]`: few numbers, which fit any tiling."""
     scales, rows = stack.scales.astype(jnp.float32), block // blocks(stack)[0]
     pad = -scales.shape[1] % rows
     return jnp.pad(scales, ((0, 0), (0, pad), (0, 0))).reshape(len(scales), -1, rows, scales.shape[2])
 
 
 def _scaled(block: tuple[int, int]):
-    """Decoding with scales: `values[rows, in]`, `scales[rows / block[0], in / block[1]]` -> `decoded[rows, in]`."""
+    """Dequantizing with scales: `values[rows, in]`, `scales[rows / block[0], in / block[1]]` -> `decoded[rows, in]`."""
     unit = math.lcm(block[0], GROUP)
     count = unit // block[0]
 
@@ -141,7 +141,7 @@ def _plain_product(x: jax.Ref, values: jax.Ref, scales: jax.Ref, decoded: jax.Re
 
 
 def _widened(values: jax.Ref, scales: jax.Ref, decoded: jax.Ref) -> None:
-    """Decoding without scales."""
+    """Converting codes to the operand's dtype, without scales."""
 
     def one_group(i: jax.Array, _: None) -> None:
         at = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
@@ -152,16 +152,16 @@ def _widened(values: jax.Ref, scales: jax.Ref, decoded: jax.Ref) -> None:
 
 
 def _multiplies_e4m3() -> bool:
-    """Whether the chip that this is compiled for does."""
+    """Whether the target chip can multiply e4m3."""
     return pltpu.get_tpu_info().is_matmul_supported(jnp.float8_e4m3fn, jnp.float8_e4m3fn)
 
 
 def _nothing(values: jax.Ref, scales: jax.Ref) -> None:
-    """Decoding for a chip that multiplies codes."""
+    """No decoding, for a chip that multiplies codes."""
 
 
 def _scaled_product(block: tuple[int, int], group: int):
-    """Products of codes, scaled: `codes[tile, in]`, `x_scales[tile, in / group]` and a block's transposed scales."""
+    """Scaled products of codes: `codes[tile, in]`, `x_scales[tile, in / group]` and a block's transposed scales."""
     step = min(block[1], group)
 
     def product(codes: jax.Ref, x_scales: jax.Ref, values: jax.Ref, scales: jax.Ref, *widened: jax.Ref) -> jax.Array:
@@ -217,7 +217,7 @@ def act_quant(
 def weight_dequant(
     weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, interpret: tpu.Interpret = False
 ) -> jax.Array:
-    """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
+    """The matrix `[*batch, out, in]`: dequantized in float32, then rounded once."""
     *batch, n, k = weight.shape
     stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
     block = tpu.fitting(tile_sizes(1, stack, dtype)).block

@@ -1,4 +1,4 @@
-"""Matmuls of blockwise FP8 weights with activations rounded to FP8, as DeepSeek-V3 was trained: what they mean."""
+"""The definition of matmuls of blockwise FP8 weights with activations rounded to FP8, as DeepSeek-V3 was trained."""
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +36,19 @@ def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tup
 def matmul(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`.
 
-    If the weight asks for groups of x to be rounded (W8A8), they are first. Both are multiplied as the floats they
-    stand for: that is what the sums of products of codes, scaled block by block, come to.
+    If the weight requires groups of x to be rounded (W8A8), that happens first. Then both are dequantized and
+    multiplied as floats, which equals the sum of code products, scaled block by block.
     """
     return dense.matmul(_rounded(x, weight), weight)
 
 
 def grouped_matmul(x: jax.Array | Quantized, stack: Scaled, expert: jax.Array) -> jax.Array:
-    """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
+    """`matmul` for tiles of rows, each with its own matrix, see `dense.grouped_matmul`."""
     return dense.grouped_matmul(_rounded(x, stack), stack, expert)
 
 
 def _rounded(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
-    """`x[..., in]` as a W8A8 matmul sees it: through FP8 and back to float32."""
+    """`x[..., in]` rounded to FP8 as in a W8A8 matmul, and converted back to float32."""
     if not isinstance(x, Quantized):
         if (group := group_of(weight)) is None:
             return x

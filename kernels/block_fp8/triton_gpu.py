@@ -1,8 +1,8 @@
 """Matmuls of blockwise FP8 (and INT8) weights on NVIDIA GPUs from Hopper on, in Triton.
 
-The scale of a block is constant along the k of one step, so each step's products are summed by the matrix instruction
-and scaled in float32 afterwards, as DeepSeek's `fp8_gemm` does it. That also keeps Hopper's FP8 sums, which are
-narrower than float32, to 128 terms.
+The scale of a block is constant along the k of one step. So the matrix instruction sums each step's products, which are
+then scaled in float32, as in DeepSeek's `fp8_gemm`. That also limits Hopper's FP8 sums, which are narrower than
+float32, to 128 terms.
 """
 
 import math
@@ -19,14 +19,14 @@ from jaxllm.kernels import gpu
 from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
 from jaxllm.kernels.gpu import Tile
 
-# Steps, each one waits for the matrix instruction: so two or more programs should fit on a multiprocessor, whose
-# 227 KB of shared memory hold `stages` times `n * k` codes and `m * k` numbers. Small n for few rows: that makes more
-# programs, which read more of the weights at once. Other sizes were compiled, none was measured: see the tests.
+# Each step waits for the matrix instruction, so two or more programs should fit on a multiprocessor. Its 227 KB of
+# shared memory hold `stages` times `n * k` codes and `m * k` numbers. Few rows get a small n: that makes more programs,
+# which read more of the weights at once. Other sizes were compiled, none was measured: see the tests.
 TILES = (Tile(16, 64, 128, 4, 5), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(128, 128, 128, 8, 3))
-# float32 means float32, which no matrix instruction has. Their n is 32 because for 64 on, Triton 3.7.1 takes TF32's
+# float32 means float32, which no matrix instruction has. Here n is 32 because from 64 on, Triton 3.7.1 uses TF32's
 # instruction on Blackwell, whatever `input_precision` says.
 TILES_FLOAT32 = (Tile(16, 32, 32, 4, 3), Tile(64, 32, 32, 4, 3))
-SMALLEST_K = 16, 32  # that the matrix instructions of bfloat16 and of FP8 multiply at once
+SMALLEST_K = 16, 32  # of one matrix instruction, for bfloat16 and for FP8
 
 
 def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
@@ -34,7 +34,7 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
 
     Args:
         op: "matmul", "grouped_matmul", "act_quant" or "weight_dequant".
-        x: `[..., in]`, an array or what it will be; ignored by "weight_dequant".
+        x: `[..., in]`, an array or its shape; ignored by "weight_dequant".
     """
     problem = gpu.refuses(None if op == "weight_dequant" or isinstance(x, Quantized) else x)
     if problem or op in ("act_quant", "weight_dequant"):
@@ -51,13 +51,13 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
 
 
 def matmul(x: jax.Array | Quantized, weight: Scaled) -> jax.Array:
-    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`; W8A8 if the weight asks for groups to be rounded."""
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`; W8A8 if the weight requires groups to be rounded."""
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), x)
     return _matmul(rows, weight, None).reshape(*x.shape[:-1], weight.shape[-2])
 
 
 def grouped_matmul(x: jax.Array | Quantized, stack: Scaled, expert: jax.Array) -> jax.Array:
-    """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
+    """`matmul` for tiles of rows, each with its own matrix, see `dense.grouped_matmul`."""
     return _matmul(x, stack, expert)
 
 
@@ -82,7 +82,7 @@ def act_quant(x: jax.Array, group: int = 128, power_of_two: bool = False) -> tup
 
 
 def weight_dequant(weight: Scaled, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
-    """The matrix `[*batch, out, in]`: decoded in float32, then rounded once."""
+    """The matrix `[*batch, out, in]`: dequantized in float32, then rounded once."""
     *batch, n, k = weight.shape
     return gpu.launch(
         _weight_dequant_kernel,
@@ -129,18 +129,18 @@ def _matmul(x: jax.Array | Quantized, weight: Scaled, expert: jax.Array | None) 
 
 
 def _step(weight: Scaled) -> int:
-    """The most columns, up to 128, that a step over k can have such that its scales are constant."""
+    """The largest number of columns, up to 128, that a step over k can have while its scales are constant."""
     return math.gcd(128, weight.block[1] or 0, group_of(weight) or 0)
 
 
 def _constants(weight: Scaled) -> dict[str, Any]:
-    """How many rows and columns share a scale, and the factor of all of them."""
+    """How many rows and columns share a scale, and the factor that all scales share."""
     (rows, columns), (n, k) = weight.block, weight.shape[-2:]
     return {"SCALED_N": rows or n, "SCALED_K": columns or k, "FACTOR": weight.factor}
 
 
 def _scales(weight: Scaled) -> jax.Array:
-    """Scales as Triton knows them: float8_e8m0fnu as its bits."""
+    """Scales in a dtype that Triton has: float8_e8m0fnu as its bits."""
     is_power = weight.scales.dtype == jnp.float8_e8m0fnu
     return lax.bitcast_convert_type(weight.scales, jnp.uint8) if is_power else weight.scales
 

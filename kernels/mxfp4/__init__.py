@@ -1,4 +1,4 @@
-"""Matmuls of MXFP4 weights, in which GPT-OSS is published: the bytes of its checkpoints, as functions.
+"""Matmuls of MXFP4 weights, the format of GPT-OSS, as functions over the bytes of its checkpoints.
 
 They run on one device, on the kernels of its platform (`dispatch.choose`).
 """
@@ -14,15 +14,15 @@ __all__ = ["dequantize", "matmul"]
 
 
 def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
-    """The matrix `[*batch, out, in]` that packed codes and their scales stand for.
+    """Dequantize packed codes and their scales to a matrix `[*batch, out, in]`.
 
     Args:
-        blocks: uint8 `[*batch, out, in / 32, 16]` as checkpoints have them, or `[*batch, out, in / 2]`: two codes a
+        blocks: uint8 `[*batch, out, in / 32, 16]` as checkpoints have them, or `[*batch, out, in / 2]`: two codes per
             byte, the first one in its low bits.
-        scales: uint8 `[*batch, out, in / 32]`, exponents of two, 127 too large.
+        scales: uint8 `[*batch, out, in / 32]`, exponents of two plus 127.
 
     Raises:
-        InputError: sizes or dtypes do not belong together.
+        InputError: sizes or dtypes do not match.
     """
     weight = _weight(blocks, scales)
     return dispatch.choose("weight_dequant", None, weight).kernel.function(weight, dtype)
@@ -32,7 +32,7 @@ def matmul(x: jax.Array, blocks: jax.Array, scales: jax.Array, dtype: jax.typing
     """`x[..., in]` times the transposed matrix of `dequantize`: `[..., out]`, summed in float32, rounded to `dtype`.
 
     Raises:
-        InputError: sizes or dtypes do not belong together.
+        InputError: sizes or dtypes do not match.
     """
     weight = _weight(blocks, scales)
     if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:

@@ -1,13 +1,13 @@
-"""Matmuls of MXFP4 weights on TPUs: packed bytes go from HBM to VMEM, where a block of them is decoded once.
+"""Matmuls of MXFP4 weights on TPUs: packed bytes go from HBM to VMEM, where each block is dequantized once.
 
-The bytes of four rows share a 32-bit word in a TPU's registers, and of two rows in bfloat16. So the words of packed
-bytes become words of bfloat16 by integer arithmetic alone, two codes at a time, with the scale added to the exponents:
-8 vector instructions for 1024 codes, where decoding to float32, multiplying and rounding takes 13. It has two prices,
-both small: even rows of 32 come out before odd ones (put right in the product), and the columns of low and of high
-nibbles stay apart (x is split alike, once).
+In a TPU's registers a 32-bit word holds bytes of four rows, or bfloat16 numbers of two rows. So integer arithmetic
+alone turns words of packed bytes into words of bfloat16, two codes at a time, with the scale added to the exponents. It
+takes 8 vector instructions for 1024 codes; dequantizing to float32, multiplying and rounding takes 13. The costs are
+small: of every 32 rows the even ones come out first (the product restores the order), and the columns of low and of
+high nibbles stay apart (x is split the same way, once).
 
 Two kinds of scale that no encoder writes differ from the definition: 0, which stands for the subnormal 2^-127, counts
-as 2^-126; and 253 and 254, with which some codes are infinite, make the row's products NaN, as 255 does by definition.
+as 2^-126. And 253 and 254, with which some codes are infinite, make the row's products NaN, as 255 does by definition.
 """
 
 import jax
@@ -20,8 +20,8 @@ from jaxllm.formats.mxfp4 import BLOCK, MXFP4
 from jaxllm.kernels import tpu
 
 PAIRS = 256  # columns that are split at once into even and odd: the MXU's size, and two registers' lanes
-LARGEST_SCALE = 252  # 6 * 2^(252 - 127) is the last that bfloat16 can hold
-GROUP = 32  # rows that are decoded together: as many as a register of bytes has
+LARGEST_SCALE = 252  # 6 * 2^(252 - 127) is the largest that bfloat16 can hold
+GROUP = 32  # rows that are dequantized together: as many as a register of bytes holds
 
 
 def refuses(op: str, x: jax.Array, weight: MXFP4) -> str | None:
@@ -44,7 +44,7 @@ def matmul(x: jax.Array, weight: MXFP4, *, interpret: tpu.Interpret = False) -> 
 
 
 def grouped_matmul(x: jax.Array, stack: MXFP4, expert: jax.Array, *, interpret: tpu.Interpret = False) -> jax.Array:
-    """Tiles of rows, each times a matrix of its own, see `dense.grouped_matmul`."""
+    """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`."""
     tiles = x.reshape(len(expert), -1, x.shape[-1])
     y = _multiply(tiles, stack, expert, "mxfp4_grouped_matmul", interpret)
     return y.reshape(-1, y.shape[-1])
@@ -95,9 +95,9 @@ def _decode(blocks: jax.Ref, scales: jax.Ref, decoded: jax.Ref, halves: jax.Ref,
 
 
 def _bfloat16_words(codes: jax.Array, nibble: int, parity: int, scale: jax.Array) -> jax.Array:
-    """Of words of four rows' bytes, the nibbles of two rows times their scales: int32, two bfloat16s each.
+    """From words with bytes of four rows, the nibbles of two rows times their scales: int32, two bfloat16s each.
 
-    `scale` is the exponent of 0.5 times the scale, where bfloat16 has its exponent.
+    `scale` is the exponent of 0.5 times the scale, at the position of bfloat16's exponent.
     """
     at = 4 * nibble + 8 * parity
     large = (codes >> 1 | codes >> 2) & 0x11111111  # codes from 2 on: 1.0 and more
@@ -114,7 +114,7 @@ def _shifted(words: jax.Array, left: int) -> jax.Array:
 
 
 def _even_then_odd(size: int) -> jax.Array:
-    """A matrix of ones and zeros: a row times its transpose has its even columns first."""
+    """A permutation matrix: a row times its transpose has the even columns first."""
     place, source = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     half = size // 2
     return source == jnp.where(place < half, 2 * place, 2 * (place - half) + 1)
@@ -123,7 +123,7 @@ def _even_then_odd(size: int) -> jax.Array:
 def _product(
     x: jax.Ref, blocks: jax.Ref, scales: jax.Ref, decoded: jax.Ref, halves: jax.Ref, split: jax.Ref
 ) -> jax.Array:
-    """`x[tile, in]` times the decoded block, its rows in order again: `[tile, block]`."""
+    """`x[tile, in]` times the dequantized block, with the block's rows back in order: `[tile, block]`."""
     for start in range(0, x.shape[1], PAIRS):
         count = min(PAIRS, x.shape[1] - start)
         pick = split[...] if count == PAIRS else _even_then_odd(count).astype(split.dtype)
@@ -138,7 +138,7 @@ def _product(
 
 
 def _in_order(y: jax.Array) -> jax.Array:
-    """Undo the order of rows in a decoded block: `y[tile, block]` with the columns of each 32 as they were."""
+    """Undo the reordering of a block's rows: `y[tile, block]` with the columns of each 32 in their original order."""
     lane = lax.broadcasted_iota(jnp.int32, (1, tpu.LANES), 1)
     place = lane % GROUP
     source = lane - place + place % 2 * (GROUP // 2) + place // 2

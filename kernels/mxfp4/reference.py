@@ -1,6 +1,6 @@
-"""Matmuls of MXFP4 weights with activations as they are (W4A16): what they mean.
+"""The definition of matmuls of MXFP4 weights with unrounded activations (W4A16).
 
-The weight is decoded to the activations' dtype, which bfloat16 can hold exactly, so nothing is lost but in the sum.
+The weight is dequantized to the activations' dtype. Even bfloat16 holds its values exactly, so only the sum rounds.
 """
 
 from jaxllm.kernels.dense import grouped_matmul, matmul

@@ -1,12 +1,12 @@
-"""Matmuls of MXFP4 weights on NVIDIA GPUs, in Triton, with activations as they are (W4A16).
+"""Matmuls of MXFP4 weights on NVIDIA GPUs, in Triton, with unrounded activations (W4A16).
 
-Codes are loaded packed and decoded in registers. A byte holds columns 2k and 2k + 1; instead of interleaving decoded
-weights, which Triton does through shared memory, the even columns are multiplied by x's even columns and the odd ones
-by its odd ones. XLA lays out x that way first: a pass over x, which is small, and which joins the fusion that makes x.
+Codes are loaded packed and dequantized in registers. A byte holds columns 2k and 2k + 1. Triton would interleave the
+dequantized columns through shared memory. Instead, even columns are multiplied by x's even columns and odd ones by its
+odd ones. XLA first lays out x that way: a pass over x, which is small, and which fuses with the computation of x.
 
-`tl.dot_scaled` would say all this in one line. But neither Hopper nor Blackwell multiplies bfloat16 by E2M1: it decodes
-too, in a sixth more instructions (compiled both ways for sm_90, 128 x 128), it takes no float32, and Triton's
-interpreter does not have it.
+`tl.dot_scaled` would do all this in one line. But neither Hopper nor Blackwell multiplies bfloat16 by E2M1, so it
+dequantizes too, with a sixth more instructions (compiled both ways for sm_90, 128 x 128). It takes no float32, and
+Triton's interpreter does not have it.
 """
 
 import jax
@@ -18,8 +18,8 @@ from jaxllm.formats.mxfp4 import BLOCK, MXFP4
 from jaxllm.kernels import gpu
 from jaxllm.kernels.gpu import Tile
 
-# Columns, twice as many as bytes: for few rows, each row of a tile is then a whole 128-byte line of memory. See
-# `block_fp8.triton_gpu.TILES` for the rest.
+# k counts columns, twice as many as bytes. For few rows, each row of a tile is then a full 128-byte line of memory.
+# See `block_fp8.triton_gpu.TILES` for the rest.
 TILES = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 256, 4, 3), Tile(64, 128, 128, 8, 4), Tile(128, 128, 128, 8, 4))
 TILES_FLOAT32 = (Tile(16, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3))
 
@@ -36,7 +36,7 @@ def matmul(x: jax.Array, weight: MXFP4) -> jax.Array:
 
 
 def grouped_matmul(x: jax.Array, stack: MXFP4, expert: jax.Array) -> jax.Array:
-    """`matmul` for tiles of rows, each with a matrix of its own, see `dense.grouped_matmul`."""
+    """`matmul` for tiles of rows, each with its own matrix, see `dense.grouped_matmul`."""
     return _matmul(x, stack, expert)
 
 
@@ -64,16 +64,16 @@ def _matmul(x: jax.Array, weight: MXFP4, expert: jax.Array | None) -> jax.Array:
 
 @triton.jit
 def _as(bits: tl.tensor, dtype: tl.constexpr):
-    """The float32 or bfloat16 of which `bits` are the upper (or only) 16."""
+    """The float32 or bfloat16 whose upper (or only) 16 bits are `bits`."""
     if dtype == tl.bfloat16:
         return bits.to(tl.bfloat16, bitcast=True)
-    else:  # noqa: RET505 (Triton compiles what follows a return, whatever the condition)
+    else:  # noqa: RET505 (Triton compiles the code after a return, whatever the condition)
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _power(scales: tl.tensor, dtype: tl.constexpr):
-    """`2^(scales - 127)`; that of 0 is subnormal, that of 255 NaN."""
+    """`2^(scales - 127)`; scale 0 gives a subnormal, scale 255 a NaN."""
     bits = scales.to(tl.uint16) << 7
     bits = tl.where(bits == 0, 0x40, tl.where(bits == 0x7F80, 0x7FC0, bits)).to(tl.uint16)
     return _as(bits, dtype)
@@ -83,8 +83,8 @@ def _power(scales: tl.tensor, dtype: tl.constexpr):
 def _decoded(nibbles: tl.tensor, dtype: tl.constexpr):
     """E2M1 codes (uint16) as floats.
 
-    Their three lower bits are the upper ones of a float's significand and the lower ones of its exponent. That makes
-    a float, or a subnormal one, 2^126 too small. One multiplication copies the code to its place and its sign.
+    A code's three lower bits become the lowest bits of a float's exponent and the highest of its significand. The
+    float, perhaps subnormal, is 2^126 too small. One multiplication copies the code there and to the sign.
     """
     return _as(nibbles * 0x1040 & 0x81C0, dtype) * 8.507059173023462e37
 
@@ -128,7 +128,7 @@ def _matmul_kernel(
     first = split * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, tl.cdiv(BYTES, BLOCK))
     acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32)
-    # Too few bytes for a thread's asynchronous copy: loaded a step ahead instead.
+    # Too few bytes for a thread's asynchronous copy, so they are loaded a step ahead instead.
     next_scale = tl.load(
         scales + first * (BLOCK // GROUP),
         mask=in_n[:, None] & (group < BYTES // GROUP - first * (BLOCK // GROUP))[None, :],
