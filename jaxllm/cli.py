@@ -1,6 +1,6 @@
 """The command line: `jaxllm COMMAND ...`, also `python -m jaxllm` and `python -m jaxllm.COMMAND`.
 
-An error that the user can mend is one line on stderr and exit code 2. Modules are imported when their command runs, so
+An error that the user can fix is one line on stderr and exit code 2. Modules are imported when their command runs, so
 that `jaxllm --help` need not wait for JAX.
 """
 
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with `--debug`, whose complaints are `InputError`s."""
+    """A parser with `--debug` that raises `InputError` for bad arguments."""
 
     def __init__(self, module: str, description: str) -> None:
         command = next((f"jaxllm {name}" for name, (m, _) in COMMANDS.items() if m == module), f"python -m {module}")
@@ -73,7 +73,7 @@ def _usage() -> str:
 def execute(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse the options of one command, run it, and turn what goes wrong into an exit code."""
+    """Parse the options of one command, run it, and turn errors into an exit code."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:

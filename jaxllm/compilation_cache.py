@@ -1,9 +1,9 @@
 """Compiled programs on disk, so that a model starts quickly the second time.
 
-The cache is JAX's own. Two of its defaults are dangerous where several processes share a folder: entries are written
-without a lock, so that another process may read half of one, and the folder grows for ever. A bound on its size turns
-the lock on as well. Entries of another jaxlib or another CPU lie in folders of their own: XLA would refuse most of them
-one by one, with a warning each.
+The cache is JAX's own. Two of its defaults are dangerous if several processes share a folder: entries are written
+without a lock, so another process may read half of one, and the folder grows forever. Limiting its size also turns on
+the lock. Each jaxlib version and each kind of CPU has its own folder: XLA would refuse most foreign entries one by one,
+with a warning each.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import jax
 import jaxlib
 
 MOST = 4 * 2**30  # bytes of all entries; the least recently used ones make room
-WORTH = 0.2  # seconds of compiling from which on a program is kept
+WORTH = 0.2  # seconds: a program that takes at least this long to compile is kept
 
 
 def use_compilation_cache() -> None:
@@ -34,7 +34,7 @@ def use_compilation_cache() -> None:
 
 
 def _cpu() -> str:
-    """A name for CPUs that run the same machine code."""
+    """A name shared by CPUs that run the same machine code."""
     try:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:  # not Linux

@@ -1,12 +1,12 @@
 """`python -m jaxllm.convert`: a Hugging Face directory in another dtype, or to and from the files of DeepSeek's demo.
 
-A tensor is read, converted and written piece by piece, so memory does not grow with the model. (Mapping the file would
-be shorter, but pages that were read of a map stay with the process, and a file that is cut short meanwhile kills it.)
+A tensor is read, converted and written piece by piece, so memory use does not grow with the model. (Mapping the file
+would be shorter, but pages read from a map stay with the process, and truncating the file meanwhile would kill it.)
 
-To another dtype, there are two cases. A checkpoint with blockwise FP8 chose its dtypes matrix by matrix: only its FP8
-matrices are dequantized, as DeepSeek's fp8_cast_bf16.py does, and nothing else changes. Any other checkpoint is wanted
-in the other dtype as a whole; only the router's correction bias is kept even there, since rounding it changes which
-experts are chosen (transformers keeps it in float32 as well).
+Conversion to another dtype has two cases. A checkpoint with blockwise FP8 has chosen its dtypes matrix by matrix: only
+its FP8 matrices are dequantized, as in DeepSeek's fp8_cast_bf16.py, and nothing else changes. Any other checkpoint is
+converted entirely, except for the router's correction bias, since rounding it changes which experts are chosen
+(transformers keeps it in float32 too).
 """
 
 import argparse
@@ -46,14 +46,14 @@ from jaxllm.placing import FileArray
 TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("demo", "huggingface")
 DEMO_CONFIG = "config_demo.json"
-# FP8 that is not declared is in DeepSeek's blocks; everyone who writes others declares them.
+# FP8 that is not declared is in DeepSeek's blocks; tools that write other kinds declare them.
 _UNDECLARED = only(block_fp8(BLOCK), block_fp8(BLOCK, scales=".weight_scale_inv"))
 _CORRECTION_BIAS = re.compile(r"(?:.*\.)?(?:e_score_correction_bias|expert_bias)")
 _FLOATS = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SCALES = re.compile(r"scales?(_|$)|absmax|zeros?$|SCB")
-# Files that hold weights or run code when they are opened, lists of those (".index."), and what is hidden.
+# Files that hold weights or run code when they are opened, their indexes (".index."), and hidden files.
 _LEFT_OUT = re.compile(r"\.(safetensors|bin|pth?|ckpt|pkl|pickle|np[yz]|h5|msgpack|gguf|onnx\w*|ot)$|\.index\.|^\.")
-_PICKLES = (b"\x80", b"PK\x03\x04")  # how a pickle begins, and an archive such as torch's of pickles
+_PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of an archive such as torch's
 
 
 def convert(
@@ -67,29 +67,28 @@ def convert(
     config: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Write a Hugging Face directory in another dtype or as the files of DeepSeek's demo, or those as such a directory.
+    """Convert a Hugging Face directory to another dtype or to the files of DeepSeek's demo, or convert those back.
 
-    To another dtype, the FP8 matrices of a blockwise FP8 checkpoint are dequantized, and its other tensors stay bit for
-    bit what they are. A matrix whose scales are missing stays FP8: a warning names it, and the written config.json
-    still declares FP8, with the dequantized matrices left out. Of a checkpoint without FP8, all floating-point tensors
-    are converted except the router's correction bias (`e_score_correction_bias`, `expert_bias`); integers stay what
-    they are.
+    For another dtype, the FP8 matrices of a blockwise FP8 checkpoint are dequantized; its other tensors stay the same
+    bit for bit. A matrix whose scales are missing stays FP8: a warning names it, and the written config.json still
+    declares FP8 but excludes the dequantized matrices. In a checkpoint without FP8, all floating-point tensors are
+    converted except the router's correction bias (`e_score_correction_bias`, `expert_bias`); integers do not change.
 
     Files that hold no weights are copied; hidden files and subdirectories are not.
 
     Args:
         src: the directory to read.
-        dst: the directory to write, which must not exist or be empty. It appears when everything is written.
+        dst: the directory to write; it must be empty or not exist. It appears when everything is written.
         to: "bfloat16" (rounded to nearest, ties to even) or "float32"; "demo", or "huggingface" from the demo's files,
             both of which change no value.
-        max_shard_size: bytes of a file, or text such as "500MB"; a larger tensor has a file of its own.
-        model_parallel: how many files to write for the demo, each for one GPU.
-        n_experts: how many there should be in what is written for the demo.
-        config: for "huggingface", a config.json to take as it is, or the demo's ModelArgs; by default those in `src`.
-        progress: whether to show progress, and at the end a line, on stderr.
+        max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
+        model_parallel: how many files to write for the demo, one per GPU.
+        n_experts: the expected number of experts, for "demo".
+        config: for "huggingface", a config.json to use unchanged, or the demo's ModelArgs; by default those in `src`.
+        progress: whether to show progress, and a final line, on stderr.
 
     Raises:
-        InputError: a file or argument that cannot be used; one line saying what and where.
+        InputError: a file or argument cannot be used; one line saying what and where.
     """
     if to not in (*TARGETS, *LAYOUTS):
         raise InputError(f"to '{to}': choose one of {', '.join((*TARGETS, *LAYOUTS))}")
@@ -172,7 +171,7 @@ def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, Any
         kept = _CORRECTION_BIAS.fullmatch
         return [_same(n, w) if kept(n) else _cast(n, w, dtype) for n, w in weights.items()], config
     tensors = [_dequantized(n, w, dtype) if isinstance(w, Scaled) else _same(n, w) for n, w in weights.items()]
-    if unscaled:  # what is written is FP8 still, but for the matrices that were dequantized
+    if unscaled:  # the result is still FP8, except for the dequantized matrices
         left_out = [name.removesuffix(".weight") for name, weight in weights.items() if isinstance(weight, Scaled)]
         key = next((key for key in NOT_CONVERTED if given.get(key) is not None), NOT_CONVERTED[0])
         config["quantization_config"] = {**given, key: [*(given.get(key) or ()), *left_out]}
@@ -183,7 +182,7 @@ def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, Any
 
 
 def _blockwise(folder: HFDirectory) -> Declared | None:
-    """How FP8 with a scale for each block is declared, or shown by the tensors' names; None if it is not there."""
+    """The declaration of blockwise FP8, from the config or from the tensors' names; None if there is no such FP8."""
     given = folder.config.get("quantization_config")
     if isinstance(given, dict) and given.get("quant_method") == "fp8" and given.get("weight_block_size"):
         return declared(folder.config, {})
@@ -193,13 +192,13 @@ def _blockwise(folder: HFDirectory) -> Declared | None:
 
 
 def _has_scales(name: str, tensors: Mapping[str, Weight], found: Declared) -> bool:
-    """Whether a matrix has its scales beside it, by any of the names that are declared."""
+    """Whether a matrix has its scales, under any of the declared names."""
     ours = (scheme for scheme in found.schemes(name) if name.endswith(scheme.result))
     return any(name.removesuffix(scheme.result) + scheme.key in tensors for scheme in ours)
 
 
 def _quantized(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> str | None:
-    """What shows that plain values mean something only together with others; None if each stands for itself."""
+    """Evidence that the checkpoint is quantized in some other way; None if every value stands for itself."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "quantization", "compression_config"):
             if part.get(key):
@@ -276,8 +275,8 @@ def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return x
     with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, a signalling NaN quiet
         if x.dtype == np.float64 and dtype == ml_dtypes.bfloat16:
-            # By way of the nearest float32, as ml_dtypes goes, values beside a tie would become one. So: toward zero,
-            # with the last bit set where that is inexact, and no tie can come of it.
+            # ml_dtypes first rounds to the nearest float32, which can turn values near a tie into a tie. So round
+            # toward zero, and set the last bit if that is inexact: no tie can result.
             nearest = x.astype(np.float32)
             bits = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(x))
             x = (bits | (nearest != x)).view(np.float32)

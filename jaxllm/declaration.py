@@ -1,4 +1,4 @@
-"""What is known of a parameter before it is read: its shape, and where its parts belong on a mesh."""
+"""What is known about a parameter before it is read: its shape, and how it is placed on a mesh."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +10,14 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Leaf, take
 
 
-@dataclass(frozen=True, eq=False)  # arrays compare place by place
+@dataclass(frozen=True, eq=False)  # arrays compare elementwise
 class Declaration:
-    """A parameter to be loaded: its logical shape in the checkpoint, its cut, and where its rows and columns go.
+    """A parameter to be loaded: its logical shape in the checkpoint, its sharding, and where its rows and columns go.
 
-    `rows` and `cols` say which row or column of the checkpoint stands at each place, -1 being zeros (`Weight.arrange`),
-    and `stack` which matrix of a stack; None is all of them in order. That is how heads are spread over devices and odd
-    sizes padded. A parameter that is kept (a router) stays in the checkpoint's format, whatever the others are
-    quantized or decoded to.
+    `rows` and `cols` give the checkpoint's row or column at each position, where -1 means zeros (`Weight.arrange`);
+    `stack` does the same for the matrices of a stack. None means all of them in order. This is how heads are spread
+    over devices and odd sizes padded. A parameter with `keep` (a router) stays in the checkpoint's format, whatever the
+    others are quantized or dequantized to.
     """
 
     shape: tuple[int, ...]
@@ -40,14 +40,14 @@ class Declaration:
 
     @property
     def index(self) -> tuple[np.ndarray | None, ...]:
-        """For each axis of `shape`, which position of the checkpoint stands at each place, -1 being zeros."""
+        """For each axis of `shape`, the checkpoint's index at each position; -1 means zeros."""
         return (self.stack, self.rows, self.cols)[-len(self.shape) :] if len(self.shape) > 1 else (self.rows,)
 
     def arrange(self, values: Leaf) -> Leaf:
         """From the checkpoint's order and size to those on the mesh: `shape` -> the placed shape.
 
         Raises:
-            InputError: values of another shape.
+            InputError: the values have another shape.
         """
         if values.shape != self.shape:
             raise InputError(f"values of shape {[*values.shape]}, but the parameter has {[*self.shape]}")
@@ -57,11 +57,11 @@ class Declaration:
         return values
 
     def restore(self, values: Leaf) -> Leaf:
-        """The inverse of `arrange`. Of what is held several times, the first is taken."""
+        """The inverse of `arrange`. If something is held several times, the first copy is used."""
         for axis, (index, size) in enumerate(zip(self.index, self.shape, strict=True)):
             if index is not None:
                 places = np.flatnonzero(index >= 0)[::-1]
                 inverse = np.zeros(size, int)
-                inverse[index[places]] = places  # of several assignments the last stays
+                inverse[index[places]] = places  # the last of several assignments wins
                 values = take(values, inverse, axis)
         return values

@@ -1,7 +1,7 @@
 """From prompts to tokens: the prompt in chunks, then one decode step after another.
 
-Shapes come in few sizes (`bucket`), so that a new prompt length is not a new program: a prompt is padded on the right
-and, beyond CHUNK tokens, processed in several chunks; a cache has the capacity that the call needs, rounded up.
+Shapes are rounded up to a few sizes (`bucket`), so that a new prompt length does not need a new program. A prompt is
+padded on the right and, beyond CHUNK tokens, processed in several chunks. A cache's capacity is rounded up too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from jaxllm.programs import Programs
 from jaxllm.sampling import Sampler
 
 CHUNK = 512  # the most tokens of a prompt that are processed at once
-SMALLEST = 16  # a prompt is padded to this length at least
-SMALLEST_CACHE = 256  # the least capacity of a cache
+SMALLEST = 16  # a prompt is padded to at least this length
+SMALLEST_CACHE = 256  # the smallest capacity of a cache
 
 
 def bucket(n: int, smallest: int) -> int:
-    """The power of two that `n` is rounded up to, at least `smallest`."""
+    """`n` rounded up to a power of two, at least `smallest`."""
     return max(smallest, 1 << max(n - 1, 0).bit_length())
 
 
@@ -30,8 +30,8 @@ class Memory:
     """The cache of a conversation, kept from one turn to the next so that only new tokens have to be processed.
 
     Attributes:
-        tokens: those whose keys and values `cache` holds.
-        cache: None before the first turn, and while an answer is being made (its arrays are donated then).
+        tokens: the tokens whose keys and values `cache` holds.
+        cache: None before the first turn, and while an answer is being generated (its arrays are donated then).
         reused: how many tokens of the latest prompt were found in the cache.
     """
 
@@ -40,14 +40,14 @@ class Memory:
     reused: int = 0
 
     def resume(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
-        """Take out the cache if it has the capacity; `reused` then says how many tokens of `prompt` it covers."""
+        """Take the cache if its capacity suffices, and set `reused` to how many tokens of `prompt` it covers."""
         cache, self.cache, self.reused = self.cache, None, 0
         if cache is None or cache.capacity < capacity:
             return None
         same = 0
         while same < min(len(self.tokens), len(prompt) - 1) and self.tokens[same] == prompt[same]:
             same += 1
-        # The last chunk is padded, and the padding has to fit as well.
+        # The last chunk is padded, and the padding has to fit too.
         padded_end = same + (len(prompt) - same) // CHUNK * CHUNK + bucket((len(prompt) - same) % CHUNK, SMALLEST)
         start = same if padded_end <= cache.capacity else same // CHUNK * CHUNK
         self.reused = start if cache.can_rewind(len(self.tokens), start) else 0
@@ -55,18 +55,18 @@ class Memory:
 
 
 def cache_for(programs: Programs, batch: int, length: int) -> KVCache:
-    """An empty cache for sequences that will have `length` tokens."""
+    """An empty cache for sequences of up to `length` tokens."""
     cache = programs.empty_cache(batch, bucket(length, SMALLEST))
     return replace(cache, limits=programs.replicate(np.full(batch, length, np.int32)))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a text that was processed at once."""
+    """The result for a part of a text that was processed at once."""
 
     hidden: jax.Array  # [batch, real or more, hidden]: padding follows the real tokens
     real: int
-    cache: KVCache  # holds the text up to here
+    cache: KVCache  # holds the text up to the end of this chunk
 
 
 def hidden_states(programs: Programs, tokens: np.ndarray, cache: KVCache, start: int) -> Iterator[Chunk]:
@@ -75,7 +75,7 @@ def hidden_states(programs: Programs, tokens: np.ndarray, cache: KVCache, start:
         chunk = tokens[:, begin : begin + CHUNK]
         batch, count = chunk.shape
         position, padded = start + begin, bucket(count, SMALLEST) if tokens.shape[1] > 1 else 1
-        if position + padded > cache.capacity:  # a write past the end would be moved to the front
+        if position + padded > cache.capacity:  # XLA would shift a write that extends past the end
             padded = count
         chunk = np.pad(chunk, ((0, 0), (0, padded - count))).astype(np.int32)
         window = min(bucket(position + padded, SMALLEST), cache.capacity)
@@ -84,7 +84,7 @@ def hidden_states(programs: Programs, tokens: np.ndarray, cache: KVCache, start:
 
 
 def chunks(prompts: Sequence[Sequence[int]], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Prompts from position `start` on: padded `tokens[batch, time]`, how many are real, and their first position."""
+    """Chunks of prompts from `start` on: padded `tokens[batch, time]`, how many are real, and their first position."""
     longest = max(map(len, prompts))
     while start < longest:
         time = min(bucket(longest - start, SMALLEST), CHUNK)
@@ -124,14 +124,14 @@ def generate_tokens(
     memory: Memory | None = None,
     first_stream: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Token ids int32 `[batch]`, one step after another, until `max_new_tokens` or until the caller stops asking.
+    """Yield token ids int32 `[batch]`, one step after another, until `max_new_tokens` or until the caller stops.
 
-    Where programs run ahead, a step is started before the token of the step before it is read, so that the device
-    never waits for Python (mlx-lm's `async_eval`); a caller who stops early has then wasted one step. The first token
-    is handed out before the decode step is compiled.
+    Where programs run ahead, each step is started before the previous step's token is read, so that the device never
+    waits for Python (mlx-lm's `async_eval`). A caller that stops early wastes one step. The first token is yielded
+    before the decode step is compiled.
 
     Args:
-        memory: of a conversation, for a batch of one.
+        memory: a conversation's memory, for a batch of one.
         first_stream: number of the first prompt's random stream. Every prompt has its own, so that its answer does not
             depend on its neighbours.
     """
@@ -140,7 +140,7 @@ def generate_tokens(
     cache = memory.resume(rows[0], capacity) if memory else None
     start = memory.reused if memory else 0
     cache = cache or programs.empty_cache(len(rows), capacity)
-    # A conversation is told its cache's capacity: what is kept from turn to turn has to stay valid.
+    # A conversation uses its cache's capacity as the limit: the entries kept from turn to turn have to stay valid.
     limits = [cache.capacity if memory else len(row) + max_new_tokens for row in rows]
     logits, cache = prefill(programs, rows, cache, limits, start)
     state = programs.start(logits, rows, seed, first_stream, sampler)
@@ -155,7 +155,7 @@ def generate_tokens(
             memory.tokens, memory.cache = [*held, int(tokens[0])] if ahead else list(held), cache
         yield tokens[: len(prompts)]
         if memory is not None and more:
-            memory.cache = None  # if a step is interrupted, no donated arrays must be found here
+            memory.cache = None  # so that an interrupted step leaves no donated arrays here
         held.append(int(tokens[0]))
         if more and not ahead:
             cache, state = programs.decode_step(cache, state, sampler)

@@ -1,4 +1,4 @@
-"""What a file says of itself in keys and values (a config.json, GGUF metadata), read as what it has to be."""
+"""Key/value descriptions in files (a config.json, GGUF metadata), read with type checks."""
 
 import json
 import math
@@ -15,7 +15,7 @@ def read_json(file: Path, where: str | None = None) -> dict[str, Any]:
     """A JSON object; `where` stands for the file in errors.
 
     Raises:
-        InputError: there is no such file, or it is something else.
+        InputError: there is no such file, or it does not hold a JSON object.
     """
     where = where or str(file)
     try:
@@ -40,9 +40,9 @@ def json_object(text: bytes, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries of a JSON object, read as what they have to be. A null stands for an entry that is not there.
+    """Entries of a JSON object, read with type checks. A null counts as a missing entry.
 
-    Every method raises InputError where an entry without a default is missing or is something else.
+    Every method raises InputError if an entry has the wrong type, or is missing and has no default.
     """
 
     values: Mapping[str, object]
@@ -64,7 +64,7 @@ class Entries:
         return self.get(key, default, lambda value: type(value) is int and least <= value <= most, what)
 
     def whole_up_to(self, key: str, limit: int, limit_key: str, default: int | None = None) -> int:
-        """A whole number from 1 to `limit`, which is what the entry `limit_key` says."""
+        """A whole number from 1 to `limit`, the value of the entry `limit_key`."""
         value = self.whole(key, default)
         if value > limit:
             raise InputError(f"{self.where}: '{key}' is {value}, more than '{limit_key}', which is {limit}")
@@ -78,7 +78,7 @@ class Entries:
         most: float = math.inf,
         least: float | None = None,
     ) -> float:
-        """A finite number: above `above` or, if `least` is given, that or more."""
+        """A finite number: above `above` or, if `least` is given, at least `least`."""
         bound = "" if above == -math.inf else f" above {above:g}"
         what = f"a number{bound}" if least is None else f"a number of {least:g} or more"
         what += f", at most {most:g}" if most < math.inf else ""
@@ -89,7 +89,7 @@ class Entries:
         return self.get(key, default, good, what)
 
     def numbers(self, key: str, count: int) -> list[float]:
-        """So many numbers above 0."""
+        """`count` numbers above 0."""
 
         def good(value: object) -> bool:
             return isinstance(value, list) and len(value) == count and all(_is_number(n) and n > 0 for n in value)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: a bad file, a bad argument, a missing package."""
+"""The exception for errors that a user can fix: a bad file, a bad argument, a missing package."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Input that cannot be used. The message is one line: what is wrong, where, and what to do.
 
-    The command line prints it on stderr and exits with code 2; everything else that is raised is a bug of ours.
+    The command line prints it on stderr and exits with code 2; any other exception is a bug of ours.
     """
 
 
 @contextmanager
 def located(path: os.PathLike | str) -> Iterator[None]:
-    """What is wrong inside is said with the path that it is about, once."""
+    """Adds the path to the message of an InputError raised inside, once."""
     try:
         yield
     except InputError as error:

@@ -1,7 +1,7 @@
 """`jaxllm generate`: answer prompts on the command line.
 
 Answers go to stdout, everything else to stderr. Prompts and answers are text, or token ids where a checkpoint has no
-tokenizer. An error that the user can mend is one line and exit code 2.
+tokenizer. An error that the user can fix is one line and exit code 2.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def emulate_devices(count: int) -> None:
-    """Let the CPU stand for `count` devices, unless XLA_FLAGS says something about that already.
+    """Let the CPU emulate `count` devices, unless XLA_FLAGS sets a number already.
 
-    Has to come before JAX looks at its devices; on a machine with accelerators it changes nothing that matters.
+    Must run before JAX looks at its devices. On a machine with accelerators it has no relevant effect.
     """
     if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count)
@@ -142,7 +142,7 @@ def _parse_ids(text: str, where: str) -> list[int]:
 
 @dataclasses.dataclass
 class Session:
-    """A model, and how the command line asks it and prints its answers."""
+    """A model, with what the command line needs to prompt it and print its answers."""
 
     model: LanguageModel
     raw: bool

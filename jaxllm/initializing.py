@@ -1,10 +1,10 @@
 """`initialize`: a model with random weights, from its configuration alone.
 
-It shows what a model needs and how fast it runs before its checkpoint is there. Random numbers stand in for a
-checkpoint's tensors, and everything after that is what `load` does. Each number is computed from where it stands in its
-matrix (a hash, as in counter-based random generators), so a device's part of a matrix is made without the rest of it,
-and the numbers are the same on any mesh. JAX's own generator makes whole arrays: cut in the order of a checkpoint, but
-not in the order in which heads and padding place its rows.
+It shows what a model needs and how fast it runs before its checkpoint is available. Random numbers replace a
+checkpoint's tensors; everything after that is the same as in `load`. Each number is a hash of its position in the
+matrix, as in counter-based random generators. So a device's part of a matrix is made without the rest, and the numbers
+are the same on any mesh. JAX's own generator makes complete arrays: these can be sharded in the checkpoint's order, but
+not in the order in which heads and padding place the rows.
 """
 
 import hashlib
@@ -39,9 +39,9 @@ PRESETS: dict[str, Mapping[str, object]] = {
     name: description for family in FAMILIES for name, description in family.presets.items()
 }
 
-CHUNK = 2**18  # numbers that are computed at once: they fit into a processor's cache
+CHUNK = 2**18  # numbers computed at once, which fit into a processor's cache
 
-# Tensors are named as parameters are, those of a stack one by one.
+# Tensors have the names of parameters; a stack has one tensor per matrix.
 _RULES = (Rule(r"([^\[]+)\[(?P<expert>\d+)\]", r"\1"), Rule(r"([^\[]+)", r"\1"))
 
 
@@ -72,7 +72,7 @@ def initialize(
             quantized are held in `dtype`, unless `weights` says otherwise.
 
     Raises:
-        InputError: a configuration or argument that cannot be used; one line saying what and where.
+        InputError: a configuration or argument cannot be used; one line saying what and where.
     """
     if weights is None and quantize is None:
         weights = "packed"
@@ -86,7 +86,7 @@ def initialize(
 
 
 def _described(config: object) -> Checkpoint:
-    """A checkpoint without tensors, of what `config` describes, see `initialize`."""
+    """A checkpoint without tensors for the model that `config` describes, see `initialize`."""
     for family in FAMILIES:
         if isinstance(config, family.config):
             return Checkpoint(family.name, family, config, {}, _RULES, (), Texts())
@@ -114,7 +114,7 @@ def _from_entries(name: str, entries: Entries) -> Checkpoint:
 
 
 def _tensors(model: nnx.Module, seed: int, dtype: np.dtype) -> dict[str, Weight]:
-    """What each parameter is before training, by its name; of a stack, each of its matrices."""
+    """Initial values of each parameter by its name; a stack has one entry for each of its matrices."""
     norms = {
         id(module.weight): 1 - module.offset for _, module in nnx.iter_modules(model) if isinstance(module, RMSNorm)
     }
@@ -142,8 +142,8 @@ def _random(name: str, shape: tuple[int, int], seed: int, dtype: np.dtype) -> "R
 class RandomMatrix:
     """A matrix of uniform random numbers, or some of its rows and columns, computed when it becomes an array.
 
-    rows, cols: uint32, a hash for each of them.
-    bound: of the numbers' magnitudes.
+    rows, cols: uint32, a hash for each row and each column.
+    bound: the largest magnitude of the numbers.
     """
 
     rows: np.ndarray
@@ -176,7 +176,7 @@ class RandomMatrix:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """A hash of each uint32, in place: the finalizer of MurmurHash3 (Appleby), of which every bit depends on every."""
+    """Hash each uint32 in place: the finalizer of MurmurHash3 (Appleby), where every bit depends on every input bit."""
     x ^= x >> 16
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> 13

@@ -1,4 +1,4 @@
-"""`LanguageModel`: a loaded model and everything that one does with it."""
+"""`LanguageModel`: a loaded model and everything that you can do with it."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +21,7 @@ from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer.chat import Messages
 
-BATCH = 8  # prompts that are answered together, if nobody says otherwise
+BATCH = 8  # prompts that are answered together by default
 
 Prompt = str | Messages | Sequence[int]
 
@@ -31,7 +31,7 @@ class Completion:
     """An answer.
 
     Attributes:
-        prompt: as it was given.
+        prompt: the prompt as it was given.
         text: the answer, without the token that ended it; empty if there is no tokenizer.
         tokens: the ids of all generated tokens, including the one that ended the answer.
         prompt_tokens: length of the prompt.
@@ -66,13 +66,13 @@ class LanguageModel:
         config: sizes and settings of the architecture.
         tokenizer: None if the checkpoint has none.
         mesh: the devices that the weights are sharded over.
-        dtype: of activations and cache.
+        dtype: the dtype of activations and cache.
         max_seq_len: the most tokens that prompt and answer may have together.
-        name: of the file or directory.
+        name: the name of the file or directory.
         sampling: what the checkpoint says about sampling.
         eos_ids: the tokens that end an answer.
-        model: the layers; each gives its matrix back, or a changed copy of itself (`jaxllm.layers`). The programs keep
-            what was loaded.
+        model: the layers; each can return its matrix, or a changed copy of itself (`jaxllm.layers`). The programs
+            continue to use the loaded weights.
         placed: every parameter as it was loaded.
         programs: the compiled functions.
     """
@@ -189,11 +189,11 @@ class LanguageModel:
             seed: of the random draws. The same seed gives the same answer on the same kind of machine.
             eos_ids: tokens that end an answer, in place of the checkpoint's; `()` for none.
             sampling: how tokens are chosen, see `Sampling`.
-            **options: fields of `Sampling`, which count more than `sampling`. What neither sets is as the checkpoint's
-                generation_config.json says, or else off: the most likely token is taken.
+            **options: fields of `Sampling`, which override `sampling`. What neither sets comes from the checkpoint's
+                generation_config.json, or else is off: the most likely token is taken.
 
         Raises:
-            InputError: a prompt that does not fit into the context, or a parameter outside its range.
+            InputError: a prompt does not fit into the context, or a parameter is outside its range.
         """
         sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
         one = _is_one(prompts)
@@ -222,7 +222,7 @@ class LanguageModel:
 
         Args:
             memory: keeps the cache of a conversation between calls, so that only new turns are processed.
-            completion: filled in while the answer comes.
+            completion: filled in while the answer is generated.
         """
         sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
         completion, ids = completion or Completion(prompt), self.encode(prompt)
@@ -295,7 +295,7 @@ class LanguageModel:
         return self.eos_ids if eos_ids is None else eos_ids
 
     def _clock(self) -> float:
-        """Seconds, standing still while programs are compiled."""
+        """Seconds, excluding the time that programs are being compiled."""
         return time.perf_counter() - self.programs.compile_seconds
 
     def _answer(
@@ -309,7 +309,7 @@ class LanguageModel:
         first_stream: int = 0,
         memory: Memory | None = None,
     ) -> Iterator[list[str]]:
-        """Fill in completions; after each step, yields the text that it added to each."""
+        """Fill in completions; after each step, yield the text that it added to each of them."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens}: must be 1 or above")
         limits = [min(max_new_tokens, self.max_seq_len - len(ids) + 1) for ids in prompts]

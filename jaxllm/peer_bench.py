@@ -3,7 +3,7 @@
     python peer_bench.py {llama.cpp|mistral.rs} MODEL.gguf --prefill 512 --decode 64 --threads 2 --repeats 3
 
 Run it with the interpreter of an environment that has the peer (``llama-cpp-python`` or ``mistralrs``);
-it needs nothing else, jaxllm least of all. Each run processes a prompt it has not seen before, then
+it needs nothing else, not even jaxllm. Each run processes a prompt it has not seen before, then
 generates greedily at batch 1, after the whole prompt and past any end-of-text token; the first run is a
 warm-up, and the medians over the others are reported. Both peers get the same prompts.
 

@@ -1,4 +1,4 @@
-"""Host tensors onto a mesh: each device's part is read on its own, straight from the file."""
+"""Places host tensors on a mesh: each device's part is read separately, straight from the file."""
 
 import dataclasses
 import math
@@ -21,13 +21,13 @@ from jaxllm.kernels.registry import row_major
 
 @dataclass(frozen=True)
 class FileArray:
-    """An array in a file, mapped only while a part of it is read: pages that were read do not stay with the process."""
+    """An array in a file, memory-mapped only while a part of it is read, so that no pages stay with the process."""
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    transposed: bool = False  # the last two axes, of what the file holds
+    transposed: bool = False  # whether the last two axes are swapped compared to the file
 
     @property
     def ndim(self) -> int:
@@ -48,13 +48,13 @@ class FileArray:
         return dataclasses.replace(self, shape=shape, transposed=not self.transposed)
 
     def reshape(self, *shape: int) -> "FileArray":
-        """As numpy's; nothing is read."""
+        """Like numpy's; nothing is read."""
         reshaped = dataclasses.replace(self, shape=shape)
         assert reshaped.nbytes == self.nbytes and not self.transposed
         return reshaped
 
     def view(self, dtype: jax.typing.DTypeLike) -> "FileArray":
-        """As numpy's: the same bytes as another dtype, which changes the last axis; nothing is read."""
+        """Like numpy's: the same bytes as another dtype, which changes the last axis; nothing is read."""
         dtype = np.dtype(dtype)
         shape = (*self.shape[:-1], self.shape[-1] * self.dtype.itemsize // dtype.itemsize)
         return dataclasses.replace(self, shape=shape, dtype=dtype)
@@ -86,7 +86,7 @@ class DerivedArray:
 
 @dataclass(frozen=True)
 class JoinedArray:
-    """Arrays as one, end to end along `axis`: each a `FileArray`, or what `map` made of it."""
+    """Arrays concatenated along `axis`; each is a `FileArray`, or its result of `map`."""
 
     parts: tuple[Any, ...]
     axis: int
@@ -109,7 +109,7 @@ class JoinedArray:
         return JoinedArray(tuple(part.map() for part in self.parts), self.axis)
 
     def __getitem__(self, index: tuple[slice, ...]) -> "JoinedArray":
-        """Slices forward, still without reading anything."""
+        """Slices, contiguous along `axis`; nothing is read."""
         index = (*index, *[slice(None)] * (self.ndim - len(index)))
         start, stop, _ = index[self.axis].indices(self.shape[self.axis])
         parts = []
@@ -135,15 +135,15 @@ class JoinedArray:
 
 
 LazyArray = FileArray | DerivedArray | JoinedArray
-HostArray = Any  # a numpy array, or one of these: what they share is used, and more checked by `schemes.Part`
+HostArray = Any  # a numpy array or one of these; code uses what they share, and `schemes.Part` checks more
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: rows of one tensor, or, `stacked`, of one tensor for each expert.
+    """Where a parameter comes from: rows of one tensor, or, if `stacked`, of one tensor per expert.
 
-    Leaves of the parts are `HostArray`s. `rows` are those of a tensor that the
-    parameter consists of, in its order; None is all of them.
+    Leaves of the parts are `HostArray`s. `rows` are the tensor's rows that the parameter consists of, in the
+    parameter's order; None means all of them.
     """
 
     name: str
@@ -163,8 +163,8 @@ class Source:
 class Layout:
     """How a parameter lies on a mesh: its weight with a `ShapeDtypeStruct`, sharding included, for every leaf.
 
-    source: with the blocks of its formats refined where the cut needs that.
-    index: for each leaf, what stands at each place along its axes (None: all in order), see `Weight.arrange`.
+    source: the source, with blocks refined where the shards need smaller ones.
+    index: for each axis of each leaf, the source index at each position (None: in order), see `Weight.arrange`.
     """
 
     source: Source
@@ -173,10 +173,10 @@ class Layout:
 
 
 def layout(source: Source, declaration: Declaration, mesh: Mesh) -> Layout:
-    """The parameter, arranged as it is declared and cut over the mesh; nothing is read.
+    """The layout of a parameter, arranged and sharded as declared; nothing is read.
 
     Raises:
-        InputError: a part would not be whole blocks, or experts are of different formats.
+        InputError: a shard would not consist of complete blocks, or experts have different formats.
     """
     first, rows, spec = source.parts[0], declaration.rows, declaration.spec
     if source.rows is not None:
@@ -216,19 +216,19 @@ def _kind(weight: Weight) -> tuple:
 
 
 def place_of(weight: Weight, name: str, sharding: NamedSharding) -> NamedSharding | layouts.Format:
-    """Where a leaf lies, and, if kernels for such a weight want that, in which order of its axes."""
+    """The sharding of a leaf, with row-major order if kernels for such a weight need that."""
     if not row_major(weight, sharding.mesh.devices.flat[0].platform):
         return sharding
     return layouts.Format(layouts.Layout(tuple(range(len(weight.leaf(name).shape)))), sharding)
 
 
 def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
-    """The parameter as `layout` says; of its tensors, only what a device holds is read for it."""
+    """The parameter, placed as `layout` says; for each device, only its part of the tensors is read."""
     plan = layout(source, declaration, mesh)
 
     def read(name: str) -> jax.Array:
         leaf, parts = plan.weight.leaf(name), [part.leaf(name) for part in plan.source.parts]
-        # A computed array is computed once, for all the devices that hold a part of it.
+        # A derived array is computed once for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
         return jax.make_array_from_callback(leaf.shape, leaf.format, part)
@@ -243,7 +243,7 @@ def _read(
     shape: tuple[int, ...],
     part: tuple[slice, ...],
 ) -> np.ndarray:
-    """The `part` of the rearranged leaf of this `shape`, as an array of its own (never a view of a mapped file)."""
+    """The `part` of a rearranged leaf of this `shape`, copied (never a view of a memory-mapped file)."""
     if stacked:
         out = np.zeros([len(range(n)[section]) for n, section in zip(shape, part, strict=True)], leaves[0].dtype)
         numbers = np.arange(len(leaves)) if index[0] is None else index[0]
@@ -252,7 +252,7 @@ def _read(
                 out[i] = _read([leaves[number]], False, index[1:], shape[1:], part[1:])
         return out
     leaf = leaves[0].map() if isinstance(leaves[0], LazyArray) else leaves[0]
-    filled: list[Any] = []  # for each axis, which places are not zeros
+    filled: list[Any] = []  # for each axis, the positions that are not padding
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
             leaf = leaf[(slice(None),) * axis + (section,)]

@@ -1,8 +1,8 @@
-"""What a model needs on a mesh that need not exist: bytes on each device and collectives, from shapes alone.
+"""What a model needs on a mesh that need not exist: bytes per device and collectives, computed from shapes alone.
 
-Every parameter is a `ShapeDtypeStruct` with its sharding, laid out by the code that loads real ones, and the decode
-step is compiled (never run) for emulated devices. Layers of one kind are alike, so one of each kind is enough: what
-they need is multiplied by how many there are.
+Every parameter is a `ShapeDtypeStruct` with its sharding, laid out by the code that loads real parameters. The decode
+step is compiled (never run) for emulated devices. Layers of one kind have the same needs, so one of each kind is
+enough: its needs are multiplied by the number of such layers.
 """
 
 import math
@@ -31,10 +31,10 @@ Format = Callable[[str, tuple[int, ...]], Weight]
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found out about a model on a mesh.
+    """The needs of a model on a mesh.
 
-    parameter_bytes: of its parameters on one device, by dotted path.
-    collectives: of one compiled decode step, by kind.
+    parameter_bytes: bytes of each parameter on one device, by dotted path.
+    collectives: the number of collectives in one compiled decode step, by kind.
     """
 
     parameter_bytes: dict[str, int]
@@ -42,12 +42,12 @@ class Plan:
 
 
 def dense(dtype: jax.typing.DTypeLike) -> Format:
-    """Every matrix plain, of one dtype."""
+    """The format where every matrix is unquantized, in one dtype."""
     return lambda name, shape: Dense(jax.ShapeDtypeStruct(shape, dtype))
 
 
 def deepseek_fp8(activations: Activations | None = None) -> Format:
-    """Matrices as DeepSeek publishes V3: FP8 in blocks of 128 x 128, but for both ends and the routers (bfloat16)."""
+    """DeepSeek-V3's published format: FP8 in blocks of 128 x 128; embedding, head and routers are bfloat16."""
 
     def format(name: str, shape: tuple[int, ...]) -> Weight:
         if name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("mlp.gate.weight"):
@@ -63,8 +63,8 @@ def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str,
     """Replace every Declaration by shapes; returns the bytes of each parameter on one device.
 
     Args:
-        format: the weight of shapes that a parameter is, given its path and its logical shape in the checkpoint.
-            Vectors are float32 whatever it says.
+        format: given a parameter's path and its logical shape in the checkpoint, its weight, made of shapes. Vectors
+            are always float32.
     """
     sizes = {}
     for name, param in parameters(model).items():
@@ -85,8 +85,8 @@ def plan(
     """Compile the decode step of a model whose parameters are still declarations.
 
     Args:
-        batch, capacity: of the cache.
-        dtype: of activations and cache.
+        batch, capacity: sizes of the cache.
+        dtype: the dtype of activations and cache.
     """
     sizes = fill_with_shapes(model, mesh, format)
     return Plan(sizes, collectives(lower_decode(model, mesh, batch, capacity, dtype).compile().as_text() or ""))
@@ -112,7 +112,7 @@ def lower_decode(
 def collectives_of(layer: nnx.Module, *args: object) -> Counter[str]:
     """How often each kind of collective runs when `layer(*args)` is compiled for the mesh that `jax.set_mesh` has set.
 
-    The layer's matrices have to be placed on that mesh; nothing is run.
+    The layer's matrices must be placed on that mesh; nothing is run.
     """
     graph, state = nnx.split(layer)
 
@@ -123,5 +123,5 @@ def collectives_of(layer: nnx.Module, *args: object) -> Counter[str]:
 
 
 def collectives(program: str) -> Counter[str]:
-    """How often each kind of collective stands in a compiled program's text."""
+    """How often each kind of collective occurs in a compiled program's text."""
     return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program))

@@ -1,8 +1,8 @@
 """A model as compiled programs over flat arrays.
 
-The model's state is flattened once, because flattening NNX variables at every step costs more than many a step. Each
-program is compiled explicitly, once for each shape it is called with: nothing can retrace behind our back, the time it
-takes is known apart from the time of running, and the compiled text is there to be looked at.
+The model's state is flattened once, because flattening NNX variables at every step can cost more than the step. Each
+program is compiled explicitly, once for each shape it is called with. So nothing is retraced unnoticed, compile time
+can be told from run time, and the compiled text can be inspected.
 """
 
 import time
@@ -25,24 +25,24 @@ from jaxllm.sampling import Sampler
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """What a decode step hands to the next one."""
+    """What a decode step passes to the next one."""
 
     token: jax.Array  # int32 [batch], the newest token, not yet in the cache
-    occurred: jax.Array  # bool [batch, vocab], tokens of the prompt and the answer so far
+    occurred: jax.Array  # bool [batch, vocab], which tokens occur in the prompt or the answer so far
     keys: jax.Array  # one random key per row
 
 
 def runs_ahead(mesh: Mesh) -> bool:
-    """Whether programs may be started before earlier ones have ended.
+    """Whether programs may be started before earlier ones have finished.
 
-    Not on several emulated CPU devices: they share one pool of threads, where the devices of a later program can take
-    the threads that the collectives of an earlier one wait for.
+    They may not on several emulated CPU devices: these share one pool of threads, so a later program can take the
+    threads that the collectives of an earlier one wait for.
     """
     return mesh.devices.size == 1 or mesh.devices.flat[0].platform != "cpu"
 
 
-# A program takes about 100 mappings of memory. Linux gives a process 65,530 of them, and XLA crashes without. So of all
-# the programs that a long-lived process comes to need, those used last stay.
+# A program takes about 100 memory mappings. Linux gives a process 65,530 of them, and XLA crashes when they run out. So
+# a long-lived process keeps only the most recently used programs.
 MOST_PROGRAMS = 64
 
 
@@ -50,9 +50,9 @@ class Programs:
     """The compiled functions behind every answer.
 
     Attributes:
-        runs_ahead: whether results may still be in the making when a program is handed back, see `runs_ahead`.
+        runs_ahead: whether calls may return before their results are computed, see the function `runs_ahead`.
         compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
-        compiled: the programs by what they were compiled for.
+        compiled: the programs by key: what they were compiled for.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike) -> None:
@@ -90,7 +90,7 @@ class Programs:
         return jax.device_put(value, self._replicated)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache for `batch` sequences of up to `capacity` tokens, which holds none yet."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens."""
         with damaged_entries_removed():
             return self._model.cache(batch, capacity, self.dtype, self.mesh).zeros()
 
@@ -109,7 +109,7 @@ class Programs:
         return self._run(("head", hidden.shape), self._head, self.leaves, self.replicate(hidden))
 
     def decode_step(self, cache: KVCache, state: State, sampler: Sampler) -> tuple[KVCache, State]:
-        """Put the newest token into the cache (which is donated) and draw the next one."""
+        """Add the newest token to the cache (which is donated) and draw the next one."""
         key = "decode_step", state.token.shape, cache.capacity, sampler.kind
         # The state is not donated: its token is read while the next step runs.
         outputs, args = (lambda: (cache.shardings, self._replicated)), (self.leaves, cache, state, sampler)
@@ -120,7 +120,7 @@ class Programs:
     ) -> State:
         """Draw the first token after each prompt from logits `[batch, vocab]`.
 
-        Rows draw from random streams of their own, numbered from `first_stream` on.
+        Each row draws from its own random stream, numbered from `first_stream` on.
         """
         occurred = np.zeros(logits.shape, bool)
         for row, prompt in zip(occurred, prompts, strict=True):
@@ -139,10 +139,10 @@ class Programs:
         outputs: Callable[[], object] | None = None,
         donated: int | None = None,
     ) -> T:
-        """The result of `function`, compiled for `key` if that has not happened yet.
+        """The result of `function`, which is compiled for `key` if it has not been yet.
 
         Args:
-            outputs: gives the shardings of the results; by default they are replicated.
+            outputs: returns the shardings of the results; by default they are replicated.
             donated: the number of the argument that is updated in place.
         """
         program = self.compiled.pop(key, None)

@@ -1,4 +1,4 @@
-"""Encoding matrices, whatever format they come in: while they are loaded, or later where they lie on their devices."""
+"""Encodes matrices of any format into a block type: while they are loaded, or later on their devices."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.formats.ggml_encode import ENCODERS, check_finite, encode_blocks, fitting_type
 from jaxllm.parallel import local
 
-# Tables of tokens are looked up and, as heads, decide the answer: they get the better type of the two (mistral.rs).
+# Embedding tables also serve as heads, which decide the answer, so they get a better type (as in mistral.rs).
 SENSITIVE = ("embed_tokens.weight", "lm_head.weight")
 LOW = ("Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "MXFP4")
 
@@ -23,7 +23,7 @@ LOW = ("Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "MXFP4")
 def quantize(w: jax.Array | Weight, type: str) -> Weight:
     """A float matrix `[*batch, out, in]`, or a weight of any format, encoded as `type`, for example "q4_k".
 
-    Rows that are not whole blocks get what llama.cpp takes instead: a type with smaller blocks, or float16.
+    If rows are not whole blocks, llama.cpp's fallback is used: a type with smaller blocks, or float16.
 
     Raises:
         InputError: `type` has no encoder, or the matrix has values that are not finite.
@@ -34,10 +34,10 @@ def quantize(w: jax.Array | Weight, type: str) -> Weight:
 
 
 def requantize(weight: Weight, spec: PartitionSpec, type: str) -> Weight:
-    """A weight that lies on a mesh, sharded by `spec`, encoded as `type` and sharded the same.
+    """Encode a weight that is placed on a mesh, sharded by `spec`, as `type`; the result is sharded the same way.
 
-    Every device encodes its own shard; nothing is communicated. So it is the columns of one device that have to be
-    whole blocks. Where they are not, the weight gets what `quantize` takes instead. Not for use under `jit`.
+    Every device encodes its own shard; nothing is communicated. So the columns of one device must be whole blocks.
+    Otherwise the fallback of `quantize` is used. Not for use under `jit`.
 
     Raises:
         InputError: as `quantize`.
@@ -59,10 +59,10 @@ def _dequantized(weight: Weight, sharding: NamedSharding) -> jax.Array:
 
 
 def block_type(text: str) -> str:
-    """A block type's own name from the ways in which people write it: "q4k", "Q4_K" and "q4_k" are one.
+    """The standard name of a block type, for any common spelling: "q4k", "Q4_K" and "q4_k" are the same.
 
     Raises:
-        InputError: there is no encoder of that name.
+        InputError: there is no encoder with this name.
     """
     squeezed = {name.replace("_", ""): name for name in ENCODERS}
     name = text.upper().replace("_", "").replace("-", "")
@@ -72,7 +72,7 @@ def block_type(text: str) -> str:
 
 
 class Requantize:
-    """What `load(quantize=type)` does to each matrix, and what will become of it (`planned`)."""
+    """What `load(quantize=type)` does to each matrix; `planned` gives the resulting shapes in advance."""
 
     def __init__(self, type: str) -> None:
         self.type = block_type(type)

@@ -130,7 +130,7 @@ def _option(metavar: str, help: str, valid: Callable[[Any], bool], range: str) -
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. What is None is left to the checkpoint, or else not done.
+    """How the next token is chosen. Where a field is None, the checkpoint decides, or else the step is skipped.
 
     The help of the command line is made from this table.
 
@@ -171,7 +171,7 @@ class Sampling:
                 raise InputError(f"{option.name}={value}: must be {option.metadata['range']}")
 
     def with_defaults(self, defaults: "Sampling") -> "Sampling":
-        """The same, with `defaults` where this has None."""
+        """The same, with `defaults` for fields that are None."""
         both = ((f.name, getattr(self, f.name), getattr(defaults, f.name)) for f in fields(self))
         return Sampling(**{name: default if value is None else value for name, value, default in both})
 

@@ -1,6 +1,6 @@
-"""How long one waits: from the start of a process to a model's first token, and for the largest model's decode step.
+"""Startup times: from the start of a process to a model's first token, and to compile the largest model's decode step.
 
-`jaxllm bench` prints it. What is measured runs in processes of its own, as users start them.
+`jaxllm bench` prints them. Each measurement runs in a new process, as users start them.
 """
 
 import os
@@ -53,7 +53,7 @@ def measure_startup(model: str, dtype: str) -> Startup:
 
 
 def _seconds(code: str, cache: str, *args: str) -> float:
-    """What a process prints that has its compilation cache in a folder of its own."""
+    """The number that a process prints which runs `code` with `cache` as its compilation cache."""
     env = os.environ | {"XDG_CACHE_HOME": cache}
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env)
     if done.returncode:

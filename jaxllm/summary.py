@@ -1,4 +1,4 @@
-"""A table of what was loaded: every matrix, its format, how it is cut, and what one device holds."""
+"""A table of what was loaded: every matrix, its format, its sharding, and what one device holds."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing
     """Group equal layers and add up bytes.
 
     Args:
-        dtype: of the activations, on which it depends what multiplies by a weight.
+        dtype: the dtype of the activations; the choice of kernels depends on it.
     """
     groups: dict[tuple, list[int]] = {}
     for p in placed:
@@ -86,7 +86,7 @@ def _row(p: Placed, dtype: jax.typing.DTypeLike) -> tuple[str, ...]:
 
 
 def _kernel(weight: Weight | jax.Array, dtype: jax.typing.DTypeLike) -> str:
-    """The backend that multiplies by a matrix; nothing for vectors."""
+    """The backend that multiplies by a matrix; empty for vectors."""
     if isinstance(weight, jax.Array):
         return ""
     platform = next(iter(jax.tree.leaves(weight)[0].devices())).platform

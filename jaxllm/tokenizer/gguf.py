@@ -1,9 +1,9 @@
 """A Hugging Face `Tokenizer` from the metadata of a GGUF file, with the ids of llama.cpp.
 
-GGUF describes two families. "gpt2" is byte-level BPE: what is missing is how text is cut into pieces first, which is
-known by name only (pretokenizers.py). "llama" is SentencePiece's BPE: the file has scores and no merges, and text is
-joined pair by pair, best score first. We derive the merges, so both become `models.BPE`. The alternative, `Unigram`
-over the same scores, maximizes a sum of scores instead, which is another algorithm and gives other ids.
+GGUF describes two families. "gpt2" is byte-level BPE: the file only names the rule that splits text into pieces first
+(pretokenizers.py). "llama" is SentencePiece's BPE: the file has scores but no merges, and text is joined pair by pair,
+best score first. We derive the merges, so both become `models.BPE`. The alternative, `Unigram` over the same scores, is
+another algorithm: it maximizes a sum of scores and gives other ids.
 """
 
 from collections.abc import Mapping

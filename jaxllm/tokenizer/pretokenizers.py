@@ -1,8 +1,8 @@
-r"""How byte-level BPE cuts text into pieces before merging, by the name in `tokenizer.ggml.pre`.
+r"""How byte-level BPE splits text into pieces before merging, by the name in `tokenizer.ggml.pre`.
 
 The names and their grouping are llama.cpp's (src/llama-vocab.cpp). The patterns are the ones the models were trained
 with. Where llama.cpp had to rewrite a pattern for std::regex, which knows no `(?i:)`, no `\p{Lu}` and no `\p{Han}`, we
-keep the original: tokenizers' Oniguruma runs it as it is, and the ids that matter are the ones the model has seen. The
+keep the original: tokenizers' Oniguruma runs it unchanged, and the ids that matter are those of the training. The
 alternative, llama.cpp's own rewriting, does not cut "ПриветМир" for gpt-4o, and cuts Hindi words at every vowel sign.
 """
 

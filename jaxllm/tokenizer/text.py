@@ -1,4 +1,4 @@
-"""A tokenizer with what generation needs around it: special ids, the chat template, decoding piece by piece."""
+"""A tokenizer with what generation needs: special ids, the chat template, and decoding token by token."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,7 +100,7 @@ class Tokenizer:
         return self._with_bos(self.backend.encode(text).ids)
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
-        """Ids of a conversation, up to where the model has to answer; `variables` are for its template.
+        """Ids of a conversation, up to where the model has to answer; `variables` go to the chat template.
 
         Raises:
             InputError: the checkpoint has no chat template, or the template refuses the messages.
@@ -157,7 +157,7 @@ def _template(folder: Path, config: Mapping[str, object]) -> str | None:
 
 
 class TextStream:
-    """Text as it comes, token by token: a character is given out when all its bytes are there."""
+    """Decodes tokens one by one: a character is returned once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -173,6 +173,6 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left when no more tokens come: bytes that do not make a character show as U+FFFD."""
+        """The remaining text after the last token: bytes that do not make a character become U+FFFD."""
         whole = self._tokenizer.decode(self._ids)
         return whole[len(self._given) :] if whole.startswith(self._given) else ""
