@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Imported when they are first used, so that `jaxllm --help` need not wait for JAX. No name is also that of a module,
+# Imported on first use, so that `jaxllm --help` need not wait for JAX. No name may equal that of a module,
 # which importing the module would put in its place.
 _MODULES = {
     "Completion": "language_model",

@@ -63,8 +63,8 @@ def measure(model: LanguageModel, prefill: int, decode: int, repeats: int) -> di
 def bytes_per_token(model: LanguageModel) -> int:
     """Bytes of weights that one decode step at batch 1 reads.
 
-    These are all matrices as they are held, with two exceptions: of the experts only those that a token is routed to,
-    and the embedding table only if it serves as the head too.
+    All matrices count in the format they are held in, with two exceptions: only those experts count that a token is
+    routed to, and the embedding table counts only if it is the head too.
     """
     total, moe = 0, getattr(model.config, "moe", model.config)
     for p in model.placed:

@@ -47,8 +47,8 @@ def _cpu() -> str:
 def damaged_entries_removed() -> Iterator[None]:
     """Around compiling: entries that turn out to be damaged are removed, and said to be, once.
 
-    JAX compiles again what it cannot read, and warns, but it never writes over an entry that is there; so it would do
-    that at every start.
+    If JAX cannot read an entry, it warns and compiles again, but it never overwrites an existing entry. So the same
+    would happen at every start.
     """
     begun = time.time_ns()
     with warnings.catch_warnings(record=True) as caught:

@@ -246,7 +246,7 @@ def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Tensor:
 
 
 def _bands(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The matrix, or a stack of them, dequantized in bands of whole blocks."""
+    """The matrix, or a stack of them, dequantized in bands of complete blocks."""
     (rows, _), (*lead, _, width) = weight.block, weight.shape
     assert rows is not None  # blockwise
     scales = np.concatenate([*_pieces(f"the scales of {name}", weight.scales)])
@@ -273,7 +273,7 @@ def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounded once, to nearest, ties to even; the same dtype keeps every bit."""
     if x.dtype == dtype:
         return x
-    with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, a signalling NaN quiet
+    with np.errstate(over="ignore", invalid="ignore"):  # large values become infinite, signalling NaNs become quiet
         if x.dtype == np.float64 and dtype == ml_dtypes.bfloat16:
             # ml_dtypes first rounds to the nearest float32, which can turn values near a tie into a tie. So round
             # toward zero, and set the last bit if that is inexact: no tie can result.

@@ -21,7 +21,7 @@ from jaxllm.loading import DTYPES, load
 
 
 def perplexity(model: LanguageModel, text: str) -> float:
-    """Of a text. One that is longer than the context is split into parts of that length.
+    """The model's perplexity on a text. A text longer than the context is split into parts of that length.
 
     Raises:
         InputError: the model has no tokenizer, or the text has fewer than two tokens.

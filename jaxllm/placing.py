@@ -86,7 +86,7 @@ class DerivedArray:
 
 @dataclass(frozen=True)
 class JoinedArray:
-    """Arrays concatenated along `axis`; each is a `FileArray`, or its result of `map`."""
+    """Arrays concatenated along `axis`; each is a `FileArray` or the result of its `map`."""
 
     parts: tuple[Any, ...]
     axis: int

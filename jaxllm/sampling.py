@@ -176,7 +176,7 @@ class Sampling:
         return Sampling(**{name: default if value is None else value for name, value, default in both})
 
     def sampler(self) -> Sampler:
-        """The steps that were asked for. Greedy (temperature 0 or None) needs no step but the repetition penalty."""
+        """The requested steps. Greedy sampling (temperature 0 or None) needs only the repetition penalty."""
         steps: list[Step] = []
         if self.repetition_penalty is not None:
             steps.append(RepetitionPenalty(np.float32(self.repetition_penalty)))

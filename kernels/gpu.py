@@ -2,7 +2,7 @@
 
 Every kernel computes `y.T = w @ x.T`: the matrix's rows are the matrix instruction's M, x's rows its N. N may be as
 small as 8 but M is at least 64, so few rows of x cost little. Also, on Hopper only the first operand may come from
-registers, where the codes are decoded. (The other way around, each decoded tile would go through shared memory.)
+registers, where the codes are dequantized. (The other way around, each tile would go through shared memory.)
 """
 
 from collections.abc import Callable, Iterator

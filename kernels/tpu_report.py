@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.formats.mxfp4 import BLOCK
 from jaxllm.kernels.shapes import Shape, abstract_weight
 
-# The last two bring operands to VMEM ahead of time, as they are.
+# The last two prefetch operands to VMEM without changing their layout.
 NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
 INSTRUCTION = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\(")
 

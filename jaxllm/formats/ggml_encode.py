@@ -87,14 +87,14 @@ def _join(*fields: jax.Array) -> jax.Array:
 
 
 def _around_zero(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
-    """The bytes of d and codes `0 .. 2 * half - 1` that stand for d * (q - half): the largest weight gets code 0."""
+    """The bytes of d, and codes q in `0 .. 2 * half - 1`, for d * (q - half): the largest weight gets code 0."""
     d = largest(x) * F32(-1 / half)
     q = jnp.trunc(_apart(x * divide(F32(1), d), 64) + F32(half + 0.5))
     return _f16(d[..., 0])[0], jnp.minimum(q, F32(2 * half - 1)).astype(U8)
 
 
 def _from_minimum(x: jax.Array, levels: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The bytes of d and m and codes `0 .. levels` that stand for d * q + m."""
+    """The bytes of d and m, and codes q in `0 .. levels`, for d * q + m."""
     low = jnp.min(x, axis=-1, keepdims=True)
     d = _over(jnp.max(x, axis=-1, keepdims=True) - low, levels)
     q = jnp.trunc(_apart((x - low) * divide(F32(1), d), 64) + F32(0.5))

@@ -22,7 +22,7 @@ class NVFP4(Weight):
     Attributes:
         blocks: uint8 `[*batch, out, in / 2]`, the even column in the low nibble.
         scales: float8_e4m3fn `[*batch, out, in / 16]`.
-        whole: float32 `[*batch, 1]`, or None for 1.
+        whole: the scale of the entire matrix, float32 `[*batch, 1]`; None means 1.
         divides: whether scales are divided by `whole` instead (compressed-tensors).
     """
 

@@ -17,7 +17,7 @@ class ChatTemplate:
 
     Args:
         source: Jinja text.
-        variables: what it may name besides the messages, such as `bos_token`.
+        variables: what it may use besides the messages, such as `bos_token`.
 
     Raises:
         InputError: the text is not a template.

@@ -60,7 +60,7 @@ class PreTokenizer(NamedTuple):
     """What a name in `tokenizer.ggml.pre` stands for."""
 
     patterns: tuple[str, ...]  # applied in sequence, each to the pieces of the one before; matches and gaps both stay
-    ignore_merges: bool = False  # a piece that is a token is taken whole, even if no merges lead to it
+    ignore_merges: bool = False  # a piece that is a token is used as one, even if no merges lead to it
     add_bos: bool = False  # whether a text starts with BOS when `tokenizer.ggml.add_bos_token` does not say
     byte_level: bool = True  # False: tokens are plain text with U+2581 for spaces, bytes are <0xNN>
 
@@ -164,7 +164,7 @@ _TABLE = {
     ),
     "kimi-k2": PreTokenizer((KIMI,)),
     "superbpe": PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
-    # llama.cpp takes only runs of newlines whole. Other lines that are tokens have merges that lead to them.
+    # llama.cpp keeps only runs of newlines together. Other lines that are tokens have merges that lead to them.
     "gemma4 granite-embed-multi-311m": PreTokenizer((LINES,), ignore_merges=True, add_bos=True, byte_level=False),
     "sarvam-moe": PreTokenizer((LINES,), byte_level=False),
 }

@@ -140,7 +140,7 @@ class Tokenizer:
 
 
 def _template(folder: Path, config: Mapping[str, object]) -> str | None:
-    """The chat template: a file of its own, or an entry of tokenizer_config.json, which may be a list of named ones."""
+    """The chat template: a separate file, or an entry of tokenizer_config.json, perhaps a list of named templates."""
     for name in ("chat_template.jinja", "chat_template.jinja2"):
         if (folder / name).is_file():
             try:
