@@ -1,6 +1,7 @@
 """Operations on the matrix that a layer holds: restore the checkpoint's order, add a delta, requantize.
 
-Nothing here gathers a matrix on one device or on the host: every operation works on the shards in place.
+`requantize` works on the shards in place, and nothing is gathered. `add_delta` encodes the matrix in one computation,
+for which XLA may gather it meanwhile; the result is sharded as before.
 """
 
 from functools import partial
