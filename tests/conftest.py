@@ -12,13 +12,13 @@ BEGUN = pytest.StashKey[float]()
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xdg"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # read by jaxllm, in this process and in the command lines that tests start
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time goes into compiling
 
 import jax  # noqa: E402
 
 import jaxllm  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # of tiny models, compiling takes longer than running
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 

@@ -18,8 +18,6 @@ import jaxllm
 from jaxllm import bench
 from jaxllm.cli import COMMANDS, main
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_hf_float32.json").read_text())
 FRANCE = GOLDEN[1]
 ANSWER = "The capital of France is Paris."

@@ -13,6 +13,8 @@ from covering import some
 import jaxllm
 from jaxllm.language_model import Completion
 
+pytestmark = pytest.mark.optimized  # the demo is large enough for running to count
+
 # Made with transformers at float32 from the same file; ids of the rendered chat, top-5 logits, greedy tokens.
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_hf_float32.json").read_text())
 STORY, FRANCE = GOLDEN

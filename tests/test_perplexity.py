@@ -7,6 +7,8 @@ import pytest
 
 from jaxllm.perplexity import perplexity
 
+pytestmark = pytest.mark.optimized  # the demo is large enough for running to count
+
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = (GOLDEN / "perplexity.txt").read_text()
 THEIRS = json.loads((GOLDEN / "perplexity.json").read_text())  # made by reference/perplexity_llama_cpp.py
