@@ -20,6 +20,20 @@ HF_IGNORED = (
     r"model\.layers\.\d+\.self_attn\.(?:[kv]_scale|[kv]_proj\.(?:[kv]|output)_scale)",
 )
 
+# Both ends of a model, and the norms before its blocks.
+HF_COMMON = (
+    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
+    Rule(r"model\.norm\.weight", "norm.weight"),
+    Rule(r"lm_head\.weight", "lm_head.weight"),
+    Rule(r"model\.layers\.(\d+)\.(input_layernorm|post_attention_layernorm)\.weight", r"layers.\1.\2.weight"),
+)
+GGUF_COMMON = (
+    Rule(r"token_embd\.weight", "embed_tokens.weight"),
+    Rule(r"output_norm\.weight", "norm.weight"),
+    Rule(r"output\.weight", "lm_head.weight"),
+    Rule(r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.input_layernorm.weight"),
+)
+
 
 def hf_ignored(config: Any) -> tuple[str, ...]:
     return HF_IGNORED

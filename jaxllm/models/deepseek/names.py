@@ -8,7 +8,7 @@ import numpy as np
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.deepseek.config import DeepseekConfig
-from jaxllm.models.names import HF_IGNORED, expert_rules
+from jaxllm.models.names import GGUF_COMMON, HF_COMMON, HF_IGNORED, expert_rules
 from jaxllm.models.rule import Rule
 
 
@@ -34,10 +34,7 @@ _G = r"blk\.(\d+)\."
 
 # Rotary parts pair neighbours here too: llama.cpp's converter does not reorder these rows.
 _GGUF = [
-    Rule(r"token_embd\.weight", "embed_tokens.weight"),
-    Rule(r"output_norm\.weight", "norm.weight"),
-    Rule(r"output\.weight", "lm_head.weight"),
-    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    *GGUF_COMMON,
     Rule(_G + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
     Rule(_G + r"attn_q\.weight", _A + "q_proj.weight", _query_rows),
     Rule(_G + r"attn_q_a\.weight", _A + "q_a_proj.weight"),
@@ -68,10 +65,7 @@ def gguf_ignored(config: DeepseekConfig) -> list[str]:
 _M = r"model\.layers\.(\d+)\."
 
 _HF = [
-    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
-    Rule(r"model\.norm\.weight", "norm.weight"),
-    Rule(r"lm_head\.weight", "lm_head.weight"),
-    Rule(_M + r"(input_layernorm|post_attention_layernorm)\.weight", _L + r"\2.weight"),
+    *HF_COMMON,
     Rule(_M + r"self_attn\.(q_proj|q_b_proj)\.weight", _A + r"\2.weight", _query_rows),
     Rule(_M + r"self_attn\.kv_a_proj_with_mqa\.(weight|bias)", _A + r"kv_a_proj_with_mqa.\2", _latent_rows),
     Rule(_M + r"self_attn\.(q_a_proj|kv_b_proj|o_proj)\.(weight|bias)", _A + r"\2.\3"),

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxllm.formats.base import Weight
 from jaxllm.models.gpt_oss.config import GptOssConfig
+from jaxllm.models.names import GGUF_COMMON, HF_COMMON
 from jaxllm.models.rule import Rows, Rule, column, transposed
 
 
@@ -18,10 +19,7 @@ _M, _E = r"model\.layers\.(\d+)\.", r"model\.layers\.(\d+)\.mlp\.experts\."
 _A, _L, _X = r"layers.\1.self_attn.", r"layers.\1.", r"layers.\1.mlp.experts."
 
 _HF = [
-    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
-    Rule(r"model\.norm\.weight", "norm.weight"),
-    Rule(r"lm_head\.weight", "lm_head.weight"),
-    Rule(_M + r"(input_layernorm|post_attention_layernorm)\.weight", _L + r"\2.weight"),
+    *HF_COMMON,
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.sinks", _A + "sinks"),
     Rule(_M + r"mlp\.router\.(weight|bias)", _L + r"mlp.gate.\2"),
@@ -39,10 +37,7 @@ _HF = [
 _G = r"blk\.(\d+)\."
 
 _GGUF = [
-    Rule(r"token_embd\.weight", "embed_tokens.weight"),
-    Rule(r"output_norm\.weight", "norm.weight"),
-    Rule(r"output\.weight", "lm_head.weight"),
-    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    *GGUF_COMMON,
     Rule(_G + r"attn_(q|k|v)\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
     Rule(_G + r"attn_sinks\.weight", _A + "sinks"),

@@ -8,7 +8,7 @@ import numpy as np
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.llama.config import LlamaConfig
-from jaxllm.models.names import expert_rules
+from jaxllm.models.names import GGUF_COMMON, HF_COMMON, expert_rules
 from jaxllm.models.rule import Rows, Rule
 
 
@@ -42,10 +42,7 @@ _A, _L = r"layers.\1.self_attn.", r"layers.\1."
 _G = r"blk\.(\d+)\."
 
 _GGUF = [
-    Rule(r"token_embd\.weight", "embed_tokens.weight"),
-    Rule(r"output_norm\.weight", "norm.weight"),
-    Rule(r"output\.weight", "lm_head.weight"),
-    Rule(_G + r"attn_norm\.weight", _L + "input_layernorm.weight"),
+    *GGUF_COMMON,
     Rule(_G + r"attn_v\.(weight|bias)", _A + r"v_proj.\2"),
     Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
     Rule(_G + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight"),
@@ -90,10 +87,7 @@ _M = r"model\.layers\.(\d+)\."
 _SPARSE = _M + r"(?:mlp|block_sparse_moe)\."
 
 _HF = [
-    Rule(r"model\.embed_tokens\.weight", "embed_tokens.weight"),
-    Rule(r"model\.norm\.weight", "norm.weight"),
-    Rule(r"lm_head\.weight", "lm_head.weight"),
-    Rule(_M + r"(input_layernorm|post_attention_layernorm)\.weight", _L + r"\2.weight"),
+    *HF_COMMON,
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
     *(Rule(_M + r"self_attn\.qkv_proj\.weight", _A + f"{p}_proj.weight", _attention_rows(p, True)) for p in "qkv"),
