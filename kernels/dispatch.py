@@ -92,7 +92,7 @@ def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None 
     if named and (special or named == REFERENCE):
         why = "asked for"
     elif not any(k.platform for k in kernels):
-        why = f"{_format(weight)} has no kernels: it is decoded"
+        why = f"{_format(weight)} has no kernels: it is dequantized"
     else:
         why = "; ".join(refused) or f"there are no kernels for {named or platform}"
     return Choice(kernel, why)

@@ -175,7 +175,7 @@ def test_a_vocabulary_has_at_least_the_special_tokens(tmp_path):
 def test_models_cut_over_several_files_are_refused(tmp_path):
     write(tmp_path / "model.bin", "ggmf 1", TINY)
     (tmp_path / "model.bin.1").touch()
-    with pytest.raises(InputError, match=r"a model cut over several files \(there is model.bin.1\)"):
+    with pytest.raises(InputError, match=r"a model split over several files \(there is model.bin.1\)"):
         open_ggml(tmp_path / "model.bin")
 
 

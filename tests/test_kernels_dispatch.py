@@ -67,7 +67,7 @@ def test_what_runs_where_and_why(name, calls):
 def test_a_format_without_kernels_is_decoded():
     assert (
         dispatch.explain("matmul", X, Q8_0, "tpu")
-        == "matmul of Q8_0 128x256: reference (Q8_0 has no kernels: it is decoded)"
+        == "matmul of Q8_0 128x256: reference (Q8_0 has no kernels: it is dequantized)"
     )
 
 

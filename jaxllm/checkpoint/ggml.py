@@ -106,7 +106,7 @@ def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
     if versions and version not in versions:
         raise InputError(f"{kind} is not supported; known: {', '.join(map(str, versions))}")
     if container != "ggjt" and (more := path.with_name(f"{path.name}.1")).exists():
-        raise InputError(f"a model cut over several files (there is {more.name}), which is not supported")
+        raise InputError(f"a model split over several files (there is {more.name}), which is not supported")
 
     hparams = HParams(*cursor.numbers("<u4", len(fields(HParams))))
     vocabulary = _vocabulary(cursor, hparams.n_vocab, scores=bool(versions))

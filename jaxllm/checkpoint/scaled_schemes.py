@@ -126,7 +126,7 @@ def llm_int8(threshold: float) -> Scheme:
 
     def build(scales: HostArray, values: HostArray, weight_format: HostArray | None = None) -> Scaled:
         if weight_format is not None and np.asarray(weight_format).any():
-            raise InputError("weight_format is not 0: only rows as they are can be read, not tiles for one kind of GPU")
+            raise InputError("weight_format is not 0: only plain rows can be read, not tiles for one kind of GPU")
         out = values.shape[0]
         expect("SCB", scales, out)
         return Scaled(values, scales.reshape(out, 1), (1, None), Activations(threshold=threshold), factor=1 / 127)

@@ -44,7 +44,7 @@ class Activations:
     Attributes:
         group: how many neighbours in a row share a scale; None: the entire row.
         power_of_two: whether scales are rounded up to powers of two, which configs call "ue8m0".
-        threshold: columns with a larger magnitude are not rounded (LLM.int8); 0: all are. Only without groups.
+        threshold: columns with magnitudes of this or more are not rounded (LLM.int8); 0: all are. Only without groups.
         scale: float32 `[*batch, 1]`, one scale from the checkpoint for all rows; None: each row has its own.
     """
 
