@@ -59,13 +59,13 @@ class Entries:
             raise InputError(f"{self.where}: '{key}' is {reprlib.repr(value)}, not {what}")
         return value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 2**24) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = 2**24) -> int:
         what = f"a whole number from {least} to {most}"
         return self.get(key, default, lambda value: type(value) is int and least <= value <= most, what)
 
-    def whole_up_to(self, key: str, limit: int, limit_key: str, default: int | None = None) -> int:
+    def integer_up_to(self, key: str, limit: int, limit_key: str, default: int | None = None) -> int:
         """A whole number from 1 to `limit`, the value of the entry `limit_key`."""
-        value = self.whole(key, default)
+        value = self.integer(key, default)
         if value > limit:
             raise InputError(f"{self.where}: '{key}' is {value}, more than '{limit_key}', which is {limit}")
         return value

@@ -33,7 +33,7 @@ HEAD_STACK = PartitionSpec(TP, None, None)  # a matrix per head [heads, out, in]
 
 EXPERT_COLUMN = PartitionSpec(EP, TP, None)  # a stack [experts, out, in]: experts are sharded over ep,
 EXPERT_ROW = PartitionSpec(EP, None, TP)  # and each expert's matrix over tp
-EXPERT_WHOLE = PartitionSpec(EP, None, None)  # each expert's matrix is complete on its device
+EXPERT_REPLICATED = PartitionSpec(EP, None, None)  # each expert's matrix is complete on its device
 SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, sharded over all devices
 SHARED_ROW = PartitionSpec(None, (EP, TP))
 

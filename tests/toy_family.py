@@ -56,7 +56,7 @@ class RippleConfig:
         given = Entries(config, "config.json")
         sizes = "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
         return cls(
-            **{key: given.whole(key) for key in (*sizes, "head_dim", "sliding_window", "max_position_embeddings")},
+            **{key: given.integer(key) for key in (*sizes, "head_dim", "sliding_window", "max_position_embeddings")},
             layers=given.get("layers", None, lambda v: isinstance(v, str) and set(v) <= set("fsnr"), "letters of fsnr"),
             **{key: given.number(key) for key in ("residual_scale", "score_cap", "logit_cap", "rms_norm_eps")},
             tie_word_embeddings=given.flag("tie_word_embeddings", True),

@@ -63,5 +63,5 @@ def ternary(group: int) -> Scheme:
 
 
 def declared_ternary(entries: Entries, config: Mapping[str, object]) -> Declared:
-    scheme = ternary(entries.whole("group_size"))
+    scheme = ternary(entries.integer("group_size"))
     return Declared(lambda module: [scheme], frozenset({scheme.key}))

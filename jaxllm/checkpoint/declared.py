@@ -193,10 +193,10 @@ def _fused_rows(config: Mapping[str, object]) -> Callable[[int], list[int]]:
 
     def parts(count: int) -> list[int]:
         if count == 2:
-            return [given.whole("intermediate_size")] * 2
-        heads = given.whole("num_attention_heads")
-        dim = given.whole("head_dim", given.whole("hidden_size") // heads)
-        kv = given.whole("num_key_value_heads", heads)
+            return [given.integer("intermediate_size")] * 2
+        heads = given.integer("num_attention_heads")
+        dim = given.integer("head_dim", given.integer("hidden_size") // heads)
+        kv = given.integer("num_key_value_heads", heads)
         return [heads * dim, kv * dim, kv * dim] if count == 3 else []
 
     return parts
@@ -227,7 +227,7 @@ def _mlx(entries: Entries, config: Mapping[str, object]) -> Declared:
             return sizes[mode]
         if mode != "affine":
             raise InputError(f"{given.where}: MLX's mode '{mode}' is not supported")
-        return integer_schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.whole("group_size"))
+        return integer_schemes.mlx(_bits(given, 1, 2, 3, 4, 5, 6, 8), given.integer("group_size"))
 
     usual = scheme(entries)
     # What an override leaves out has MLX's own default, not the other modules' value.
@@ -286,7 +286,7 @@ def _compressed(form: object, weights: Entries, config: Mapping[str, object]) ->
         return fourbit_schemes.MXFP4_COMPRESSED
     if form == "mxfp8-quantized":
         return scaled_schemes.MXFP8
-    bits = weights.whole("num_bits", most=8)
+    bits = weights.integer("num_bits", most=8)
     if form == "pack-quantized":
         group = _group(weights)
         return integer_schemes.pack_quantized(bits, None if group == -1 else group)

@@ -50,13 +50,18 @@ MXFP4_COMPRESSED = Scheme("MXFP4", _codes(".weight_packed") | _powers(".weight_s
 
 def _nvfp4(divides: bool) -> Callable[..., NVFP4]:
     def build(
-        blocks: HostArray, scales: HostArray, whole: HostArray | None = None, input_scale: HostArray | None = None
+        blocks: HostArray,
+        scales: HostArray,
+        global_scale: HostArray | None = None,
+        input_scale: HostArray | None = None,
     ) -> NVFP4:
         blocks, scales = blocks.view(np.uint8), scales.view(ml_dtypes.float8_e4m3fn)
         expect("scales", scales, *blocks.shape[:-1], blocks.shape[-1] // 8)
-        if whole is not None and math.prod(whole.shape) != math.prod(blocks.shape[:-2]):
-            raise InputError(f"a scale of all with shape {[*whole.shape]} for a matrix of {[*blocks.shape]} bytes")
-        return NVFP4(blocks, scales, None if whole is None else whole.reshape(*blocks.shape[:-2], 1), divides)
+        if global_scale is not None and math.prod(global_scale.shape) != math.prod(blocks.shape[:-2]):
+            raise InputError(f"a global scale of shape {[*global_scale.shape]} for a matrix of {[*blocks.shape]} bytes")
+        return NVFP4(
+            blocks, scales, None if global_scale is None else global_scale.reshape(*blocks.shape[:-2], 1), divides
+        )
 
     return build
 
@@ -71,18 +76,18 @@ def _one(name: str, suffix: str) -> dict[str, Part]:
 
 NVFP4_MODELOPT = Scheme(
     "NVFP4",
-    _one("whole", ".weight_scale_2") | _codes(".weight") | _small(".weight_scale"),
+    _one("global_scale", ".weight_scale_2") | _codes(".weight") | _small(".weight_scale"),
     _nvfp4(divides=False),
     _one("input_scale", ".input_scale"),
 )
 NVFP4_COMPRESSED = Scheme(
     "NVFP4",
-    _codes(".weight_packed") | _small(".weight_scale") | _one("whole", ".weight_global_scale"),
+    _codes(".weight_packed") | _small(".weight_scale") | _one("global_scale", ".weight_global_scale"),
     _nvfp4(divides=True),
     _one("input_scale", ".input_global_scale"),
 )
 NVFP4_MLX = Scheme(
-    "NVFP4", _small(".scales") | _codes(".weight"), _nvfp4(divides=False), _one("whole", ".global_scale")
+    "NVFP4", _small(".scales") | _codes(".weight"), _nvfp4(divides=False), _one("global_scale", ".global_scale")
 )
 
 
@@ -103,7 +108,7 @@ def _bnb_4bit(
         raise InputError(f"its 'quant_state' makes no sense: {error}") from error
     if not isinstance(state.values, dict):
         raise InputError("its 'quant_state' is no JSON object")
-    block, whole = state.whole("blocksize"), f"two sizes below {2**24}"
+    block, whole = state.integer("blocksize"), f"two sizes below {2**24}"
     out, in_ = state.get(
         "shape",
         None,
@@ -120,7 +125,7 @@ def _bnb_4bit(
     if absmax.dtype == np.uint8 and (nested_absmax is None or nested_quant_map is None):
         raise InputError("its absmax is quantized, but 'nested_absmax' or 'nested_quant_map' is missing")
     if absmax.dtype == np.uint8:
-        size, codes = state.whole("nested_blocksize"), absmax
+        size, codes = state.integer("nested_blocksize"), absmax
         offset = np.float32(state.number("nested_offset", above=-math.inf))
         expect("nested_absmax", nested_absmax, -(-count // size))
         expect("nested_quant_map", nested_quant_map, 256)

@@ -17,18 +17,18 @@ BLOCK = 16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NVFP4(Weight):
-    """`W[o, i] = E2M1(code of o, i) * (scales[o, i // 16] * whole)`.
+    """`W[o, i] = E2M1(code of o, i) * (scales[o, i // 16] * global_scale)`.
 
     Attributes:
         blocks: uint8 `[*batch, out, in / 2]`, the even column in the low nibble.
         scales: float8_e4m3fn `[*batch, out, in / 16]`.
-        whole: the scale of the entire matrix, float32 `[*batch, 1]`; None means 1.
-        divides: whether scales are divided by `whole` instead (compressed-tensors).
+        global_scale: the scale of the entire matrix, float32 `[*batch, 1]`; None means 1.
+        divides: whether scales are divided by `global_scale` instead (compressed-tensors).
     """
 
     blocks: Leaf
     scales: Leaf
-    whole: Leaf | None
+    global_scale: Leaf | None
     divides: bool = static_field(False)
 
     @property
@@ -38,15 +38,15 @@ class NVFP4(Weight):
     @property
     def axes(self) -> dict[str, Axes]:
         axes: dict[str, Axes] = {"blocks": (Cut("out"), Cut("in", 2)), "scales": (Cut("out"), Cut("in", BLOCK))}
-        return axes if self.whole is None else axes | {"whole": (None,)}
+        return axes if self.global_scale is None else axes | {"global_scale": (None,)}
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         scales = self.scales.astype(jnp.float32)
-        if self.whole is not None:
-            whole = self.whole if self.whole.ndim == 1 else self.whole[..., None]
+        if self.global_scale is not None:
+            overall = self.global_scale if self.global_scale.ndim == 1 else self.global_scale[..., None]
             # XLA would multiply by the reciprocal of a single number; this selection hides that it is one.
-            many = jnp.where(jnp.isnan(scales), scales, whole)
-            scales = scales / many if self.divides else scales * whole
+            many = jnp.where(jnp.isnan(scales), scales, overall)
+            scales = scales / many if self.divides else scales * overall
         values = lookup(e2m1.VALUES, e2m1.unpack(self.blocks))
         return (values * jnp.repeat(scales, BLOCK, axis=-1)).astype(dtype)
 
@@ -56,12 +56,12 @@ class NVFP4(Weight):
         w = jnp.asarray(w, jnp.float32)
         grid = w.reshape(*w.shape[:-1], -1, BLOCK)
         peaks = jnp.max(jnp.abs(grid), axis=-1)
-        whole = jnp.max(peaks, axis=(-2, -1), keepdims=True)[..., 0] / np.float32(6 * 448)
-        whole = jnp.where(whole == 0, 1.0, whole)
-        scales = (peaks / 6 / whole[..., None]).astype(jnp.float8_e4m3fn)
-        steps = scales.astype(jnp.float32) * whole[..., None]
+        overall = jnp.max(peaks, axis=(-2, -1), keepdims=True)[..., 0] / np.float32(6 * 448)
+        overall = jnp.where(overall == 0, 1.0, overall)
+        scales = (peaks / 6 / overall[..., None]).astype(jnp.float8_e4m3fn)
+        steps = scales.astype(jnp.float32) * overall[..., None]
         codes = e2m1.rounded(grid / jnp.where(steps == 0, 1, steps)[..., None])
-        return cls(e2m1.pack(codes.reshape(w.shape)), scales, whole)
+        return cls(e2m1.pack(codes.reshape(w.shape)), scales, overall)
 
     def like(self, w: jax.Array) -> Self:
         return self.from_dense(w)

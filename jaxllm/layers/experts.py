@@ -92,7 +92,7 @@ class Experts(nnx.Module):
         wide, narrow = (num_experts, intermediate_size, 1), (num_experts, hidden_size, 1)
         self.gate_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack, keep=True) if bias else None
         self.up_bias = declare(wide, parallel.EXPERT_COLUMN, rows=places, stack=stack, keep=True) if bias else None
-        self.down_bias = declare(narrow, parallel.EXPERT_WHOLE, stack=stack, keep=True) if bias else None
+        self.down_bias = declare(narrow, parallel.EXPERT_REPLICATED, stack=stack, keep=True) if bias else None
 
     @classmethod
     def from_weight(

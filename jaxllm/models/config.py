@@ -27,12 +27,12 @@ def gguf_entries(metadata: Mapping[str, object], architectures: Sequence[str]) -
 def gguf_vocab_size(given: Entries, tensors: Mapping[str, Weight]) -> int:
     """The vocabulary size: few files have an entry for it, but the embedding table shows it."""
     table = tensors.get("token_embd.weight")
-    return given.whole("vocab_size") if table is None else table.shape[0]
+    return given.integer("vocab_size") if table is None else table.shape[0]
 
 
 def layer_count(config: Entries, key: str, tensors: Collection[str]) -> int:
     """The number of layers. It cannot exceed the number of tensors, if these are known (`tensors` not empty)."""
-    count = config.whole(key, most=MANY)
+    count = config.integer(key, most=MANY)
     if tensors and count > len(tensors):
         raise InputError(f"{config.where}: '{key}' is {count}, but there are {len(tensors)} tensors only")
     return count

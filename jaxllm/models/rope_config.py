@@ -35,11 +35,11 @@ def gguf_rope(
         InputError: a key is missing, has an impossible value, or asks for something that is not supported.
     """
     theta = given.number("rope.freq_base", 10000.0, above=1.0)
-    dim = given.whole_up_to("rope.dimension_count", head_dim, "attention.key_length", head_dim)
+    dim = given.integer_up_to("rope.dimension_count", head_dim, "attention.key_length", head_dim)
     if dim % 2:
         raise InputError(f"{given.where}: 'rope.dimension_count' is {dim}, which must be even")
-    context = given.whole("context_length", most=POSITIONS)
-    original = given.whole("rope.scaling.original_context_length", max(context, 2), 2, POSITIONS)
+    context = given.integer("context_length", most=POSITIONS)
+    original = given.integer("rope.scaling.original_context_length", max(context, 2), 2, POSITIONS)
     extra = given.number("rope.scaling.attn_factor", 1.0)
     base = rope.frequencies(dim, theta)
 
@@ -121,9 +121,9 @@ def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Co
         )
     theta = having("rope_theta").number("rope_theta", 10000.0, above=1.0)
     base = rope.frequencies(dim, theta)
-    context = config.whole("max_position_embeddings", 2048, most=POSITIONS)
+    context = config.integer("max_position_embeddings", 2048, most=POSITIONS)
     before = having("original_max_position_embeddings")
-    original = before.whole("original_max_position_embeddings", max(context, 2), 2, POSITIONS)
+    original = before.integer("original_max_position_embeddings", max(context, 2), 2, POSITIONS)
     scale = 1.0
 
     if kind in ("longrope", "su"):

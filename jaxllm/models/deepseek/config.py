@@ -135,36 +135,36 @@ class DeepseekConfig:
         given = Entries(config, "config.json")
         kind = given.choice("model_type", MODEL_TYPES)
         check_activation(given)
-        given.whole("moe_layer_freq", 1, most=1)  # other values would put dense layers between sparse ones
+        given.integer("moe_layer_freq", 1, most=1)  # other values would put dense layers between sparse ones
         v3 = kind == "deepseek_v3"
         method = given.choice("topk_method", TOPK_METHODS, "noaux_tc" if v3 else "greedy")
-        heads = given.whole("num_attention_heads", most=MANY)
+        heads = given.integer("num_attention_heads", most=MANY)
         nope, rotary, value = _head_dims(given, heads)
         frequencies, scale = _hf_yarn(given, rotary)
         names = HF_ROUTING if v3 or method == "group_limited_greedy" else (*HF_ROUTING[:2], "", "")
         return cls(
             model_type=kind,
-            vocab_size=given.whole("vocab_size"),
-            hidden_size=given.whole("hidden_size"),
-            intermediate_size=given.whole("intermediate_size"),
-            moe_intermediate_size=given.whole("moe_intermediate_size"),
+            vocab_size=given.integer("vocab_size"),
+            hidden_size=given.integer("hidden_size"),
+            intermediate_size=given.integer("intermediate_size"),
+            moe_intermediate_size=given.integer("moe_intermediate_size"),
             num_hidden_layers=layer_count(given, "num_hidden_layers", tensors),
-            first_k_dense_replace=given.whole("first_k_dense_replace", 0, 0, MANY),
+            first_k_dense_replace=given.integer("first_k_dense_replace", 0, 0, MANY),
             num_attention_heads=heads,
-            n_shared_experts=given.whole("n_shared_experts", 0, 0, MANY),
+            n_shared_experts=given.integer("n_shared_experts", 0, 0, MANY),
             **_routing(given, *names, least=2 if v3 else 1),
             scoring_func=given.choice("scoring_func", SCORING, "sigmoid" if v3 else "softmax"),
             group_score="top2" if v3 else "max",
             norm_topk_prob=given.flag("norm_topk_prob", v3),
             routed_scaling_factor=given.number("routed_scaling_factor", 1.0),
             has_correction_bias=any(name.endswith("e_score_correction_bias") for name in tensors) if tensors else v3,
-            q_lora_rank=given.whole("q_lora_rank", 0, 0) or None,
-            kv_lora_rank=given.whole("kv_lora_rank"),
+            q_lora_rank=given.integer("q_lora_rank", 0, 0) or None,
+            kv_lora_rank=given.integer("kv_lora_rank"),
             qk_nope_head_dim=nope,
             qk_rope_head_dim=rotary,
             v_head_dim=value,
             rms_norm_eps=given.number("rms_norm_eps", 1e-6, most=1.0),
-            max_position_embeddings=given.whole("max_position_embeddings", 2048, most=POSITIONS),
+            max_position_embeddings=given.integer("max_position_embeddings", 2048, most=POSITIONS),
             tie_word_embeddings=given.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             attention_bias=given.flag("attention_bias"),
             rope=frequencies,
@@ -186,36 +186,36 @@ class DeepseekConfig:
         def head(key: str) -> int:
             """A head's size. In files with kv_b in two stacks, `key` itself is the size of a latent key or value."""
             key = f"{key}_mla" if f"{key}_mla" in given else key
-            return given.whole(key, most=min(MANY, WIDEST // heads))
+            return given.integer(key, most=min(MANY, WIDEST // heads))
 
-        heads = given.whole("attention.head_count", most=MANY)
+        heads = given.integer("attention.head_count", most=MANY)
         key, value = head("attention.key_length"), head("attention.value_length")
-        rotary = given.whole("rope.dimension_count", most=key - 1)
+        rotary = given.integer("rope.dimension_count", most=key - 1)
         biased = any(name.endswith("exp_probs_b.bias") for name in tensors)
         frequencies, scale = _gguf_yarn(given, tensors, rotary)
         return cls(
             model_type=arch,
             vocab_size=gguf_vocab_size(given, tensors),
-            hidden_size=given.whole("embedding_length"),
-            intermediate_size=given.whole("feed_forward_length"),
-            moe_intermediate_size=given.whole("expert_feed_forward_length"),
+            hidden_size=given.integer("embedding_length"),
+            intermediate_size=given.integer("feed_forward_length"),
+            moe_intermediate_size=given.integer("expert_feed_forward_length"),
             num_hidden_layers=min([layer_count(given, "block_count", tensors), *_predicting_layers(tensors)]),
-            first_k_dense_replace=given.whole("leading_dense_block_count", 0, 0, MANY),
+            first_k_dense_replace=given.integer("leading_dense_block_count", 0, 0, MANY),
             num_attention_heads=heads,
-            n_shared_experts=given.whole("expert_shared_count", 0, 0, MANY),
+            n_shared_experts=given.integer("expert_shared_count", 0, 0, MANY),
             **_routing(given, *GGUF_ROUTING, least=2 if biased else 1),
             scoring_func=_gguf_scoring(given, biased),
             group_score="top2" if biased else "max",
             norm_topk_prob=given.flag("expert_weights_norm"),
             routed_scaling_factor=given.number("expert_weights_scale", 0.0, least=0.0) or 1.0,
             has_correction_bias=biased,
-            q_lora_rank=given.whole("attention.q_lora_rank", 0, 0) or None,
-            kv_lora_rank=given.whole("attention.kv_lora_rank"),
+            q_lora_rank=given.integer("attention.q_lora_rank", 0, 0) or None,
+            kv_lora_rank=given.integer("attention.kv_lora_rank"),
             qk_nope_head_dim=key - rotary,
             qk_rope_head_dim=rotary,
             v_head_dim=value,
             rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
-            max_position_embeddings=given.whole("context_length", most=POSITIONS),
+            max_position_embeddings=given.integer("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             attention_bias=False,
             rope=frequencies,
@@ -238,27 +238,27 @@ class DeepseekConfig:
         given = Entries(demo_args(args), "ModelArgs")
         sigmoid = given.values["score_func"] == "sigmoid"
         biased = any(name.endswith(".gate.bias") for name in tensors) if tensors else sigmoid
-        heads, positions = given.whole("n_heads", most=MANY), given.whole("max_seq_len", most=POSITIONS)
+        heads, positions = given.integer("n_heads", most=MANY), given.integer("max_seq_len", most=POSITIONS)
         nope, rotary, value = _head_dims(given, heads)
         frequencies, scale = _demo_yarn(given, rotary)
         return cls(
             model_type=DEMO_TYPE,
-            vocab_size=given.whole("vocab_size"),
-            hidden_size=given.whole("dim"),
-            intermediate_size=given.whole("inter_dim"),
-            moe_intermediate_size=given.whole("moe_inter_dim"),
+            vocab_size=given.integer("vocab_size"),
+            hidden_size=given.integer("dim"),
+            intermediate_size=given.integer("inter_dim"),
+            moe_intermediate_size=given.integer("moe_inter_dim"),
             num_hidden_layers=layer_count(given, "n_layers", tensors),
-            first_k_dense_replace=given.whole("n_dense_layers", least=0, most=MANY),
+            first_k_dense_replace=given.integer("n_dense_layers", least=0, most=MANY),
             num_attention_heads=heads,
-            n_shared_experts=given.whole("n_shared_experts", least=0, most=MANY),
+            n_shared_experts=given.integer("n_shared_experts", least=0, most=MANY),
             **_routing(given, *DEMO_ROUTING, least=2 if biased else 1),
             scoring_func=given.choice("score_func", SCORING),
             group_score="top2" if biased else "max",
             norm_topk_prob=sigmoid,
             routed_scaling_factor=given.number("route_scale"),
             has_correction_bias=biased,
-            q_lora_rank=given.whole("q_lora_rank", least=0) or None,
-            kv_lora_rank=given.whole("kv_lora_rank"),
+            q_lora_rank=given.integer("q_lora_rank", least=0) or None,
+            kv_lora_rank=given.integer("kv_lora_rank"),
             qk_nope_head_dim=nope,
             qk_rope_head_dim=rotary,
             v_head_dim=value,
@@ -285,15 +285,15 @@ def demo_args(args: Mapping[str, object]) -> dict[str, Any]:
     given = Entries(DEMO_DEFAULTS | {key: value for key, value in args.items() if value is not None}, "ModelArgs")
     given.choice("dtype", ("bf16", "fp8"))
     given.choice("scale_fmt", ("ue8m0", "float"), "float")
-    given.whole("max_batch_size")
+    given.integer("max_batch_size")
     return dict(given.values)
 
 
 def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
     """Dimensions of a head: without position, rotary, and of values. A config.json and ModelArgs share these keys."""
     most = min(MANY, WIDEST // heads)
-    nope, rotary = config.whole("qk_nope_head_dim", 128, most=most), config.whole("qk_rope_head_dim", 64, most=most)
-    return nope, rotary, config.whole("v_head_dim", 128, most=most)
+    nope, rotary = config.integer("qk_nope_head_dim", 128, most=most), config.integer("qk_rope_head_dim", 64, most=most)
+    return nope, rotary, config.integer("v_head_dim", 128, most=most)
 
 
 def _routing(
@@ -305,13 +305,13 @@ def _routing(
         groups, limited: "" if the model does not choose groups.
         least: how many experts a group's score needs at least.
     """
-    count = config.whole(experts, most=MANY)
-    used = config.whole_up_to(chosen, count, experts)
+    count = config.integer(experts, most=MANY)
+    used = config.integer_up_to(chosen, count, experts)
     sizes = {"n_routed_experts": count, "num_experts_per_tok": used}
     if not groups:
         return sizes | {"n_group": 1, "topk_group": 1}
-    number = config.whole_up_to(groups, count, experts, 1)
-    kept = config.whole_up_to(limited, number, groups, 1)
+    number = config.integer_up_to(groups, count, experts, 1)
+    kept = config.integer_up_to(limited, number, groups, 1)
     if count % number or (number > 1 and count // number < least):
         raise InputError(
             f"{config.where}: {count} experts ('{experts}') are not {number} equal groups ('{groups}') of {least} or "
@@ -342,13 +342,13 @@ def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
     values: dict[str, Any] = {
         "rope_theta": given.number("rope_theta", above=1.0),
         "factor": given.number("rope_factor"),
-        "original_max_position_embeddings": given.whole("original_seq_len", least=2, most=POSITIONS),
+        "original_max_position_embeddings": given.integer("original_seq_len", least=2, most=POSITIONS),
         "beta_fast": given.number("beta_fast"),
         "beta_slow": given.number("beta_slow"),
         "mscale": mscale,
         "mscale_all_dim": mscale,
     }
-    stretched = given.whole("max_seq_len", most=POSITIONS) > values["original_max_position_embeddings"]
+    stretched = given.integer("max_seq_len", most=POSITIONS) > values["original_max_position_embeddings"]
     values["rope_type"] = "yarn" if stretched else "default"
     return _hf_yarn(Entries({"rope_parameters": values}, given.where), dim)
 
@@ -364,7 +364,7 @@ def _gguf_yarn(given: Entries, tensors: Mapping[str, Weight], dim: int) -> tuple
 
 def _gguf_scoring(given: Entries, biased: bool) -> str:
     """The scoring function. Files without the key are V2, or V3 from before the key; only V3 has the bias."""
-    number = given.whole("expert_gating_func", 0, 0) or (2 if biased else 1)
+    number = given.integer("expert_gating_func", 0, 0) or (2 if biased else 1)
     if number not in GGUF_SCORING:
         raise InputError(f"{given.where}: 'expert_gating_func' {number} is not supported; 1 and 2 are")
     return GGUF_SCORING[number]

@@ -77,27 +77,27 @@ class GptOssConfig:
         entries = Entries(given, "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
         check_activation(entries)
-        heads, hidden = entries.whole("num_attention_heads", most=MANY), entries.whole("hidden_size")
-        kv_heads = entries.whole("num_key_value_heads", heads, most=MANY)
+        heads, hidden = entries.integer("num_attention_heads", most=MANY), entries.integer("hidden_size")
+        kv_heads = entries.integer("num_key_value_heads", heads, most=MANY)
         check_shared(entries, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
-        head_dim = entries.whole("head_dim", 64, most=min(MANY, WIDEST // heads))
+        head_dim = entries.integer("head_dim", 64, most=min(MANY, WIDEST // heads))
         count = layer_count(entries, "num_hidden_layers", tensors)
-        window = entries.whole("sliding_window", 128, 1, POSITIONS)
+        window = entries.integer("sliding_window", 128, 1, POSITIONS)
         windows = typed_windows(entries, count, window) if "layer_types" in entries else _by_turns(count, window)
-        experts = entries.whole("num_local_experts", most=MANY)
+        experts = entries.integer("num_local_experts", most=MANY)
         return cls(
             model_type=kind,
-            vocab_size=entries.whole("vocab_size"),
+            vocab_size=entries.integer("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=entries.whole("intermediate_size"),
+            intermediate_size=entries.integer("intermediate_size"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             num_local_experts=experts,
-            num_experts_per_tok=entries.whole_up_to("num_experts_per_tok", experts, "num_local_experts", 4),
+            num_experts_per_tok=entries.integer_up_to("num_experts_per_tok", experts, "num_local_experts", 4),
             sliding_windows=tuple(windows),
             rms_norm_eps=entries.number("rms_norm_eps", 1e-5, most=1.0),
-            max_position_embeddings=entries.whole("max_position_embeddings", 131072, most=POSITIONS),
+            max_position_embeddings=entries.integer("max_position_embeddings", 131072, most=POSITIONS),
             tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             attention_bias=entries.flag("attention_bias", True),
             swiglu_alpha=entries.number("swiglu_alpha", SWIGLU_ALPHA),
@@ -114,25 +114,25 @@ class GptOssConfig:
         """
         arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
         count = layer_count(given, "block_count", tensors)
-        window = given.whole("attention.sliding_window", 128, 1, POSITIONS)
-        heads = given.whole("attention.head_count", most=MANY)
-        kv_heads = given.whole("attention.head_count_kv", heads, most=MANY)
+        window = given.integer("attention.sliding_window", 128, 1, POSITIONS)
+        heads = given.integer("attention.head_count", most=MANY)
+        kv_heads = given.integer("attention.head_count_kv", heads, most=MANY)
         check_shared(given, "attention.head_count", heads, "attention.head_count_kv", kv_heads)
-        head_dim = given.whole("attention.key_length", most=min(MANY, WIDEST // heads))
-        experts = given.whole("expert_count", most=MANY)
+        head_dim = given.integer("attention.key_length", most=min(MANY, WIDEST // heads))
+        experts = given.integer("expert_count", most=MANY)
         return cls(
             model_type=arch,
             vocab_size=gguf_vocab_size(given, tensors),
-            hidden_size=given.whole("embedding_length"),
-            intermediate_size=given.whole("expert_feed_forward_length"),
+            hidden_size=given.integer("embedding_length"),
+            intermediate_size=given.integer("expert_feed_forward_length"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             num_local_experts=experts,
-            num_experts_per_tok=given.whole_up_to("expert_used_count", experts, "expert_count"),
+            num_experts_per_tok=given.integer_up_to("expert_used_count", experts, "expert_count"),
             sliding_windows=tuple(_by_turns(count, window)),
             rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
-            max_position_embeddings=given.whole("context_length", most=POSITIONS),
+            max_position_embeddings=given.integer("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             attention_bias="blk.0.attn_q.bias" in tensors,
             swiglu_alpha=SWIGLU_ALPHA,

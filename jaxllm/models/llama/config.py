@@ -74,7 +74,7 @@ class LlamaConfig:
             InputError: a key is missing or has no sensible value.
         """
         arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
-        count, hidden = layer_count(given, "block_count", tensors), given.whole("embedding_length")
+        count, hidden = layer_count(given, "block_count", tensors), given.integer("embedding_length")
 
         def has(name: str) -> bool:
             return any(f"blk.{i}.{name}" in tensors for i in range(count))
@@ -83,15 +83,15 @@ class LlamaConfig:
         if moe is None and any(layer.sparse for layer in layers):
             raise InputError(f"{given.where}: there are layers with a router, but 'expert_count' is missing or 0")
         heads = max(layer.num_attention_heads for layer in layers)
-        head_dim = given.whole("attention.key_length", hidden // heads, most=min(MANY, WIDEST // heads))
+        head_dim = given.integer("attention.key_length", hidden // heads, most=min(MANY, WIDEST // heads))
         return cls(
             model_type=arch,
             vocab_size=gguf_vocab_size(given, tensors),
             hidden_size=hidden,
             head_dim=head_dim,
-            v_head_dim=given.whole("attention.value_length", head_dim, most=min(MANY, WIDEST // heads)),
+            v_head_dim=given.integer("attention.value_length", head_dim, most=min(MANY, WIDEST // heads)),
             rms_norm_eps=given.number("attention.layer_norm_rms_epsilon", most=1.0),
-            max_position_embeddings=given.whole("context_length", most=POSITIONS),
+            max_position_embeddings=given.integer("context_length", most=POSITIONS),
             tie_word_embeddings="output.weight" not in tensors,
             qkv_bias=has("attn_q.bias") or has("attn_qkv.bias"),
             o_bias=has("attn_output.bias"),
@@ -116,13 +116,13 @@ class LlamaConfig:
         entries = Entries(config, "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
         check_activation(entries)
-        hidden, heads = entries.whole("hidden_size"), entries.whole("num_attention_heads", most=MANY)
-        kv_heads = entries.whole("num_key_value_heads", heads, most=MANY)
+        hidden, heads = entries.integer("hidden_size"), entries.integer("num_attention_heads", most=MANY)
+        kv_heads = entries.integer("num_key_value_heads", heads, most=MANY)
         check_shared(entries, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
-        head_dim = entries.whole(
+        head_dim = entries.integer(
             "head_dim", 128 if kind == "qwen3" else hidden // heads, most=min(MANY, WIDEST // heads)
         )
-        width, bias = entries.whole("intermediate_size"), entries.flag("attention_bias")
+        width, bias = entries.integer("intermediate_size"), entries.flag("attention_bias")
         windows = _hf_windows(entries, kind, layer_count(entries, "num_hidden_layers", tensors))
         sparse, moe = _hf_experts(entries, kind, width)
 
@@ -131,12 +131,12 @@ class LlamaConfig:
 
         return cls(
             model_type=kind,
-            vocab_size=entries.whole("vocab_size"),
+            vocab_size=entries.integer("vocab_size"),
             hidden_size=hidden,
             head_dim=head_dim,
             v_head_dim=head_dim,
             rms_norm_eps=entries.number("rms_norm_eps", 1e-6, most=1.0),
-            max_position_embeddings=entries.whole("max_position_embeddings", 2048, most=POSITIONS),
+            max_position_embeddings=entries.integer("max_position_embeddings", 2048, most=POSITIONS),
             tie_word_embeddings=entries.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
             qkv_bias=bias or kind in ("qwen2", "qwen2_moe") or has("self_attn.q_proj"),
             o_bias=bias or has("self_attn.o_proj"),
@@ -153,7 +153,7 @@ def _gguf_layers(given: Entries, count: int, tensors: Mapping[str, Weight]) -> t
     heads = per_layer(given, heads_key, count)
     kv_heads = per_layer(given, kv_key, count, heads)
     widths = per_layer(given, width_key, count, 0, least=0)  # not needed for sparse layers
-    window = given.whole("attention.sliding_window", 0, 0, POSITIONS) or None
+    window = given.integer("attention.sliding_window", 0, 0, POSITIONS) or None
     layers = []
     for i, (h, kv, width) in enumerate(zip(heads, kv_heads, widths, strict=True)):
         check_shared(given, heads_key, h, kv_key, kv)
@@ -165,13 +165,15 @@ def _gguf_layers(given: Entries, count: int, tensors: Mapping[str, Weight]) -> t
 
 
 def _gguf_experts(given: Entries, arch: str, tensors: Mapping[str, Weight]) -> MoEConfig | None:
-    if not (experts := given.whole("expert_count", 0, 0, MANY)):
+    if not (experts := given.integer("expert_count", 0, 0, MANY)):
         return None
     width: Any = given.values.get("feed_forward_length")
     return MoEConfig(
         num_experts=experts,
-        num_experts_per_tok=given.whole_up_to("expert_used_count", experts, "expert_count"),
-        moe_intermediate_size=given.whole("expert_feed_forward_length", width[0] if isinstance(width, list) else width),
+        num_experts_per_tok=given.integer_up_to("expert_used_count", experts, "expert_count"),
+        moe_intermediate_size=given.integer(
+            "expert_feed_forward_length", width[0] if isinstance(width, list) else width
+        ),
         norm_topk_prob=given.flag("expert_weights_norm", arch != "qwen2moe"),
         shared_expert_intermediate_size=_shared_size(tensors),
     )
@@ -183,7 +185,7 @@ def _shared_size(tensors: Mapping[str, Weight]) -> int | None:
 
 def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
     """The sliding window of each layer. Each architecture says in its own way which layers have one."""
-    window = config.whole("sliding_window", 0, 0, POSITIONS)
+    window = config.integer("sliding_window", 0, 0, POSITIONS)
     qwen = kind.startswith("qwen")
     used = config.flag("use_sliding_window", default=not qwen)
     if not window or kind == "llama" or not used:
@@ -192,7 +194,7 @@ def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
         return typed_windows(config, count, window)
     if not qwen or kind == "qwen3_moe":
         return [window] * count
-    bound = config.whole("max_window_layers", 28, 0)
+    bound = config.integer("max_window_layers", 28, 0)
     if kind == "qwen2_moe":
         return [window if i % 2 == 0 and i < bound else None for i in range(count)]
     return [window if i >= bound else None for i in range(count)]
@@ -201,7 +203,7 @@ def _hf_windows(config: Entries, kind: str, count: int) -> list[int | None]:
 def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int], bool], MoEConfig | None]:
     """Which layers are sparse, and the configuration that they share."""
     name = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe") or not (experts := config.whole(name, 0, 0, MANY)):
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe") or not (experts := config.integer(name, 0, 0, MANY)):
         return lambda i: False, None
     dense = config.get(
         "mlp_only_layers",
@@ -209,12 +211,12 @@ def _hf_experts(config: Entries, kind: str, width: int) -> tuple[Callable[[int],
         lambda value: isinstance(value, list) and all(type(i) is int and i >= 0 for i in value),
         "a list of whole numbers",
     )
-    step = config.whole("decoder_sparse_step", 1)
-    shared = config.whole("shared_expert_intermediate_size") if kind == "qwen2_moe" else None
+    step = config.integer("decoder_sparse_step", 1)
+    shared = config.integer("shared_expert_intermediate_size") if kind == "qwen2_moe" else None
     moe = MoEConfig(
         num_experts=experts,
-        num_experts_per_tok=config.whole_up_to("num_experts_per_tok", experts, name, 2),
-        moe_intermediate_size=config.whole("moe_intermediate_size", width),
+        num_experts_per_tok=config.integer_up_to("num_experts_per_tok", experts, name, 2),
+        moe_intermediate_size=config.integer("moe_intermediate_size", width),
         norm_topk_prob=kind == "mixtral" or config.flag("norm_topk_prob"),
         shared_expert_intermediate_size=shared,
     )
