@@ -14,12 +14,38 @@ os.environ["XDG_CACHE_HOME"] = str(CACHE)  # read by jaxllm, in this process and
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 import jaxllm  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # of tiny models, compiling takes longer than running
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def field(number, payload):
+    """Bytes of a message's field, as protocol buffers write those below 16,384 that hold less than 128 bytes."""
+    tag = number << 3 | 2
+    return (bytes([tag]) if tag < 128 else bytes([tag & 127 | 128, tag >> 7])) + bytes([len(payload)]) + payload
+
+
+# CompileOptions.executable_build_options.debug_options.xla_backend_extra_options, a map that nothing but XLA_FLAGS sets,
+# which would hold for all tests. Messages that follow each other are merged.
+OLD_EMITTERS = field(3, field(3, field(500, field(1, b"xla_cpu_disable_new_fusion_emitters") + field(2, b"true"))))
+get_compile_options = compiler.get_compile_options
+
+
+def quick_compile_options(*args, **kwargs):
+    """Where optimizations are off, also XLA's older emitters, all in one module: a MLIR context for each fusion is what
+    the newer ones spend a third of the compiler's time on."""
+    options = get_compile_options(*args, **kwargs)
+    if options.executable_build_options.debug_options.xla_backend_optimization_level == 0:
+        options = options.ParseFromString(options.SerializeAsString() + OLD_EMITTERS)
+        options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_parallel_codegen_split_count", 1)]
+    return options
+
+
+compiler.get_compile_options = quick_compile_options
 
 
 def pytest_addoption(parser):
