@@ -1,6 +1,8 @@
-"""The command line as its users run it: a process, its two output streams and its exit code."""
+"""The command line: its two output streams and its exit code. Few of these tests start processes, which is what its
+users do; the others call the same `main`, and share what they loaded and compiled."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -23,24 +25,25 @@ FRANCE = GOLDEN[1]
 ANSWER = "The capital of France is Paris."
 
 
-def run(*args, stdin="", model="demo"):
-    command = [sys.executable, "-m", "jaxllm.generate", "--model", model, *args]
+FLOAT, TP = ["--dtype", "float32"], ["--tp", "2"]
+
+
+# Processes.
+
+
+def start(*args, **options):
+    """A process of the command line that knows nothing of pytest's eight devices."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def test_text_goes_to_stdout_and_rates_to_stderr():
-    done = run("--prompt", FRANCE["prompt"], "--dtype", "float32")
-    assert (done.returncode, done.stdout) == (0, ANSWER + "\n")
-    assert "prompt 37 tokens" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "%|" not in done.stderr  # no progress bars where nobody watches
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, *map(str, args)], text=True, env=environment, **streams)
 
 
 def test_json_is_one_object_and_nothing_else():
-    done = run("--prompt", FRANCE["prompt"], "--dtype", "float32", "--json", "--tp", "2")
-    assert done.stdout.count("\n") == 1
-    got = json.loads(done.stdout)
+    process = start("-m", "jaxllm.generate", "--model", "demo", "--prompt", FRANCE["prompt"], *FLOAT, "--json", *TP)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert out.count("\n") == 1
+    got = json.loads(out)
     assert got.pop("prefill_tok_s") > 0
     assert got.pop("decode_tok_s") > 0
     assert got == {
@@ -53,21 +56,68 @@ def test_json_is_one_object_and_nothing_else():
     }
 
 
-def test_a_file_of_prompts_is_answered_in_order(tmp_path):
+def test_an_error_is_the_exit_code_of_the_process():
+    process = start("-m", "jaxllm", "generate", "--model", "/no/such.gguf", "--prompt", "x")
+    assert process.communicate(timeout=300) == ("", "error: /no/such.gguf: no such file\n")
+    assert process.returncode == 2
+
+
+def test_a_reader_that_has_left_is_no_error(untokenized):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("-m", "jaxllm", "generate", "--model", untokenized[0], "--prompt-ids", "3,14", stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, jaxllm.cli; jaxllm.cli.main(['--help']); print({'jax', 'numpy', 'flax'} & set(sys.modules))"
+    out, _ = start("-c", code).communicate(timeout=300)
+    assert out.endswith("\nset()\n")
+
+
+# The demo in this process.
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, load_once):
+    """`jaxllm generate` with the demo: exit code, stdout, stderr. What it loads is kept for other tests."""
+    given = {"mesh": None, "dtype": None, "quantize": None, "weights": None, "max_seq_len": None, "attention": None}
+
+    def load(path, **options):
+        return load_once(path, **{name: value for name, value in options.items() if value != given.get(name)})
+
+    def generate(*args, model="demo", stdin=""):
+        monkeypatch.setattr("jaxllm.generate.load", load)
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        return command(capsys, "generate", "--model", model, *args)
+
+    return generate
+
+
+def test_text_goes_to_stdout_and_rates_to_stderr(run):
+    code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT)
+    assert (code, out) == (0, ANSWER + "\n")
+    assert re.fullmatch(r"\[prompt 37 tokens, .*\]\n", err)  # no progress bars where nobody watches
+
+
+def test_a_file_of_prompts_is_answered_in_order(run, tmp_path):
     prompts = [g["prompt"] for g in GOLDEN]
     (tmp_path / "in.txt").write_text("\n\n".join(prompts) + "\n")
-    done = run("--input-file", str(tmp_path / "in.txt"), "--json", "--dtype", "float32", "--max-new-tokens", "12")
-    got = [json.loads(line) for line in done.stdout.splitlines()]
+    code, out, _ = run("--input-file", tmp_path / "in.txt", "--json", *FLOAT, "--max-new-tokens", 12)
+    got = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
     assert [g["prompt"] for g in got] == prompts
     assert [g["tokens"] for g in got] == [g["new"][:12] for g in GOLDEN]
     assert [g["finish_reason"] for g in got] == ["length", "stop"]
 
 
-def test_a_conversation_through_a_pipe():
+def test_a_conversation_through_stdin(run):
     lines = [FRANCE["prompt"], "", "And what did I ask?", "/clear", FRANCE["prompt"], "/exit", "never read"]
-    done = run("--interactive", "--json", "--dtype", "float32", "--max-new-tokens", "8", stdin="\n".join(lines))
-    first, second, third = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0
+    code, out, _ = run("--interactive", "--json", *FLOAT, "--max-new-tokens", 8, stdin="\n".join(lines))
+    first, second, third = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
     assert first["tokens"] == third["tokens"] == FRANCE["new"]
     assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["tokens"])  # it holds what was said before
     assert third["prompt_tokens"] == first["prompt_tokens"]
@@ -75,25 +125,18 @@ def test_a_conversation_through_a_pipe():
     assert first["prompt_tokens"] <= second["cached_tokens"] < second["prompt_tokens"]
 
 
-def test_a_conversation_that_outgrows_the_context_goes_on():
+def test_a_conversation_that_outgrows_the_context_goes_on(run):
     lines = [FRANCE["prompt"], "word " * 50, "/clear", FRANCE["prompt"]]
-    done = run("--interactive", "--max-seq-len", "64", "--dtype", "float32", stdin="\n".join(lines))
-    assert done.stdout == f"{ANSWER}\n{ANSWER}\n"
-    assert "error: the prompt has " in done.stderr
-    assert "/clear starts a new conversation" in done.stderr
+    _, out, err = run("--interactive", "--max-seq-len", 64, *FLOAT, stdin="\n".join(lines))
+    assert out == f"{ANSWER}\n{ANSWER}\n"
+    assert "error: the prompt has " in err
+    assert "/clear starts a new conversation" in err
 
 
-def test_raw_text_is_continued_as_it_stands():
-    done = run("--raw", "--prompt", "The capital of France is", "--max-new-tokens", "1", "--json", "--dtype", "float32")
-    got = json.loads(done.stdout)
+def test_raw_text_is_continued_as_it_stands(run):
+    _, out, _ = run("--raw", "--prompt", "The capital of France is", "--max-new-tokens", 1, "--json", *FLOAT)
+    got = json.loads(out)
     assert (got["prompt_tokens"], got["text"]) == (5, " Paris")
-
-
-def test_a_reader_that_leaves_early_is_no_error():
-    ours = f"{sys.executable} -m jaxllm.generate --model demo --prompt 'Count to 100.'"
-    command = ["bash", "-c", f"{ours} | head -c 1; exit ${{PIPESTATUS[0]}}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 ERRORS = {
@@ -107,41 +150,44 @@ ERRORS = {
     "no such prompts": (["--input-file", "/no/prompts"], "/no/prompts: No such file", "demo"),
     "prompts that are not text": (["--input-file", sys.executable], "codec can't decode", "demo"),
     "no devices": (["--prompt", "x", "--tp", "0"], "--tp and --ep must be 1 or above", "demo"),
-    "negative temperature": (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0: must be", "demo"),
-    "no tokens": (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0: must be", "demo"),
-    "prompt too long": (["--prompt", "x " * 99, "--max-seq-len", "64"], "but the context holds 64", "demo"),
-    "empty prompt": (["--prompt", "", "--raw"], "the prompt is empty", "demo"),
+    "negative temperature": (["--prompt", "x", *FLOAT, "--temperature", "-1"], "temperature=-1.0: must be", "demo"),
+    "no tokens": (["--prompt", "x", *FLOAT, "--max-new-tokens", "0"], "max_new_tokens=0: must be", "demo"),
+    "prompt too long": (["--prompt", "x " * 99, *FLOAT, "--max-seq-len", 64], "but the context holds 64", "demo"),
+    "empty prompt": (["--prompt", "", "--raw", *FLOAT], "the prompt is empty", "demo"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line_and_exit_code_2(name):
+def test_an_error_is_one_line_and_exit_code_2(run, name):
     args, message, model = ERRORS[name]
-    done = run(*args, model=model)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    code, out, err = run(*args, model=model)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
-def test_debug_shows_the_traceback():
-    assert "Traceback" in run("--prompt", "x", "--debug", model="/no/such.gguf").stderr
+def test_debug_shows_the_traceback(run):
+    """Python shows that of what leaves `main`."""
+    with pytest.raises(jaxllm.InputError, match="no such file"):
+        run("--prompt", "x", "--debug", model="/no/such.gguf")
 
 
-def test_what_a_newcomer_sees():
+@pytest.mark.optimized  # of many tokens, running takes longer than compiling
+def test_what_a_newcomer_sees(run):
     """`make run` shows an answer that is drawn, ends by itself and does not go in circles, and how fast it went."""
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     options, prompt = (re.search(rf"^{name} .?= (.*)$", makefile, re.M)[1] for name in ("SAMPLING", "PROMPT"))
-    done = run("--prompt", prompt, *options.split())
-    assert done.stdout.startswith("In the vast expanse of the ocean lies a tale of adventure")
-    assert re.fullmatch(r"\[.*prompt .* tok/s; answer \d+ tokens, .* tok/s; stop\]\n", done.stderr)
-    words = done.stdout.split()
+    _, out, err = run("--prompt", prompt, *options.split())
+    assert out.startswith("In the vast expanse of the ocean lies a tale of adventure")
+    assert re.fullmatch(r"\[.*prompt .* tok/s; answer \d+ tokens, .* tok/s; stop\]\n", err)
+    words = out.split()
     assert len(words) > 50
     fours = list(zip(*(words[i:] for i in range(4)), strict=False))
     assert len(set(fours)) == len(fours)
 
 
-# In this process: a model without a tokenizer, and the commands.
+# A model without a tokenizer, and the commands.
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +267,6 @@ def test_every_command_has_help_of_its_own(capsys, name):
         main([name, "--help"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: jaxllm {name} ")
-
-
-def test_help_does_not_wait_for_jax():
-    code = "import sys, jaxllm.cli; jaxllm.cli.main(['--help']); print({'jax', 'numpy', 'flax'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.endswith("\nset()\n")
 
 
 def test_the_package_as_it_is_installed():
