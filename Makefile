@@ -12,15 +12,18 @@ run: $(VENV)/installed
 
 FAST := layering damages sampling tokenizer tokenizer_gguf gguf ggml_file ggml_formats quantized_writers deepseek_numpy sharding
 
+# Whole files to each worker, in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Case tables that cover; test-all has their full products, test-fast only what needs no model (for while one edits).
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --full
+	$(BIN)/python -m pytest $(WORKERS) --full
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest $(WORKERS) $(FAST:%=tests/test_%.py)
 
 # Mistakes put into a copy of the tree, one after the other: each has to be noticed by the tests named for it.
 mutants: $(VENV)/installed
@@ -29,7 +32,7 @@ mutants: $(VENV)/installed
 # The kernels through the compilers of TPUs and GPUs, which need neither. Wheels that do not install here are skipped,
 # and the tests that want them say so.
 test-accelerators: .venv-accelerators/installed
-	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest -n 2 --dist loadfile tests/accelerators tests/test_kernels_triton.py
+	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest $(WORKERS) tests/accelerators tests/test_kernels_triton.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

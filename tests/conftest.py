@@ -29,8 +29,8 @@ def field(number, payload):
     return (bytes([tag]) if tag < 128 else bytes([tag & 127 | 128, tag >> 7])) + bytes([len(payload)]) + payload
 
 
-# CompileOptions.executable_build_options.debug_options.xla_backend_extra_options, a map that nothing but XLA_FLAGS sets,
-# which would hold for all tests. Messages that follow each other are merged.
+# CompileOptions.executable_build_options.debug_options.xla_backend_extra_options, a map that otherwise only XLA_FLAGS
+# sets, for all tests. Messages that follow each other are merged.
 OLD_EMITTERS = field(3, field(3, field(500, field(1, b"xla_cpu_disable_new_fusion_emitters") + field(2, b"true"))))
 get_compile_options = compiler.get_compile_options
 
@@ -55,6 +55,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     covering.FULL = config.getoption("--full")
+
+
+# Workers take whole files. One that took long and came last would leave the other worker idle.
+LONGEST = "quantized_models kernels_pallas notebooks cli demo gpt_oss deepseek quantized_layers llama"
+
+
+def pytest_collection_modifyitems(items):
+    """With --no-loadscope-reorder, files are handed out in this order."""
+    order = [f"test_{name}" for name in LONGEST.split()]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
 
 
 def cpu_seconds():

@@ -11,6 +11,8 @@ CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
 CASES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2")]
+# mixtral_stacked and _transposed are one tensor for all experts, as in GGUF files.
+NOT_IN_GGUF = ["mixtral_stacked", "odd", "qwen2_window", "qwen3_moe"]
 
 
 def golden(name):
@@ -24,7 +26,8 @@ def test_logits_are_those_of_transformers(load_once, name, mesh):
     np.testing.assert_allclose(got, expected["logits"], atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "mesh"), in_turn(NAMES, "tp=1", "tp=2"))
+# A decode step does not know which file the weights are from: those of other models are in test_gguf_architectures.
+@pytest.mark.parametrize(("name", "mesh"), in_turn(some(NAMES, NOT_IN_GGUF), "tp=1", "tp=2"))
 def test_greedy_tokens_are_those_of_transformers(load_once, name, mesh):
     expected = golden(name)
     model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32")
