@@ -119,6 +119,7 @@ class MXFP4Cases(KernelCases):
             x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
             self.check_grouped(tile, expert, mxfp4(EXPERTS, n, k), x)
 
+    @pytest.mark.optimized  # every bit counts
     def test_every_code_at_every_scale(self):
         """With one-hot rows the product is the weight itself: exact for scales that bfloat16's products can reach."""
         codes = np.tile(np.arange(16, dtype=np.uint8), 2)
@@ -183,6 +184,7 @@ class BlockFP8Cases(KernelCases):
                     rows = slice(t * tile, (t + 1) * tile)
                     self.close(got[rows], seen[rows], w[e])
 
+    @pytest.mark.optimized  # every bit counts
     @pytest.mark.parametrize("power_of_two", [False, True])
     @pytest.mark.parametrize("shape", [(1, 128), (5, 384), (130, 200), (2, 3, 256)])
     def test_act_quant(self, shape, power_of_two):
@@ -192,6 +194,7 @@ class BlockFP8Cases(KernelCases):
         for ours, expected in zip(got, act_quant(x, 128, power_of_two), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), expected)
 
+    @pytest.mark.optimized  # every bit counts
     @pytest.mark.parametrize(
         ("shape", "block"), [((256, 256), (128, 128)), ((200, 300), (128, 128)), ((40, 70), (16, 32))]
     )

@@ -26,8 +26,6 @@ from jaxllm.kernels.activations import Rounded
 from jaxllm.kernels.registry import Kernel, Layout
 from jaxllm.parallel import COLUMN, ROW, make_mesh
 
-pytestmark = pytest.mark.optimized
-
 X = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
 WEIGHTS = {"MXFP4": mxfp4(128, 256), "FP8 128x128": block_fp8(128, 256)}
 V3 = Path(__file__).parent / "golden" / "deepseek" / "v3_fp8"

@@ -1,12 +1,9 @@
 """The definitions of the kernels against products in float64."""
 
-import pytest
 from kernel_cases import BlockFP8Cases, MXFP4Cases
 
 from jaxllm.kernels.block_fp8 import reference as block_fp8
 from jaxllm.kernels.mxfp4 import reference as mxfp4
-
-pytestmark = pytest.mark.optimized
 
 
 class TestMXFP4(MXFP4Cases):

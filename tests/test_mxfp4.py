@@ -18,8 +18,6 @@ from jaxllm.kernels.dispatch import matmul
 from jaxllm.kernels.experts import Gated, gather_forward, grouped_mlp, tile_size
 from jaxllm.layers.mlp import ClampedSwiGLU
 
-pytestmark = pytest.mark.optimized
-
 RNG = np.random.default_rng
 
 
@@ -52,6 +50,7 @@ def decoded(weight):
     return weight.dequantize()
 
 
+@pytest.mark.optimized
 def test_every_code_at_every_scale_decodes_bit_for_bit():
     blocks, scales = everything()
     got, expected = np.asarray(decoded(MXFP4(blocks, scales))), slow(blocks, scales)
@@ -60,6 +59,7 @@ def test_every_code_at_every_scale_decodes_bit_for_bit():
     np.testing.assert_array_equal(bits(got[:255]), bits(expected[:255]))
 
 
+@pytest.mark.optimized
 def test_decoding_agrees_with_ml_dtypes():
     rng = RNG(0)
     codes = rng.integers(0, 16, (6, 64), np.uint8)
@@ -70,12 +70,14 @@ def test_decoding_agrees_with_ml_dtypes():
     np.testing.assert_array_equal(bits(got), bits(expected))
 
 
+@pytest.mark.optimized
 def test_bfloat16_holds_every_value():
     blocks, scales = everything()
     weight = MXFP4(blocks[4:250], scales[4:250])  # those whose values are normal
     np.testing.assert_array_equal(np.asarray(weight.dequantize(jnp.bfloat16), np.float32), weight.dequantize())
 
 
+@pytest.mark.optimized
 def test_ggufs_blocks_put_in_order():
     data = RNG(1).integers(0, 253, (5, 3, 17), np.uint8)  # gguf-py warns of overflow beyond
     expected = gguf.quants.dequantize(data.reshape(5, -1), gguf.GGMLQuantizationType.MXFP4)
@@ -99,6 +101,7 @@ def nearest(w):
     return out.reshape(w.shape)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 def test_encoding_is_ocps(scale):
     w = RNG(2).normal(size=(8, 96)) * scale
@@ -109,11 +112,13 @@ def test_encoding_is_ocps(scale):
     np.testing.assert_array_equal(MXFP4.from_dense(w).dequantize(), nearest(w))
 
 
+@pytest.mark.optimized
 def test_encoding_saturates():
     w = np.full((1, 32), 7.9, np.float32)  # the exponent of 4, so 6 is the most there is
     assert (np.asarray(MXFP4.from_dense(w).dequantize()) == 6).all()
 
 
+@pytest.mark.optimized
 def test_encoding_again_changes_nothing():
     blocks, scales = RNG(3).integers(0, 256, (4, 48), np.uint8), RNG(3).integers(3, 250, (4, 3), np.uint8)
     blocks[:, ::16] = 7  # each block has its largest code, so that its scale is the one the rule gives
@@ -192,6 +197,7 @@ def test_the_gathered_the_grouped_and_the_dense_route_agree():
     np.testing.assert_allclose(grouped, dense, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_a_gather_needs_the_memory_of_the_chosen_experts_only():
     many = MXFP4(np.zeros((512, 256, 256), np.uint8), np.zeros((512, 256, 16), np.uint8))
     x, ids = np.zeros((1, 512), np.float32), np.array([[3, 400]], np.int32)
