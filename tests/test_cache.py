@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import in_turn
 
 import jaxllm
 from jaxllm.layers.cache import CacheShape, ring_positions, write_ring
@@ -21,8 +22,7 @@ def small_rings(monkeypatch):
     monkeypatch.setattr("jaxllm.decoding.SMALLEST", 4)
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=4"])
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(("name", "mesh"), in_turn(WINDOWED, "tp=1", "tp=4"))
 def test_rings_give_what_transformers_gives(small_rings, name, mesh):
     expected = np.load(GOLDEN / WINDOWED[name] / "golden.npz")
     model = jaxllm.load(GOLDEN / WINDOWED[name], mesh=mesh, dtype="float32", progress=False)

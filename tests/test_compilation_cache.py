@@ -7,6 +7,7 @@ import sys
 import pytest
 from tiny_gguf import Tiny, write
 
+QUICK = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CODE = """
 import sys
 import jaxllm
@@ -22,7 +23,7 @@ def start(tmp_path):
     """Starts a process that answers with a tiny model, in a cache of its own."""
     path = tmp_path / "tiny.gguf"
     write(path, Tiny(layers=1))
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), **QUICK}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-c", CODE, str(path)]
     return lambda: subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -69,7 +70,7 @@ for n in 1, 2:
     with compilation_cache.damaged_entries_removed():
         jax.jit(extend).lower(jnp.ones(n)).compile()
 """
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), **QUICK}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def start():
