@@ -23,8 +23,11 @@ def test_both_halves_hold_the_same_cells(path):
 
 @pytest.mark.filterwarnings("default")  # what the kernel's own machinery warns about is not ours
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path):
+def test_a_notebook_runs(path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     notebook = jupytext.read(path)
+    for cell in notebook.cells:  # eight devices on few cores need a second for a token
+        cell.source = cell.source.replace("max_new_tokens=24", "max_new_tokens=4")
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert SAYS[path.stem] in text
