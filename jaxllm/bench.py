@@ -99,7 +99,7 @@ def parser() -> Parser:
     p.add_argument("--prefill", type=int, default=512, metavar="N", help="length of the prompt (512)")
     p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens generated after it (64)")
     p.add_argument("--repeats", type=int, default=5, metavar="N", help="take the median of N runs (5)")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, help="of activations")
     p.add_argument("--weights", choices=WEIGHTS, help="what matrices are held as")
     p.add_argument(
         "--peers", metavar="PYTHON", help="compare with llama.cpp and mistral.rs, run by this Python, which has them"
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     limit = bandwidth()
     ours = measure(model, args.prefill, args.decode, args.repeats)
     read = bytes_per_token(model) * ours["decode_tok_s"]
-    print(f"{model.name}, prompt of {args.prefill} tokens, then {args.decode} at batch 1, dtype {args.dtype}")
+    print(f"{model.name}, prompt of {args.prefill} tokens, then {args.decode} at batch 1, dtype {model.dtype}")
     print(
         f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {bytes_per_token(model) / 2**20:.0f} MiB of "
         f"weights a token, {read / 1e9:.1f} GB/s, {read / limit:.0%} of that"

@@ -48,7 +48,7 @@ def parser() -> Parser:
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
     p.add_argument("--quantize", metavar="TYPE", help="quantize every matrix while loading, for example to q4_k")
-    p.add_argument("--dtype", choices=DTYPES, help="of activations (bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, help="of activations")
     p.add_argument(
         "--weights",
         choices=WEIGHTS,

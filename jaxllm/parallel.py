@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, rounded, unchanged
-from jaxllm.kernels.dispatch import matmul
+from jaxllm.kernels.dispatch import matmul, matmuls
 from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
@@ -114,17 +114,25 @@ def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.
     COLUMN leaves the last axis of the result sharded over tp. ROW expects x sharded that way and replicates its result.
     The sum over devices is taken in float32 and rounded once, so that N devices round where one device does.
     """
+    return linears(x, [weight], spec, dtype)[0]
+
+
+def linears(
+    x: jax.Array, weights: Sequence[Weight], spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None
+) -> tuple[jax.Array, ...]:
+    """`linear` with several weights that take the same x and are sharded alike."""
     out_axis, in_axis = spec
     lead = (None,) * (x.ndim - 1)
 
-    def shard(x: jax.Array, weight: Weight) -> jax.Array:
-        y = matmul(rounded(x, weight, _whole_rows(in_axis)), weight)
+    def shard(x: jax.Array, weights: list[Weight]) -> tuple[jax.Array, ...]:
+        ys = matmuls([rounded(x, weight, _whole_rows(in_axis)) for weight in weights], weights)
         if in_axis is not None:
-            y = jax.lax.psum(y, in_axis)
-        return y.astype(dtype or x.dtype)
+            ys = jax.lax.psum(ys, in_axis)
+        return tuple(y.astype(dtype or x.dtype) for y in ys)
 
-    specs = local_specs(weight, spec)
-    return local(shard, (PartitionSpec(*lead, in_axis), specs), PartitionSpec(*lead, out_axis))(x, weight)
+    specs = [local_specs(weight, spec) for weight in weights]
+    outputs = (PartitionSpec(*lead, out_axis),) * len(weights)
+    return local(shard, (PartitionSpec(*lead, in_axis), specs), outputs)(x, list(weights))
 
 
 def _whole_rows(axis: str | tuple[str, ...] | None) -> Peak:

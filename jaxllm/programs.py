@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.compilation_cache import damaged_entries_removed
+from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.sampling import Sampler
@@ -50,15 +51,16 @@ class Programs:
     """The compiled functions behind every answer.
 
     Attributes:
+        int8_blocks: what matmuls may do with activations, see `activations.rounding`.
         runs_ahead: whether calls may return before their results are computed, see the function `runs_ahead`.
         compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
         compiled: the programs by key: what they were compiled for.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike, int8_blocks: bool = False) -> None:
         graph, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
-        self.mesh, self.dtype, self._model = mesh, jnp.dtype(dtype), model
+        self.mesh, self.dtype, self._model, self.int8_blocks = mesh, jnp.dtype(dtype), model, int8_blocks
         self.runs_ahead = runs_ahead(mesh)
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
@@ -149,7 +151,7 @@ class Programs:
         if program is None:
             begun = time.perf_counter()
             shardings = self._replicated if outputs is None else outputs()
-            with jax.set_mesh(self.mesh), damaged_entries_removed():
+            with jax.set_mesh(self.mesh), rounding(self.int8_blocks), damaged_entries_removed():
                 jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
                 program = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begun

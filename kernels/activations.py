@@ -4,7 +4,9 @@ Kernels round groups of neighbours themselves. Entire rows are rounded here, bef
 depend on parts of the row that other devices hold, and the outliers of LLM.int8 on other rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,6 +17,27 @@ from jaxllm.formats.base import Weight, static_field
 from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 
 LIMITS = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
+
+_int8_blocks: ContextVar[bool] = ContextVar("int8_blocks", default=False)
+
+
+@contextmanager
+def rounding(int8_blocks: bool) -> Iterator[None]:
+    """In code that is traced inside, kernels may round activations to int8 with a scale for every 32 neighbours.
+
+    llama.cpp does so on CPUs. Only kernels that say so (`native_cpu`) do it, and only for weights that are small
+    integers with scales.
+    """
+    token = _int8_blocks.set(int8_blocks)
+    try:
+        yield
+    finally:
+        _int8_blocks.reset(token)
+
+
+def rounds_int8_blocks() -> bool:
+    """Whether `rounding` allows it here."""
+    return _int8_blocks.get()
 
 
 @jax.tree_util.register_dataclass

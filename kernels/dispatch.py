@@ -4,13 +4,15 @@ The choice is made while a program is traced, by the kind of weight and the plat
 need not have that platform. If a format has no kernel, or its kernel refuses, the weight is dequantized and multiplied
 (`dense`). If the kernel was requested by name (`using`), the refusal is an error.
 
-Packed weights are frozen: only x has gradients, through the dequantized matrix, whichever implementation ran.
+Packed weights are frozen: only x has gradients, through the dequantized matrix, whichever implementation ran. Plain
+weights (`Dense`) have gradients too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +21,11 @@ from jax import lax
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import dense, registry
 from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
+from jaxllm.kernels.attention import attend
 from jaxllm.kernels.registry import REFERENCE, Kernel
 
 _named: ContextVar[str | None] = ContextVar("backend", default=None)
@@ -56,11 +60,12 @@ class Choice:
         return self.kernel.backend
 
 
-def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None = None) -> Choice:
+def choose(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> Choice:
     """The kernel that serves the op with these operands, which may be shapes only.
 
     Args:
-        op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class) or "weight_dequant" (x is None).
+        op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class), "weight_dequant" (x is None), or
+            "attention" (x are the operands, `weight` is `jax.Array`).
         platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's default.
 
     Raises:
@@ -78,12 +83,12 @@ def choose(op: str, x: Any, weight: Weight | type[Weight], platform: str | None 
     special = [kernel for kernel in kernels if kernel.platform is not None]
     if named is not None:
         special = [kernel for kernel in special if kernel.backend == named]
-    refused = []
+    refused: list[str] = []
     for kernel in special:
         here = None if kernel.platform == platform else f"these are {platform} devices"
         reason = here or kernel.missing() or kernel.refuses(op, x, weight)
         if reason is None:
-            return Choice(kernel, "asked for" if named else f"made for {platform}")
+            return Choice(kernel, "asked for" if named else "; ".join([f"made for {platform}", *refused]))
         if named:
             raise InputError(f"kernel backend '{named}' cannot do {op} of {_format(weight)}: {reason}")
         if here is None:
@@ -129,8 +134,20 @@ def matmul(x: Rows, weight: Weight) -> jax.Array:
     Raises:
         InputError: x holds codes without scales.
     """
-    x, weight = _operands(x, weight, rounded)
-    kernel = choose("matmul", x, weight).kernel
+    return matmuls([x], [weight])[0]
+
+
+def matmuls(rows: Sequence[Rows], weights: Sequence[Weight]) -> tuple[jax.Array, ...]:
+    """`matmul` of each of `rows` with its weight. If they are all the same, a kernel may do it in one call."""
+    given = [_operands(x, weight, rounded) for x, weight in zip(rows, weights, strict=True)]
+    kernels = [choose("matmul", x, weight).kernel for x, weight in given]
+    together, x = kernels[0].together, given[0][0]
+    if together and all(k.together is together for k in kernels) and all(other is x for other, _ in given):
+        return _frozen(together, _matmuls_vjp)(*_alike(x, *(weight for _, weight in given)))
+    return tuple(_matmul(kernel, *operands) for kernel, operands in zip(kernels, given, strict=True))
+
+
+def _matmul(kernel: Kernel, x: Any, weight: Weight) -> jax.Array:
     if kernel.differentiable:
         return kernel.function(x, weight)
     return _frozen(kernel.function, _matmul_vjp)(*_alike(x, weight))
@@ -141,6 +158,29 @@ def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
     x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
     kernel = choose("grouped_matmul", x, stack).kernel
     return _frozen(kernel.function, _grouped_vjp)(*_alike(x, stack, expert))
+
+
+def attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array | None,
+    window: int,
+    sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
+    score_cap: float | None = None,
+) -> jax.Array:
+    """Softmax attention over a cache on one device's heads, see `attention.attend`."""
+    operands = q, keys, values, positions, key_positions, sinks
+    options: Any = {"window": window, "sliding_window": sliding_window, "score_cap": score_cap}
+    kernel = choose("attention", operands, jax.Array).kernel
+    if kernel.differentiable:
+        return kernel.function(*operands, **options)
+    run, definition = partial(kernel.function, **options), partial(attend, **options)
+    function = jax.custom_vjp(run)
+    function.defvjp(lambda *given: (run(*given), given), lambda given, g: jax.vjp(definition, *given)[1](g))
+    return function(*_alike(*operands))
 
 
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -182,7 +222,7 @@ def _alike(*trees: object) -> tuple:
 
 
 def _frozen(f: Callable, backward: Callable) -> Callable:
-    """`f(x, weight, ...)` with a gradient for x alone: `backward(g, x, weight, ...)`. Codes have none."""
+    """`f(x, weight, ...)` with gradients for x, `backward(g, x, weight, ...)`, and plain weights. Codes have none."""
 
     def guarded(x: Any, *rest: Any) -> jax.Array:
         differentiable: Callable = f if isinstance(x, Quantized) else function
@@ -191,13 +231,28 @@ def _frozen(f: Callable, backward: Callable) -> Callable:
     function = jax.custom_vjp(f)
     function.defvjp(
         lambda x, *rest: (f(x, *rest), (x, *rest)),
-        lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *(None for _ in kept[1:])),
+        lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *_plain_gradients(g, *kept)),
     )
     return guarded
 
 
+def _plain_gradients(g: jax.Array | tuple[jax.Array, ...], x: jax.Array, *rest: Any) -> list[Any]:
+    """Gradients of what follows x: those of plain matrices, and None for what is packed, or a stack, or no weight."""
+    each = g if isinstance(g, tuple) else (g,) * len(rest)
+    return [
+        weight.like(jnp.einsum("...o,...i->oi", y, x.astype(y.dtype), precision=lax.Precision.HIGHEST))
+        if isinstance(weight, Dense) and weight.values.ndim == 2
+        else None
+        for y, weight in zip(each, rest, strict=True)
+    ]
+
+
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:
     return dense.product(g, weight.dequantize(), 0)
+
+
+def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> jax.Array:
+    return sum(_matmul_vjp(each, x, weight) for each, weight in zip(g, weights, strict=True))  # type: ignore[return-value]
 
 
 def _grouped_vjp(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:

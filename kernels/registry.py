@@ -13,15 +13,18 @@ from typing import Any
 
 import jax
 
+from jaxllm.formats.affine import Affine
 from jaxllm.formats.base import Weight
+from jaxllm.formats.codebook import Codebook
+from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.nvfp4 import NVFP4
 from jaxllm.formats.scaled import Scaled
-from jaxllm.kernels import dense
+from jaxllm.kernels import attention, dense
 
 REFERENCE = "reference"
 MATMULS = "matmul", "grouped_matmul"
-TRITON = "triton", "jax_triton"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,27 @@ class Layout:
 AS_READ = Layout()
 
 
+def nothing() -> None:
+    """The `missing` of a kernel that needs nothing."""
+
+
+def packages(*names: str) -> Callable[[], str | None]:
+    """The `missing` of a kernel that needs optional packages. (A broken package raises.)"""
+
+    def missing() -> str | None:
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name not in names:
+                    raise
+                package = error.name.replace("_", "-")
+                return f"{package} is not installed: pip install 'jaxllm[gpu]'"
+        return None
+
+    return missing
+
+
 def serves_all(op: str, x: Any, weight: Any) -> str | None:
     """The `refuses` of a kernel that refuses nothing."""
     return None
@@ -52,8 +76,10 @@ class Kernel:
     """One way to do an op.
 
     Attributes:
-        op: "matmul", "grouped_matmul", "act_quant" or "weight_dequant", see `dense` and `block_fp8.reference`.
-        weight: the class of weights that it takes; `act_quant` takes none and is registered for `Scaled`.
+        op: "matmul", "grouped_matmul", "act_quant", "weight_dequant" or "attention", see `dense`,
+            `block_fp8.reference` and `attention`.
+        weight: the class of weights that it takes, or several. `act_quant` takes none and is registered for `Scaled`,
+            attention for `jax.Array`.
         platform: "cpu", "tpu" or "gpu"; None: all of them.
         backend: its name in `dispatch.using` and in explanations.
         function: the op, on one device's shards.
@@ -62,7 +88,8 @@ class Kernel:
         refuses: given `(op, x, weight)`, perhaps shapes only, why the kernel cannot serve them, in words for users, or
             None.
         layout: how the weight should be stored.
-        needs: optional packages that it imports.
+        missing: why it cannot run on this machine, or None.
+        together: the op `matmul` with several weights that take the same x, `f(x, *weights)`, if it has that.
     """
 
     op: str
@@ -72,24 +99,13 @@ class Kernel:
     function: Callable
     refuses: Callable[[str, Any, Any], str | None] = serves_all
     layout: Layout = AS_READ
-    needs: tuple[str, ...] = ()
+    missing: Callable[[], str | None] = nothing
+    together: Callable | None = None
     differentiable: bool = False
 
     def takes(self, op: str, weight: Weight | type[Weight]) -> bool:
         kind = weight if isinstance(weight, type) else type(weight)
         return self.op == op and issubclass(kind, self.weight)
-
-    def missing(self) -> str | None:
-        """Why it cannot be imported, or None: an optional package is not installed. (A broken package raises.)"""
-        for name in self.needs:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name not in self.needs:
-                    raise
-                package = error.name.replace("_", "-")
-                return f"{package} is not installed: pip install 'jaxllm[gpu]'"
-        return None
 
 
 def _late(module: str, name: str) -> Callable:
@@ -97,7 +113,7 @@ def _late(module: str, name: str) -> Callable:
     return lambda *args, **options: getattr(importlib.import_module(f"jaxllm.kernels.{module}"), name)(*args, **options)
 
 
-def _kernels(module: str, weight: type[Weight], platform: str | None, *ops: str, **options: Any) -> list[Kernel]:
+def _kernels(module: str, weight: Any, platform: str | None, *ops: str, **options: Any) -> list[Kernel]:
     """The kernels of one of our modules, named `format.backend`."""
     backend = module.rpartition(".")[2]
     refuses = _late(module, "refuses") if platform else serves_all
@@ -108,14 +124,19 @@ def _is_not_mxfp4(op: str, x: Any, weight: GGML) -> str | None:
     return None if weight.type == "MXFP4" else f"only MXFP4 is repacked, not {weight.type}"
 
 
+TRITON = packages("triton", "jax_triton")
 ROW_MAJOR = Layout(row_major=True)
 REORDERED = Layout(repack=MXFP4.from_ggml)  # puts the codes of a block in order, on all platforms
 FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
+NATIVE = {"missing": _late("cpu.library", "missing")}
+PACKED = GGML, Affine, Scaled, Codebook, MXFP4, NVFP4, Dense
 KERNELS: list[Kernel] = [
+    *_kernels("cpu.native_cpu", PACKED, "cpu", "matmul", **NATIVE, together=_late("cpu.native_cpu", "matmuls")),
+    *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE),
     *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
-    *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, needs=TRITON),
+    *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, missing=TRITON),
     *_kernels("mxfp4.pallas_tpu", MXFP4, "tpu", *MATMULS, layout=ROW_MAJOR),
-    *_kernels("mxfp4.triton_gpu", MXFP4, "gpu", *MATMULS, needs=TRITON),
+    *_kernels("mxfp4.triton_gpu", MXFP4, "gpu", *MATMULS, missing=TRITON),
     *_kernels("block_fp8.reference", Scaled, None, *FP8_OPS),
     *_kernels("mxfp4.reference", MXFP4, None, *MATMULS),
     Kernel("matmul", GGML, None, REFERENCE, dense.matmul, _is_not_mxfp4, REORDERED, differentiable=True),
@@ -123,6 +144,8 @@ KERNELS: list[Kernel] = [
     Kernel("matmul", Weight, None, REFERENCE, dense.matmul, differentiable=True),
     Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
     Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", **NATIVE),
+    Kernel("attention", jax.Array, None, REFERENCE, attention.attend, differentiable=True),
 ]
 
 

@@ -100,12 +100,12 @@ def with_activations(tensors: Mapping[str, Weight], kind: str) -> dict[str, Weig
     checkpoint's scale.
 
     Args:
-        kind: "fp8", "int8", or "dequant", which rounds nothing, whatever the checkpoint says.
+        kind: "fp8", "int8", or another: then nothing is rounded here, whatever the checkpoint says.
 
     Raises:
         InputError: there are no such tensors.
     """
-    dtype = {"dequant": None, "fp8": "float8_e4m3fn", "int8": "int8"}[kind]
+    dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}.get(kind)
 
     def fits(w: Weight) -> bool:
         # For INT8 blocks, nothing says how activations should be rounded.

@@ -9,10 +9,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxllm.kernels.dispatch import attention
 from jaxllm.layers.cache import CacheShape, LayerCache, ring_positions, write, write_ring
 from jaxllm.layers.context import Context
 from jaxllm.layers.heads import HeadLayout
-from jaxllm.layers.linear import Linear
+from jaxllm.layers.linear import Linear, together
 from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
@@ -97,45 +98,44 @@ class Attention(nnx.Module):
         Returns:
             The output `[batch, time, hidden]` and the cache with the new keys and values added.
         """
-        q = self._heads(x, self.q_proj, self.head_dim, self.q_norm, context)
         k = v = None
-        if self.k_proj is not None and self.v_proj is not None:
-            k = self._heads(x, self.k_proj, self.head_dim, self.k_norm, context)
-            v = _heads(self.v_proj(x), self.value_dim)
+        if self.k_proj is None or self.v_proj is None:
+            q = self.q_proj(x)
+        else:
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+            k, v = self._placed(k, self.k_norm, context), _heads(v, self.value_dim)
+        q = self._placed(q, self.q_norm, context)
         sinks = None if self.sinks is None else self.sinks.get_value()
         operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
         attend = partial(self._attend, window=context.window)
         y, keys, values = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
-    def _heads(
-        self, x: jax.Array, projection: Linear, dim: int, norm: nnx.Module | None, context: Context
-    ) -> jax.Array:
+    def _placed(self, x: jax.Array, norm: nnx.Module | None, context: Context) -> jax.Array:
         """Queries or keys `[batch, time, heads, dim]`, normalised and rotated if the layer does that."""
-        heads = _heads(projection(x), dim)
+        heads = _heads(x, self.head_dim)
         heads = heads if norm is None else norm(heads)
         return heads if context.angles is None else rotate(heads, *context.angles)
 
     def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = given.keys, given.values
-        if given.k is None:
-            seen, at = (keys[:, :, :window], values[:, :, :window]), jnp.arange(window, dtype=jnp.int32)[None]
-        else:
+        seen, at = (keys, values), None
+        if given.k is not None:
             (keys, values), seen, at = _updated((keys, values), (given.k, given.v), given, window)
-        y = dot_product_attention(given.q, *seen, given.positions, at, self.sliding_window, given.sinks, self.score_cap)
+        y = attention(given.q, *seen, given.positions, at, window, self.sliding_window, given.sinks, self.score_cap)
         return y, keys, values
 
 
 def _updated(
     cache: LayerCache, new: LayerCache, given: _Operands, window: int
-) -> tuple[LayerCache, LayerCache, jax.Array]:
-    """The updated cache, the keys and values to attend to, and their positions `[batch or 1, length]`."""
+) -> tuple[LayerCache, LayerCache, jax.Array | None]:
+    """The updated cache, the keys and values to attend to, and their positions `[batch or 1, length]` (None: each has
+    its slot's)."""
     start, length = given.positions[:, 0], cache[0].shape[2]
     if window <= length:  # no ring has wrapped around yet
         # The barrier keeps XLA from fusing the update into its reader too, which would cost copies of the cache.
         keys, values = lax.optimization_barrier((write(cache[0], new[0], start), write(cache[1], new[1], start)))
-        looked_at = keys[:, :, :window], values[:, :, :window]
-        return (keys, values), looked_at, jnp.arange(window, dtype=jnp.int32)[None]
+        return (keys, values), (keys, values), None
     if given.positions.shape[1] == 1:  # the position that it overwrites is outside the window
         slot = start % length
         cache = lax.optimization_barrier((write(cache[0], new[0], slot), write(cache[1], new[1], slot)))
@@ -154,61 +154,3 @@ def _updated(
 
 def _heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, head_dim)
-
-
-def dot_product_attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array,
-    sliding_window: int | None = None,
-    sinks: jax.Array | None = None,
-    score_cap: float | None = None,
-) -> jax.Array:
-    """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
-
-    Args:
-        q: `[batch, time, heads, head_dim]`; queries that share a key/value head are adjacent.
-        keys, values: `[batch, kv_heads, length, dim]`.
-        positions: `[batch, time]`, the position of each query.
-        key_positions: `[batch or 1, length]`, the positions of the keys; negative where there is no key.
-        sliding_window: see `Attention`.
-        score_cap: see `Attention`.
-        sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS,
-            after Xiao et al., 2023).
-
-    Returns:
-        `[batch, time, heads, value_dim]` in q's dtype.
-    """
-    batch, time, heads, head_dim = q.shape
-    kv_heads, length = keys.shape[1:3]
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-    # Queries that share a key head become the rows of one matrix: [batch, kv_heads, group * time, head_dim].
-    q = q.reshape(batch, time, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum(
-        "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-    if score_cap is not None:
-        scores = score_cap * jnp.tanh(scores / score_cap)
-    back = positions[:, None, None, :, None] - key_positions[:, None, None, None]  # [batch, 1, 1, time, length]
-    visible = back >= 0
-    if sliding_window is not None:
-        visible &= (back < sliding_window) & (key_positions >= 0)[:, None, None, None]
-    scores = scores.reshape(batch, kv_heads, -1, time, length)
-    scores = jnp.where(visible, scores, -jnp.inf)
-    if sinks is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        sinks = sinks.reshape(kv_heads, -1, 1, 1)
-        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
-        weights = jnp.exp(scores - peak)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    weights = weights.reshape(batch, kv_heads, -1, length).astype(q.dtype)
-    y = jnp.einsum(
-        "bhqk,bhkd->bhqd", weights, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-    y = y.reshape(batch, kv_heads, heads // kv_heads, time, -1).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, time, heads, -1).astype(q.dtype)

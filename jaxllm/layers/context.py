@@ -16,9 +16,11 @@ class Context:
             layer without one.
         counts: int32 `[batch]`, how many of the tokens are real; the rest is padding.
         window: how many positions of the cache are read; all of `positions` are below it.
+        int8_blocks: what matmuls may do with activations, see `activations.rounding`.
     """
 
     positions: jax.Array
     counts: jax.Array
     angles: tuple[jax.Array, jax.Array] | None
     window: int = field(metadata={"static": True})
+    int8_blocks: bool = field(metadata={"static": True})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxllm.kernels.activations import rounding, rounds_int8_blocks
 from jaxllm.layers.cache import CacheShape, KVCache, LayerCache
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import Embedding
@@ -97,7 +98,8 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
-            x, caches[slot] = _apply(layer, x, held, Context(positions, counts, angles[layer.rope], window))
+            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks())
+            x, caches[slot] = _apply(layer, x, held, context)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
         return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
@@ -110,4 +112,5 @@ class Decoder(nnx.Module):
 @jax.jit
 def _apply(layer: Block, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
     """Apply a layer. Because this is jitted, layers of one kind are traced and lowered only once."""
-    return layer(x, cache, context)
+    with rounding(context.int8_blocks):  # an argument, because jit knows traces by their arguments
+        return layer(x, cache, context)

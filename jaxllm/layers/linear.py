@@ -111,15 +111,12 @@ class Linear(nnx.Module):
         Raises:
             InputError: nothing is loaded, no mesh is set, or x does not fit.
         """
-        weight = held(self.weight)
-        out, in_ = self.weight.declared.shape if self.stands_alone else weight.shape
-        x = as_floating(x, in_)
-        if padding := weight.shape[1] - in_:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-        y = parallel.linear(x, weight, self.spec, dtype)
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype)
-        return y[..., :out]
+        return together(x, self, dtype=dtype)[0]
+
+    def _sizes(self) -> tuple[int, int]:
+        """The sizes of y and x."""
+        out, in_ = self.weight.declared.shape if self.stands_alone else held(self.weight).shape
+        return out, in_
 
     def dequantize(self) -> jax.Array:
         """The matrix in the checkpoint's order and size, without padding: float32 `[out, in]`."""
@@ -144,6 +141,21 @@ class Linear(nnx.Module):
         return replaced(self, weight=requantized(self.weight, type))
 
 
+def together(x: jax.Array, *layers: Linear, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, ...]:
+    """The results of several layers that take the same x and are sharded alike, see `Linear`: kernels that can multiply
+    by several matrices in one call do so."""
+    weights = [held(layer.weight) for layer in layers]
+    out, in_ = zip(*(layer._sizes() for layer in layers), strict=True)
+    x = as_floating(x, in_[0])
+    if padding := weights[0].shape[1] - in_[0]:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    ys = parallel.linears(x, weights, layers[0].spec, dtype)
+    return tuple(
+        (y if layer.bias is None else y + layer.bias.get_value().astype(y.dtype))[..., :size]
+        for y, layer, size in zip(ys, layers, out, strict=True)
+    )
+
+
 def _places(weight: Weight, axis: int, dim: str, count: int) -> np.ndarray | None:
     """The index that pads a dimension for `count` shards; None: no padding is needed."""
     size, multiple = weight.shape[axis], weight.granularity(dim) * count
@@ -162,7 +174,7 @@ class Merged(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, ...]:
         """`x[..., in]` -> `[..., out]` of each matrix, see `Linear`."""
-        return tuple(layer(x, dtype) for layer in self.layers)
+        return together(x, *self.layers, dtype=dtype)
 
     def dequantize(self) -> tuple[jax.Array, ...]:
         return tuple(layer.dequantize() for layer in self.layers)

@@ -21,8 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxllm.formats.base import Weight
-from jaxllm.kernels.dispatch import dequantize
-from jaxllm.layers.attention import dot_product_attention
+from jaxllm.kernels.dispatch import attention, dequantize
 from jaxllm.layers.cache import CacheShape, LayerCache, write
 from jaxllm.layers.context import Context
 from jaxllm.layers.heads import HeadLayout
@@ -147,22 +146,21 @@ class LatentAttention(nnx.Module):
     def _per_head(self, given: _Operands, window: int) -> Attended:
         k, v = self._expand(given.latent[:, :, 0], given.k_rope[:, :, 0], self._up(given.kv_b, given.latent.dtype))
         keys, values = _written(given.cache, (k.swapaxes(1, 2), v.swapaxes(1, 2)), given.positions)
-        q, at = jnp.concatenate([given.q_nope, given.q_rope], axis=-1), jnp.arange(window)[None]
-        y = dot_product_attention(q, keys[:, :, :window], values[:, :, :window], given.positions, at)
-        return y, keys, values
+        q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
+        return attention(q, keys, values, given.positions, None, window), keys, values
 
     def _latent(self, given: _Operands, window: int) -> Attended:
-        dtype, positions, at = given.latent.dtype, given.positions, jnp.arange(window)[None]
+        dtype, positions = given.latent.dtype, given.positions
         up = self._up(given.kv_b, dtype)
         latents, ropes = _written(given.cache, (given.latent, given.k_rope), positions)
         seen, seen_rope = latents[:, :, :window].astype(dtype), ropes[:, :, :window].astype(dtype)
         if positions.shape[1] > 1:
             keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
             q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
-            return dot_product_attention(q, keys, values, positions, at), latents, ropes
+            return attention(q, keys, values, positions, None, window), latents, ropes
         # The latents serve as the single key head and the single value head, which all queries share.
         q = jnp.concatenate([_einsum("bthn,hnr->bthr", given.q_nope, up[0]), given.q_rope], axis=-1)
-        y = dot_product_attention(q, jnp.concatenate([seen, seen_rope], axis=-1), seen, positions, at)
+        y = attention(q, jnp.concatenate([seen, seen_rope], axis=-1), seen, positions, None, window)
         return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
 
     def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.formats.base import padded_index
 from jaxllm.kernels.experts import Activation
-from jaxllm.layers.linear import Linear
+from jaxllm.layers.linear import Linear, together
 from jaxllm.parallel import COLUMN, ROW
 
 
@@ -54,4 +54,4 @@ class MLP(nnx.Module):
         self.down_proj = Linear((hidden_size, intermediate_size), row, cols=places, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activation(*together(x, self.gate_proj, self.up_proj)))

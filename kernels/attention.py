@@ -1,0 +1,86 @@
+"""The definition of attention over a cache. `dispatch.attention` prefers a kernel if the platform has one."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attend(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array | None,
+    sinks: jax.Array | None,
+    *,
+    window: int,
+    sliding_window: int | None,
+    score_cap: float | None,
+) -> jax.Array:
+    """`dot_product_attention`; without `key_positions`, each key's position is its index, and the first `window` keys
+    include all that are visible."""
+    if key_positions is None:
+        keys, values, key_positions = (
+            keys[:, :, :window],
+            values[:, :, :window],
+            jnp.arange(window, dtype=jnp.int32)[None],
+        )
+    return dot_product_attention(q, keys, values, positions, key_positions, sliding_window, sinks, score_cap)
+
+
+def dot_product_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
+    score_cap: float | None = None,
+) -> jax.Array:
+    """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
+
+    Args:
+        q: `[batch, time, heads, head_dim]`; queries that share a key/value head are adjacent.
+        keys, values: `[batch, kv_heads, length, dim]`.
+        positions: `[batch, time]`, the position of each query.
+        key_positions: `[batch or 1, length]`, the positions of the keys; negative where there is no key.
+        sliding_window: how many positions a query sees, its own included; None: all up to its own.
+        score_cap: c in `c tanh(scores / c)`; None: no cap.
+        sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS,
+            after Xiao et al., 2023).
+
+    Returns:
+        `[batch, time, heads, value_dim]` in q's dtype.
+    """
+    batch, time, heads, head_dim = q.shape
+    kv_heads, length = keys.shape[1:3]
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    # Queries that share a key head become the rows of one matrix: [batch, kv_heads, group * time, head_dim].
+    q = q.reshape(batch, time, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    if score_cap is not None:
+        scores = score_cap * jnp.tanh(scores / score_cap)
+    back = positions[:, None, None, :, None] - key_positions[:, None, None, None]  # [batch, 1, 1, time, length]
+    visible = back >= 0
+    if sliding_window is not None:
+        visible &= (back < sliding_window) & (key_positions >= 0)[:, None, None, None]
+    scores = scores.reshape(batch, kv_heads, -1, time, length)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks.reshape(kv_heads, -1, 1, 1)
+        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        weights = jnp.exp(scores - peak)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
+    weights = weights.reshape(batch, kv_heads, -1, length).astype(q.dtype)
+    y = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    y = y.reshape(batch, kv_heads, heads // kv_heads, time, -1).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, time, heads, -1).astype(q.dtype)

@@ -1,0 +1,146 @@
+// What XLA and Python call.
+#include <algorithm>
+#include <string_view>
+#include <vector>
+
+#include "divide.h"
+#include "pool.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxllm {
+
+Grids grids;
+
+namespace {
+
+const Level* level = &portable;
+
+// How a matrix is written in an operation's `plan`, in this order (kernels/cpu/operands.py). Its leaves are operands.
+struct Planned {
+  int64_t format, rows, cols, leaves;
+  int64_t index[kLeaves], row_bytes[kLeaves], matrix_bytes[kLeaves], param[kParams];
+};
+constexpr int64_t kPlanned = sizeof(Planned) / sizeof(int64_t);
+
+// The matrix with number `i` of a stack whose leaves are operands from `first` on; the leaf of index -1 is not there.
+Matrix matrix_of(const Planned& plan, const ffi::RemainingArgs& args, size_t first, int64_t i) {
+  Matrix m{Format(plan.format), plan.rows, plan.cols, {}, {}, {}};
+  for (int leaf = 0; leaf < kLeaves; leaf++) {
+    if (plan.index[leaf] < 0) continue;
+    m.leaf[leaf] = static_cast<const uint8_t*>(args.get<ffi::AnyBuffer>(first + plan.index[leaf])->untyped_data());
+    m.leaf[leaf] += i * plan.matrix_bytes[leaf];
+    m.row_bytes[leaf] = plan.row_bytes[leaf];
+  }
+  std::copy_n(plan.param, kParams, m.param);
+  return m;
+}
+
+// x[rows, cols], then the leaves of some matrices -> a result [rows, matrix.rows] for each.
+ffi::Error matmul(ffi::Buffer<ffi::F32> x, ffi::RemainingArgs leaves, ffi::RemainingRets results,
+                  ffi::Span<const int64_t> plan, bool exact) {
+  const int64_t rows = x.dimensions()[0], cols = x.dimensions()[1];
+  std::vector<Product> products;
+  size_t first = 0;
+  for (size_t i = 0; i < results.size(); i++) {
+    const Planned& planned = reinterpret_cast<const Planned*>(plan.begin())[i];
+    float* y = results.get<ffi::Buffer<ffi::F32>>(i).value()->typed_data();
+    products.push_back({matrix_of(planned, leaves, first, 0), 0, rows, y});
+    first += planned.leaves;
+  }
+  if (rows && cols) multiply(*level, products, x.typed_data(), rows, exact);
+  return ffi::Error::Success();
+}
+
+// Tiles of rows x[tiles * tile, cols], each times the matrix expert[tile] of each stack; negative ones are left out.
+ffi::Error grouped_matmul(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> expert, ffi::RemainingArgs leaves,
+                          ffi::RemainingRets results, ffi::Span<const int64_t> plan, bool exact) {
+  const int64_t rows = x.dimensions()[0], tiles = expert.element_count(), tile = rows / tiles;
+  std::vector<Product> products;
+  size_t first = 0;
+  for (size_t i = 0; i < results.size(); i++) {
+    const Planned& planned = reinterpret_cast<const Planned*>(plan.begin())[i];
+    float* y = results.get<ffi::Buffer<ffi::F32>>(i).value()->typed_data();
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t number = expert.typed_data()[t];
+      if (number < 0) continue;
+      products.push_back({matrix_of(planned, leaves, first, number), t * tile, tile, y + t * tile * planned.rows});
+    }
+    first += planned.leaves;
+  }
+  if (!products.empty()) multiply(*level, products, x.typed_data(), rows, exact);
+  return ffi::Error::Success();
+}
+
+// See Attention in level.h. `key_positions` and `sinks` are empty where there are none.
+ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> key_positions, ffi::Buffer<ffi::F32> sinks,
+                     ffi::ResultBuffer<ffi::F32> y, int64_t window, float score_cap) {
+  const auto queries = q.dimensions(), held = keys.dimensions();
+  Attention a{};
+  a.q = q.typed_data(), a.positions = positions.typed_data(), a.y = y->typed_data();
+  a.keys = static_cast<const uint8_t*>(keys.untyped_data());
+  a.values = static_cast<const uint8_t*>(values.untyped_data());
+  a.key_positions = key_positions.element_count() ? key_positions.typed_data() : nullptr;
+  a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  a.batch = queries[0], a.time = queries[1], a.heads = queries[2], a.dim = queries[3];
+  a.kv_heads = held[1], a.length = held[2], a.value_dim = values.dimensions()[3];
+  a.key_batches = key_positions.dimensions()[0];
+  a.type = keys.element_type() == ffi::F32 ? kF32 : keys.element_type() == ffi::F16 ? kF16 : kBF16;
+  a.window = window, a.score_cap = score_cap;
+  attend(*level, a);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxllm
+
+#define EXPORT __attribute__((visibility("default")))
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_matmul, jaxllm::matmul,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets()
+        .Attr<ffi::Span<const int64_t>>("plan").Attr<bool>("exact"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_grouped_matmul, jaxllm::grouped_matmul,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>().RemainingArgs().RemainingRets()
+        .Attr<ffi::Span<const int64_t>>("plan").Attr<bool>("exact"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_attention, jaxllm::attention,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+
+#pragma GCC visibility pop
+
+// Chooses the instruction set by name (the best one that the processor has, if it is empty), and the number of threads.
+// Returns the name, or null if the processor lacks it.
+extern "C" EXPORT const char* jaxllm_start(const char* wanted, int threads, const jaxllm::Grids* grids) {
+  jaxllm::grids = *grids;
+  jaxllm::use_threads(threads);
+  const jaxllm::Level* there[4];
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    there[count++] = &jaxllm::avx512;
+  }
+  if (has_avx2) there[count++] = &jaxllm::avx2;
+#elif defined(__aarch64__)
+  if (jaxllm::has_dotprod()) there[count++] = &jaxllm::dotprod;
+#endif
+  there[count++] = &jaxllm::portable;
+  for (int i = 0; i < count; i++) {
+    if (*wanted && std::string_view(wanted) != there[i]->name) continue;
+    jaxllm::level = there[i];
+    return there[i]->name;
+  }
+  return nullptr;
+}

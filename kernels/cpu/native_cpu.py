@@ -1,0 +1,97 @@
+"""Products with packed weights on a CPU, in C++ (native/): nothing is dequantized in memory.
+
+Activations are either exact (float32 products of the dequantized weights, summed in float32) or rounded to int8 with a
+scale for every 32 neighbours, as llama.cpp does. See `jaxllm.kernels.cpu`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels.activations import Quantized, group_of, rounds_int8_blocks
+from jaxllm.kernels.cpu import library
+from jaxllm.kernels.cpu.operands import operands
+
+
+def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
+    """See `Kernel.refuses`."""
+    if op == "attention":
+        return _refuses_attention(*x[:3])
+    if isinstance(weight, Dense) and (weight.values.dtype.itemsize > 2 or weight.values.dtype == x.dtype):
+        return f"XLA multiplies {x.dtype.name} by {weight.format} itself"
+    if isinstance(weight, Scaled) and group_of(weight) is not None:
+        return "groups of activations are rounded as the checkpoint says, which the reference does"
+    if isinstance(x, Quantized):
+        return "it takes floats"
+    return None
+
+
+def _refuses_attention(q: jax.Array, keys: jax.Array, values: jax.Array) -> str | None:
+    if values.shape[3] % 8:
+        return f"values of {values.shape[3]} numbers: multiples of 8 are possible"
+    if keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"keys of {keys.dtype.name}"
+    return None
+
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
+    return matmuls(x, weight)[0]
+
+
+def matmuls(x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+    """`matmul` with several weights, in one call: x is rounded once, and threads are handed one piece of work."""
+    rows = x.reshape(-1, x.shape[-1])
+    sizes = [(len(rows), weight.shape[0]) for weight in weights]
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in _call("jaxllm_matmul", sizes, [rows], weights))
+
+
+def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
+    """See `dense.grouped_matmul`."""
+    return _call("jaxllm_grouped_matmul", [(len(x), stack.shape[1])], [x, expert], [stack])[0]
+
+
+def attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array | None,
+    sinks: jax.Array | None,
+    *,
+    window: int,
+    sliding_window: int | None,
+    score_cap: float | None,
+) -> jax.Array:
+    """See `attention.attend`. No key behind the last query's position is read, so `window` does not matter here."""
+    library.native()
+    none = jnp.zeros((1, 0), jnp.int32), jnp.zeros(0, jnp.float32)
+    optional = none[0] if key_positions is None else key_positions, none[1] if sinks is None else sinks
+    arrays = [q.astype(jnp.float32), keys, values, positions, *optional]
+    y = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
+    options = {"window": np.int64(sliding_window or 0), "score_cap": np.float32(score_cap or 0)}
+    return _varying([jax.ffi.ffi_call("jaxllm_attention", y)(*arrays, **options)], arrays)[0].astype(q.dtype)
+
+
+def _call(
+    target: str, sizes: list[tuple[int, int]], given: list[jax.Array], weights: Sequence[Weight]
+) -> list[jax.Array]:
+    library.native()
+    leaves, plan = operands(weights)
+    arrays = [given[0].astype(jnp.float32), *given[1:], *leaves]
+    results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    ys = jax.ffi.ffi_call(target, results)(*arrays, plan=plan, exact=not rounds_int8_blocks())
+    return _varying(ys, arrays)
+
+
+def _varying(results: Sequence[jax.Array], operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Results, marked as varying over the mesh axes that operands vary over: a call into C++ does not say so itself."""
+    axes = tuple(frozenset().union(*(jax.typeof(operand).mat.varying for operand in operands)))
+    return [lax.pcast(result, axes, to="varying") for result in results] if axes else list(results)

@@ -1,0 +1,180 @@
+"""The native CPU kernels: every format, instruction set and number of threads; attention; what happens without them."""
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from native_cases import COLS, ROWS, WEIGHTS, check, floats, ggml
+
+import jaxllm
+from jaxllm import parallel
+from jaxllm.errors import InputError
+from jaxllm.kernels import attention, dense, dispatch
+from jaxllm.kernels.activations import rounding
+from jaxllm.kernels.cpu import library, native_cpu
+from jaxllm.parallel import COLUMN, ROW
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_format(name):
+    check(name)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, *code], env=os.environ | environment, capture_output=True, text=True, timeout=280, cwd=HERE
+    )
+
+
+@pytest.mark.parametrize(("instructions", "threads"), [("portable", "2"), ("avx2", "1"), ("dotprod", "1")])
+def test_every_instruction_set(instructions, threads):
+    """The best one, with this machine's threads, is what `test_every_format` runs."""
+    done = run(["native_cases.py"], JAXLLM_CPU=instructions, JAXLLM_THREADS=threads)
+    if "this processor has no such instruction set" in done.stderr:
+        pytest.skip(f"{instructions} is not here")
+    assert done.stdout == f"{instructions} {threads}\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"JAXLLM_CPU": "mmx"}, "JAXLLM_CPU=mmx: this processor has no such instruction set"),
+        ({"JAXLLM_THREADS": "many"}, "JAXLLM_THREADS=many: must be 1 or above"),
+    ],
+)
+def test_an_impossible_environment_is_one_line(environment, says):
+    done = run(["-m", "jaxllm", "generate", "--model", "demo", "--prompt", "x"], **environment)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_them_everything_works(tmp_path):
+    code = (
+        "import jax, jax.numpy as jnp; from native_cases import *; from jaxllm.kernels import dispatch\n"
+        "w = ggml('Q4_K'); x = floats(2, COLS)\n"
+        "assert jnp.allclose(dispatch.matmul(x, w), x @ w.dequantize().T, atol=1e-3)\n"
+        "print(dispatch.explain('matmul', x, w))"
+    )
+    done = run(["-c", code], JAXLLM_CPU="off")
+    assert "reference (native_cpu cannot: the native kernels are switched off (JAXLLM_CPU=off))" in done.stdout, done
+
+
+def test_numbers_that_are_not_finite_are_passed_on():
+    x = np.zeros((3, COLS), np.float32)
+    x[0, 5], x[1, 40] = np.nan, np.inf
+    for int8_blocks in (False, True):
+        with rounding(int8_blocks):
+            y = np.asarray(native_cpu.matmul(jnp.asarray(x), ggml("Q4_1")))
+        assert not np.isfinite(y[:2]).any() and (y[2] == 0).all()
+
+
+def test_several_matrices_in_one_call():
+    weights, x = [ggml("Q4_K"), ggml("Q6_K", 5), WEIGHTS["FP8"]()], floats(3, COLS)
+    for got, weight in zip(dispatch.matmuls([x] * 3, weights), weights, strict=True):
+        np.testing.assert_allclose(got, dispatch.matmul(x, weight), rtol=0, atol=0)
+    g = [floats(3, w.shape[0], seed=i) for i, w in enumerate(weights)]
+
+    def loss(x):
+        return sum(jnp.vdot(y, each) for y, each in zip(dispatch.matmuls([x] * 3, weights), g, strict=True))
+
+    expected = sum(np.asarray(each) @ np.asarray(w.dequantize()) for each, w in zip(g, weights, strict=True))
+    np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "affine 4", "FP8", "MXFP4 in order"])
+def test_tiles_of_experts(name):
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1], leaf]), WEIGHTS[name]())
+    x, expert = floats(12, stack.shape[-1]), jnp.array([2, 0, 1, -1], jnp.int32)
+    got, expected = native_cpu.grouped_matmul(x, stack, expert), dense.grouped_matmul(x, stack, expert)
+    np.testing.assert_allclose(got[:9], expected[:9], rtol=1e-5, atol=1e-3)
+    assert native_cpu.grouped_matmul(x, stack, jnp.full(4, -1, jnp.int32)).shape == (12, ROWS)
+
+
+@pytest.mark.parametrize("spec", [COLUMN, ROW])
+def test_eight_devices_at_once(spec):
+    """They share two cores and one set of helpers."""
+    weight, x = ggml("Q4_0", 64), floats(2, COLS)
+    with jax.set_mesh(jaxllm.make_mesh("tp=8")):
+        got = jax.jit(lambda x, w: [parallel.linear(x, w, spec) for _ in range(20)])(x, weight)
+    for y in got:
+        np.testing.assert_allclose(y, x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_of_python_at_once():
+    weight = ggml("Q4_K", 512)
+    xs = [floats(4, COLS, seed=i) for i in range(4)]
+    expected = [np.asarray(native_cpu.matmul(x, weight)) for x in xs]
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            if not np.array_equal(native_cpu.matmul(xs[i], weight), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# batch, time, heads, kv_heads, dim, value_dim, length, first position, dtype, window, cap, sinks
+ATTENTION = {
+    "a decode step": (1, 1, 9, 3, 64, 64, 1024, 700, "float32", None, None, False),
+    "a prompt": (1, 70, 9, 3, 64, 64, 512, 200, "float32", None, None, False),
+    "a batch": (2, 5, 4, 2, 16, 8, 64, 30, "float32", None, None, False),
+    "everything": (3, 7, 8, 2, 20, 24, 100, 50, "bfloat16", 16, 30.0, True),
+    "latents": (1, 1, 128, 1, 576, 512, 300, 250, "float16", None, None, False),
+    "sinks": (1, 33, 10, 1, 40, 16, 64, 20, "float32", 5, None, True),
+}
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, ring):
+    batch, time, heads, kv_heads, dim, value_dim, length, first, dtype, window, cap, has_sinks = ATTENTION[name]
+    q = floats(batch, time, heads, dim) * 3 * dim**-0.5
+    keys = floats(batch, kv_heads, length, dim, seed=1).astype(dtype)
+    values = floats(batch, kv_heads, length, value_dim, seed=2).astype(dtype)
+    positions = first + jnp.arange(time, dtype=jnp.int32) + jnp.arange(batch, dtype=jnp.int32)[:, None]
+    key_positions = None
+    if ring:  # in any order, some slots empty
+        order = np.random.default_rng(0).permutation(length) - 10
+        key_positions, window = jnp.asarray(np.maximum(order, -1), jnp.int32)[None], window or 10_000
+    sinks = floats(heads, seed=3) if has_sinks else None
+    options = {"window": length, "sliding_window": window, "score_cap": cap}
+    operands = q, keys, values, positions, key_positions, sinks
+    got, expected = (f(*operands, **options) for f in (native_cpu.attention, attention.attend))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)
+
+
+def test_gradients_of_attention_are_those_of_the_definition():
+    q, keys, values = floats(1, 3, 4, 16), floats(1, 2, 8, 16, seed=1), floats(1, 2, 8, 16, seed=2)
+    positions = jnp.array([[4, 5, 6]], jnp.int32)
+
+    def loss(attend, *operands):
+        return jnp.sum(attend(*operands) ** 2)
+
+    ours = partial(loss, lambda q, k, v: dispatch.attention(q, k, v, positions, None, 8))
+    options = {"window": 8, "sliding_window": None, "score_cap": None}
+    plain = partial(loss, lambda q, k, v: attention.attend(q, k, v, positions, None, None, **options))
+    for got, expected in zip(*(jax.grad(f, (0, 1, 2))(q, keys, values) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_leaves_to_others():
+    said = dispatch.explain("matmul", floats(1, COLS), WEIGHTS["bfloat16"]())
+    assert "native_cpu (made for cpu)" in said
+    with dispatch.using("native_cpu"), pytest.raises(InputError, match="XLA multiplies"):
+        dispatch.matmul(floats(1, COLS).astype(jnp.bfloat16), WEIGHTS["bfloat16"]())
