@@ -47,7 +47,7 @@ bench: $(VENV)/installed
 
 # The same file in llama.cpp (compiled here, some minutes) and mistral.rs, in an environment of their own.
 bench-peers: $(VENV)/installed .venv-peers/installed
-	$(BIN)/python -m jaxllm bench --model demo --peers .venv-peers/bin/python
+	$(BIN)/python -m jaxllm bench --model demo --prefill 32 64 512 2048 --peers .venv-peers/bin/python
 
 # Writes the tables of kernels/README.md: what the kernels are compiled to, and the chips' limits.
 bench-kernels: .venv-accelerators/installed

@@ -5,13 +5,15 @@ reached says how much is left to gain. With `--peers`, other engines run the sam
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,12 @@ from jaxllm.parallel import EP
 from jaxllm.sampling import Sampler
 from jaxllm.startup import measure_startup
 
-PEERS = ("llama.cpp", "mistral.rs")
+# Engines, and what they quantize the weights to.
+PEERS = ("llama.cpp", None), ("mistral.rs", "q8_0"), ("mistral.rs", "q4k"), ("mistral.rs", None)
+FEW = 512  # longer prompts are measured with the first two only: the others would take minutes
+RATES = "prefill_tok_s", "decode_tok_s"
+HEAD = "prompt", "", "prefill tok/s", "decode tok/s", "we prefill", "we decode"
+VERSION = importlib.metadata.version("jaxllm")
 PEER_SCRIPT = Path(__file__).with_name("peer_bench.py")
 
 
@@ -79,14 +86,14 @@ def bytes_per_token(model: LanguageModel) -> int:
     return total
 
 
-def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[str, Any]:
+def peer(name: str, isq: str | None, prefill: int, file: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The speed of another engine, as `peer_bench.py` measures it in a process of the Python that has that engine.
 
     Raises:
         InputError: it is not installed there, or fails.
     """
-    command = [python, PEER_SCRIPT, name, file, "--prefill", args.prefill, "--decode", args.decode]
-    command += ["--threads", os.cpu_count(), "--repeats", args.repeats]
+    command = [args.peers, PEER_SCRIPT, name, file, "--prefill", prefill, "--decode", args.decode]
+    command += ["--threads", os.cpu_count(), "--repeats", args.repeats, *([] if isq is None else ["--isq", isq])]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
@@ -96,11 +103,12 @@ def peer(name: str, python: str, file: Path, args: argparse.Namespace) -> dict[s
 def parser() -> Parser:
     p = Parser("jaxllm.bench", "Measure tokens per second.")
     p.add_argument("--model", default="demo", metavar="PATH", help="a file, directory or hub id (demo)")
-    p.add_argument("--prefill", type=int, default=512, metavar="N", help="length of the prompt (512)")
+    p.add_argument("--prefill", type=int, nargs="+", default=[512], metavar="N", help="lengths of prompts (512)")
     p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens generated after it (64)")
     p.add_argument("--repeats", type=int, default=5, metavar="N", help="take the median of N runs (5)")
     p.add_argument("--dtype", choices=DTYPES, help="of activations")
     p.add_argument("--weights", choices=WEIGHTS, help="what matrices are held as")
+    p.add_argument("--json", type=Path, metavar="FILE", help="add each row to this file, as a line of JSON")
     p.add_argument(
         "--peers", metavar="PYTHON", help="compare with llama.cpp and mistral.rs, run by this Python, which has them"
     )
@@ -109,26 +117,59 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     model = load(args.model, dtype=args.dtype, weights=args.weights)
-    limit = bandwidth()
-    ours = measure(model, args.prefill, args.decode, args.repeats)
-    read = bytes_per_token(model) * ours["decode_tok_s"]
-    print(f"{model.name}, prompt of {args.prefill} tokens, then {args.decode} at batch 1, dtype {model.dtype}")
+    limit, read = bandwidth(), bytes_per_token(model)
+    print(f"{model.name}, dtype {model.dtype}, {args.decode} tokens at batch 1 after each prompt; {processor()}")
+    measured = []
+    for prefill in args.prefill:
+        ours = measure(model, prefill, args.decode, args.repeats)
+        measured.append({"engine": "jaxllm", "version": VERSION, "prompt": prefill, **ours})
+        for name, isq in PEERS if args.peers else ():
+            if prefill <= FEW or (name, isq) in PEERS[:2]:
+                theirs = peer(name, isq, prefill, find_checkpoint(args.model), args)
+                rates = {key: theirs[key] for key in RATES}
+                engine = name if isq is None else f"{name}, {isq}"
+                measured.append({"engine": engine, "version": theirs["version"], "prompt": prefill, **rates})
+    if args.json:
+        common = {"model": model.name, "processor": processor(), "decode": args.decode}
+        with args.json.open("a") as file:
+            file.writelines(json.dumps(common | row) + "\n" for row in measured)
+    best = max(row["decode_tok_s"] for row in measured if row["engine"] == "jaxllm")
     print(
-        f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {bytes_per_token(model) / 2**20:.0f} MiB of "
-        f"weights a token, {read / 1e9:.1f} GB/s, {read / limit:.0%} of that"
+        f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {read / 2**20:.0f} MiB of weights a token, "
+        f"{read * best / 1e9:.1f} GB/s, {read * best / limit:.0%} of that"
     )
-    rows: list[tuple] = [("jaxllm", ours["prefill_tok_s"], ours["decode_tok_s"], "", "")]
-    if args.peers:
-        for name in PEERS:
-            theirs = peer(name, args.peers, find_checkpoint(args.model), args)
-            ratios = [f"{ours[k] / theirs[k]:.2f}x" for k in ("prefill_tok_s", "decode_tok_s")]
-            rows.append((f"{name} {theirs['version']}", theirs["prefill_tok_s"], theirs["decode_tok_s"], *ratios))
-    print(tabulate(rows, ("", "prefill tok/s", "decode tok/s", "we prefill", "we decode"), floatfmt=".1f"))
+    print(tabulate(list(_rows(measured)), HEAD, floatfmt=".1f"))
     startup = measure_startup(args.model, args.dtype)
     print(
         f"first token {startup.cold:.1f} s after the start of the process, {startup.warm:.1f} s once programs are on "
         f"disk; decode step of DeepSeek-V3's 61 layers compiled from shapes in {startup.deepseek_v3:.0f} s"
     )
+
+
+def _rows(measured: list[dict[str, Any]]) -> Iterator[tuple]:
+    """Lines of the table, each engine beside ours with the same prompt."""
+    ours: dict[str, Any] = {}
+    for row in measured:
+        rates = [row[key] for key in RATES]
+        if row["engine"] == "jaxllm":
+            ours, ratios = row, [""] * len(RATES)
+        else:
+            ratios = [f"{ours[key] / row[key]:.2f}x" for key in RATES]
+        yield row["prompt"], f"{row['engine']} {row['version']}", *rates, *ratios
+
+
+def processor() -> str:
+    """The name of this machine's CPU and what it has for small numbers, for whoever reads the measurements."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    has = [flag for flag in ("avx2", "avx512_vnni", "avx512_bf16", "asimddp") if flag in flags]
+    name = fields.get("model name", platform.machine())
+    return f"{os.cpu_count()} cores of {name} ({', '.join(has) or 'no vectors for small integers'})"
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:

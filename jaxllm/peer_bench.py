@@ -2,6 +2,8 @@
 
     python peer_bench.py {llama.cpp|mistral.rs} MODEL.gguf --prefill 512 --decode 64 --threads 2 --repeats 3
 
+``--isq q8_0`` makes mistral.rs quantize the file's weights once more while it loads them, which it is faster with.
+
 Run it with the interpreter of an environment that has the peer (``llama-cpp-python`` or ``mistralrs``);
 it needs nothing else, not even jaxllm. Each run processes a prompt it has not seen before, then
 generates greedily at batch 1, after the whole prompt and past any end-of-text token; the first run is a
@@ -54,7 +56,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def load_llama_cpp(model: Path, prefill: int, decode: int, threads: int) -> Peer:
+def load_llama_cpp(model: Path, prefill: int, decode: int, threads: int, isq: str | None) -> Peer:
     import llama_cpp
 
     llama = llama_cpp.Llama(
@@ -79,7 +81,7 @@ def load_llama_cpp(model: Path, prefill: int, decode: int, threads: int) -> Peer
     return Peer(lambda text: len(tokenize(text)), measure)
 
 
-def load_mistral_rs(model: Path, prefill: int, decode: int, threads: int) -> Peer:
+def load_mistral_rs(model: Path, prefill: int, decode: int, threads: int, isq: str | None) -> Peer:
     # Read once, by the native library: its two thread pools, its log, its model hub.
     os.environ["RAYON_NUM_THREADS"] = os.environ["CANDLE_NUM_THREADS"] = str(threads)
     os.environ.setdefault("RUST_LOG", "warn")
@@ -90,6 +92,7 @@ def load_mistral_rs(model: Path, prefill: int, decode: int, threads: int) -> Pee
         which=mistralrs.Which.GGUF(
             quantized_model_id=str(model.parent), quantized_filename=model.name, tok_model_id=None
         ),
+        in_situ_quant=isq,
         max_seqs=1,
         prefix_cache_n=0,
         token_source="none",
@@ -139,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", type=positive, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=positive, default=64, help="tokens to generate after it")
     parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--isq", metavar="TYPE", help="what mistral.rs quantizes weights to")
     parser.add_argument("--repeats", type=positive, default=3, help="measured runs, after one warm-up")
     return parser.parse_args()
 
@@ -154,7 +158,7 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         version = importlib.metadata.version(distribution)
-        peer = load(arguments.model.absolute(), arguments.prefill, arguments.decode, arguments.threads)
+        peer = load(arguments.model.absolute(), arguments.prefill, arguments.decode, arguments.threads, arguments.isq)
     except ImportError as error:  # a distribution that importlib.metadata does not find is one, too
         fail(f"{arguments.peer} is not installed: {error}")
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import layout as layouts
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm import memory
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, block_index, finest, shards
@@ -244,14 +245,19 @@ def _read(
     part: tuple[slice, ...],
 ) -> np.ndarray:
     """The `part` of a rearranged leaf of this `shape`, copied (never a view of a memory-mapped file)."""
-    if stacked:
-        out = np.zeros([len(range(n)[section]) for n, section in zip(shape, part, strict=True)], leaves[0].dtype)
-        numbers = np.arange(len(leaves)) if index[0] is None else index[0]
-        for i, number in enumerate(numbers[part[0]]):
-            if number >= 0:
-                out[i] = _read([leaves[number]], False, index[1:], shape[1:], part[1:])
-        return out
-    leaf = leaves[0].map() if isinstance(leaves[0], LazyArray) else leaves[0]
+    if not stacked:
+        return memory.copied(_arranged(leaves[0], index, part))
+    out = memory.zeros([len(range(n)[section]) for n, section in zip(shape, part, strict=True)], leaves[0].dtype)
+    numbers = np.arange(len(leaves)) if index[0] is None else index[0]
+    for i, number in enumerate(numbers[part[0]]):
+        if number >= 0:
+            out[i] = _arranged(leaves[number], index[1:], part[1:])
+    return out
+
+
+def _arranged(leaf: HostArray, index: list[np.ndarray | None], part: tuple[slice, ...]) -> HostArray:
+    """The `part` of a rearranged leaf, perhaps a view of a memory-mapped file."""
+    leaf = leaf.map() if isinstance(leaf, LazyArray) else leaf
     filled: list[Any] = []  # for each axis, the positions that are not padding
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
@@ -266,9 +272,9 @@ def _read(
         else:
             leaf = leaf.take(real, axis=axis)
         filled.append(None if len(real) == len(positions) else positions >= 0)
-    leaf = np.array(leaf, order="C")
     for axis, places in enumerate(filled):
         if places is not None:
+            leaf = np.asarray(leaf)
             padded = np.zeros((*leaf.shape[:axis], len(places), *leaf.shape[axis + 1 :]), leaf.dtype)
             padded[(slice(None),) * axis + (places,)] = leaf
             leaf = padded

@@ -61,6 +61,8 @@ class Programs:
         graph, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
         self.mesh, self.dtype, self._model, self.int8_blocks = mesh, jnp.dtype(dtype), model, int8_blocks
+        # Who rounds activations as llama.cpp does also caches as it does: long contexts read half as many bytes.
+        self.cache_dtype = jnp.dtype(jnp.float16) if int8_blocks else self.dtype
         self.runs_ahead = runs_ahead(mesh)
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
@@ -94,7 +96,7 @@ class Programs:
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
         with damaged_entries_removed():
-            return self._model.cache(batch, capacity, self.dtype, self.mesh).zeros()
+            return self._model.cache(batch, capacity, self.cache_dtype, self.mesh).zeros()
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.

@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxllm
 
-model = jaxllm.load("demo", mesh="tp=8", weights="packed", progress=False)
+model = jaxllm.load("demo", mesh="tp=8", weights="packed", dtype="float32", progress=False)
 
 # %% [markdown]
 # ## Chat

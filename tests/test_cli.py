@@ -283,6 +283,6 @@ def test_the_package_as_it_is_installed():
 
 
 def test_an_engine_that_is_missing_is_one_line(untokenized):
-    args = bench.parser().parse_args(["--prefill", "8", "--decode", "2", "--repeats", "1"])
+    args = bench.parser().parse_args(["--decode", "2", "--repeats", "1", "--peers", sys.executable])
     with pytest.raises(jaxllm.InputError, match="^llama.cpp: peer_bench: llama.cpp is not installed: .*$"):
-        bench.peer("llama.cpp", sys.executable, untokenized[0], args)
+        bench.peer("llama.cpp", None, 8, untokenized[0], args)

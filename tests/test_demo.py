@@ -11,6 +11,7 @@ import pytest
 from covering import some
 
 import jaxllm
+from jaxllm.kernels.cpu import library
 from jaxllm.language_model import Completion
 
 # Made with transformers at float32 from the same file; ids of the rendered chat, top-5 logits, greedy tokens.
@@ -20,7 +21,7 @@ STORY, FRANCE = GOLDEN
 
 @pytest.fixture(scope="module")
 def demo(load_once):
-    return load_once("demo", dtype="float32")
+    return load_once("demo", dtype="float32", weights="packed")
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: g["prompt"])
@@ -50,12 +51,12 @@ def test_a_few_tokens_on_several_devices(load_once, mesh):
     assert load_once("demo", dtype="float32", mesh=mesh).generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
 
 
-def test_packed_weights_give_the_same_tokens_and_hold_the_files_bytes(load_once, demo):
-    packed = load_once("demo", dtype="float32", weights="packed")
-    assert packed.generate(STORY["ids"], 4).tokens == STORY["new"][:4]
-    held = sum(leaf.nbytes for leaf in packed.programs.leaves)
-    assert held == sum(p.source.nbytes for p in packed.placed) < 98_362_432  # the file
-    assert sum(leaf.nbytes for leaf in demo.programs.leaves) == 4 * 134_515_008
+def test_packed_weights_hold_the_files_bytes_and_a_copy_gives_the_same_tokens(load_once, demo):
+    held = sum(leaf.nbytes for leaf in demo.programs.leaves)
+    assert held == sum(p.source.nbytes for p in demo.placed) < 98_362_432  # the file
+    copy = load_once("demo", dtype="float32", weights="float32")
+    assert copy.generate(STORY["ids"], 4).tokens == STORY["new"][:4]
+    assert sum(leaf.nbytes for leaf in copy.programs.leaves) == 4 * 134_515_008
 
 
 def test_streaming_gives_the_same_text_in_pieces(demo):
@@ -67,13 +68,14 @@ def test_streaming_gives_the_same_text_in_pieces(demo):
 
 
 def test_summary_says_how_each_matrix_is_cut(load_once):
-    rows = {row[0]: row for row in load_once("demo", dtype="float32", mesh="tp=8").summary().rows}
+    rows = {row[0]: row for row in load_once("demo", dtype="float32", weights="packed", mesh="tp=8").summary().rows}
+    backend = "reference" if library.missing() else "native_cpu"
     assert rows["layers.{0-29}.self_attn.q_proj.weight"][1:] == (
-        *("Q4_1", "5", "float32", "reference", "576 x 576", "column", "[128, 576] float32", f"{128 * 576 * 4:,}"),
+        *("Q4_1", "5", "Q4_1", backend, "576 x 576", "column", "[128, 18, 20] uint8", f"{128 * 18 * 20:,}"),
         "448 zero rows added",
     )
     assert rows["layers.{0-29}.self_attn.k_proj.weight"][-1] == "rows held 2 times, 128 zero rows added"
-    assert rows["layers.{0-29}.mlp.down_proj.weight"][6:8] == ("row", "[576, 192] float32")
+    assert rows["layers.{0-29}.mlp.down_proj.weight"][6:8] == ("row", "[576, 6, 20] uint8")
     assert rows["norm.weight"][4::2][:2] == ("", "replicated")
     summary = load_once("demo", dtype="float32", weights="packed").summary()
     assert "92.1 MiB on each device of the mesh ep=1, tp=1" in str(summary)
@@ -82,14 +84,14 @@ def test_summary_says_how_each_matrix_is_cut(load_once):
 
 
 def test_every_leaf_is_cut_as_the_model_says(load_once):
-    model = load_once("demo", dtype="float32", mesh="tp=8")
+    model = load_once("demo", dtype="float32", weights="packed", mesh="tp=8")
     shapes = {p.name: [s.data.shape for s in jax.tree.leaves(p.weight)[0].addressable_shards] for p in model.placed}
-    assert shapes["embed_tokens.weight"] == [(6144, 576)] * 8
-    assert shapes["layers.7.self_attn.q_proj.weight"] == [(128, 576)] * 8
-    assert shapes["layers.7.self_attn.v_proj.weight"] == [(64, 576)] * 8
-    assert shapes["layers.7.self_attn.o_proj.weight"] == [(576, 128)] * 8
-    assert shapes["layers.7.mlp.gate_proj.weight"] == [(192, 576)] * 8
-    assert shapes["layers.7.mlp.down_proj.weight"] == [(576, 192)] * 8
+    assert shapes["embed_tokens.weight"] == [(6144, 18, 34)] * 8
+    assert shapes["layers.7.self_attn.q_proj.weight"] == [(128, 18, 20)] * 8
+    assert shapes["layers.7.self_attn.v_proj.weight"] == [(64, 18, 20)] * 8
+    assert shapes["layers.7.self_attn.o_proj.weight"] == [(576, 4, 20)] * 8
+    assert shapes["layers.7.mlp.gate_proj.weight"] == [(192, 18, 20)] * 8
+    assert shapes["layers.7.mlp.down_proj.weight"] == [(576, 6, 20)] * 8
     assert shapes["layers.7.input_layernorm.weight"] == [(576,)] * 8
 
 
@@ -105,7 +107,7 @@ def test_a_type_that_cannot_be_encoded():
 
 
 def test_loading_needs_little_more_memory_than_the_file():
-    """Peak of a process that loads and does nothing else, with the compute copy that a CPU gets by default."""
+    """Peak of a process that loads and does nothing else, with the copy that a CPU without native kernels gets."""
     code = """if True:
         import pathlib, re, jaxllm
         model = jaxllm.load("demo", progress=False)

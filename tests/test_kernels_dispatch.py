@@ -146,7 +146,7 @@ def test_a_model_without_its_kernels_is_warned_about_once(without, monkeypatch, 
 
 def test_ops_that_there_are():
     for ask in (dispatch.choose, dispatch.explain):
-        with pytest.raises(InputError, match="op 'matmull': choose one of matmul, grouped_matmul, act_quant"):
+        with pytest.raises(InputError, match="op 'matmull': choose one of matmul, grouped_matmul, act_quant, .*"):
             ask("matmull", X, WEIGHTS["MXFP4"])
 
 

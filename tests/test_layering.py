@@ -5,7 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # From the lowest to the highest. What is not named stands above all of these.
-LAYERS = ("errors", "entries", "formats", "kernels", "parallel", "requantize", "declaration", "placing", "layers")
+LAYERS = (
+    "errors",
+    "entries",
+    "formats",
+    "kernels",
+    "parallel",
+    "requantize",
+    "declaration",
+    "memory",
+    "placing",
+    "layers",
+)
 LAYERS += ("models", "sampling", "tokenizer", "checkpoint")
 TOP = len(LAYERS)
 TOOLS = tuple(

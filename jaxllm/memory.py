@@ -1,0 +1,51 @@
+"""Host memory for weights, in large pages.
+
+A decode step reads every weight once, and on a CPU that takes a fifth less time from pages of 2 MiB than from pages of
+4 KiB (measured: an AMD EPYC, 28 instead of 23 GB/s on two cores). Besides, JAX uses an array that begins at a multiple
+of 64 bytes where it lies, and copies others.
+"""
+
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+CHUNK = 64 << 20  # bytes that are taken from the system at once
+ALIGNMENT = 64
+
+_lock = threading.Lock()
+_chunk, _used = np.empty(0, np.uint8), 0
+
+
+def zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Like numpy's."""
+    return _take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def copied(array: np.typing.ArrayLike) -> np.ndarray:
+    """A copy in C order."""
+    array = np.asarray(array)
+    copy = zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _take(size: int) -> np.ndarray:
+    """Zero bytes of a chunk, which lives as long as any array in it. No byte is given away twice."""
+    global _chunk, _used
+    if size > CHUNK // 2:
+        return _new(size)
+    with _lock:
+        if _used + size > len(_chunk):
+            _chunk, _used = _new(CHUNK), 0
+        begin, _used = _used, _used + -(-size // ALIGNMENT) * ALIGNMENT
+        return _chunk[begin : begin + size]
+
+
+def _new(size: int) -> np.ndarray:
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
