@@ -5,7 +5,7 @@ PROMPT ?= Tell me a short story about the sea, in one paragraph.
 # In float32, with a seed: the same text each time, and with rare exceptions (a draw that is nearly a tie) on every CPU.
 SAMPLING := --dtype float32 --seed 1 --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
 
-.PHONY: run test test-all test-fast test-accelerators mutants lint bench bench-peers bench-kernels notebooks
+.PHONY: run test test-all test-fast test-native test-accelerators mutants lint bench bench-peers bench-kernels notebooks
 
 run: $(VENV)/installed
 	@$(BIN)/python -m jaxllm generate --model demo --prompt "$(PROMPT)" $(SAMPLING)
@@ -24,6 +24,14 @@ test-all: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS) $(FAST:%=tests/test_%.py)
+
+# The native kernels' C++ with the sanitizers of addresses and of undefined behaviour.
+SANITIZED := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all
+CHECKED := $(addprefix kernels/cpu/native/,pool.cc products.cc attention.cc level_portable.cc)
+test-native:
+	$(CXX) $(SANITIZED) -mavx2 -mfma -mf16c -c kernels/cpu/native/level_avx2.cc -o .native-check.o
+	$(CXX) $(SANITIZED) -Ikernels/cpu/native -DLEVELS='&avx2' tests/native/check.cc $(CHECKED) .native-check.o -o .native-check
+	./.native-check 1 && ./.native-check 3
 
 # Mistakes put into a copy of the tree, one after the other: each has to be noticed by the tests named for it.
 mutants: $(VENV)/installed

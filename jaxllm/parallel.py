@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, rounded, unchanged
-from jaxllm.kernels.dispatch import matmul, matmuls
+from jaxllm.kernels.dispatch import few_rows, matmul, matmuls
 from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
@@ -187,7 +187,7 @@ def experts(
     Returns:
         `[tokens, hidden]` in x's dtype.
     """
-    tile = tile_size(chosen.size, num_experts)
+    tile = tile_size(chosen.size, num_experts, few_rows(x, stack.gate))
 
     def shard(
         x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, shared: tuple[Gated, jax.Array] | None

@@ -160,6 +160,11 @@ def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
     return _frozen(kernel.function, _grouped_vjp)(*_alike(x, stack, expert))
 
 
+def few_rows(x: Rows, stack: Weight) -> int:
+    """How many rows of a tile cost `grouped_matmul` hardly more than one."""
+    return choose("grouped_matmul", x, stack).kernel.few_rows
+
+
 def attention(
     q: jax.Array,
     keys: jax.Array,

@@ -14,9 +14,9 @@ from jax.experimental import checkify
 
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, each_row, rounded_tiles, unchanged
-from jaxllm.kernels.dispatch import grouped_matmul
+from jaxllm.kernels.dispatch import few_rows, grouped_matmul
 
-SMALLEST_TILE, LARGEST_TILE = 16, 64  # a few rows cost as much as one: reading the expert
+LARGEST_TILE = 64
 
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -138,11 +138,15 @@ def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight
     experts = stack.shape[0]
     good = jnp.all((indices >= 0) & (indices < experts))
     checkify.debug_check(good, f"an expert index is not one of the {experts} experts")
-    tiles = Tiles.of(indices, experts, tile_size(indices.size, experts))
+    tiles = Tiles.of(indices, experts, tile_size(indices.size, experts, few_rows(x, stack)))
     return tiles.collect(tiles.matmul(tiles.spread(x), stack, bias))
 
 
-def tile_size(assignments: int, experts: int) -> int:
-    """The number of rows per tile such that an expert's average share of the assignments fills about one tile."""
-    share = min(max(-(-assignments // experts), SMALLEST_TILE), LARGEST_TILE, assignments)
+def tile_size(assignments: int, experts: int, few: int = 16) -> int:
+    """The number of rows per tile such that an expert's average share of the assignments fills about one tile.
+
+    Args:
+        few: how many rows cost hardly more than one.
+    """
+    share = min(max(-(-assignments // experts), few), LARGEST_TILE, assignments)
     return 1 << (share - 1).bit_length()

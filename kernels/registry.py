@@ -89,6 +89,7 @@ class Kernel:
             None.
         layout: how the weight should be stored.
         missing: why it cannot run on this machine, or None.
+        few_rows: of `grouped_matmul`, how many rows of a tile cost hardly more than one, which reads the expert too.
         together: the op `matmul` with several weights that take the same x, `f(x, *weights)`, if it has that.
     """
 
@@ -100,6 +101,7 @@ class Kernel:
     refuses: Callable[[str, Any, Any], str | None] = serves_all
     layout: Layout = AS_READ
     missing: Callable[[], str | None] = nothing
+    few_rows: int = 16
     together: Callable | None = None
     differentiable: bool = False
 
@@ -132,7 +134,7 @@ NATIVE = {"missing": _late("cpu.library", "missing")}
 PACKED = GGML, Affine, Scaled, Codebook, MXFP4, NVFP4, Dense
 KERNELS: list[Kernel] = [
     *_kernels("cpu.native_cpu", PACKED, "cpu", "matmul", **NATIVE, together=_late("cpu.native_cpu", "matmuls")),
-    *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE),
+    *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE, few_rows=1),
     *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
     *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, missing=TRITON),
     *_kernels("mxfp4.pallas_tpu", MXFP4, "tpu", *MATMULS, layout=ROW_MAJOR),

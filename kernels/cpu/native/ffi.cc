@@ -3,6 +3,10 @@
 #include <string_view>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "divide.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,6 +20,16 @@ Grids grids;
 namespace {
 
 const Level* level = &portable;
+
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return true;  // Apple's, all of which have it
+#endif
+}
+#endif
 
 // How a matrix is written in an operation's `plan`, in this order (kernels/cpu/operands.py). Its leaves are operands.
 struct Planned {

@@ -1,0 +1,160 @@
+// Every format, exact and rounded, on another instruction set (LEVELS): equal to the portable one. Buffers have
+// exactly the size that they need, so that sanitizers see what reads beyond them. `make test-native` runs it with those.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "divide.h"
+#include "pool.h"
+
+namespace jaxllm {
+Grids grids;
+}
+using namespace jaxllm;
+
+static uint64_t state = 1;
+static uint32_t draw() { return uint32_t((state = state * 6364136223846793005u + 1442695040888963407u) >> 33); }
+static float real() { return float(int(draw() % 20001) - 10000) / 5000; }
+
+struct Leaf {
+  int64_t row_bytes, rows;
+  bool shared;
+  int kind;  // 0: bytes whose float16 and float8 are finite, 1: float32, 2: int32 below 4
+};
+
+struct Case {
+  const char* name;
+  Format format;
+  int64_t cols;
+  std::vector<Leaf> leaves;
+  std::vector<int64_t> params;
+};
+
+constexpr int64_t kRowsOf = 37;
+
+static Case block(const char* name, Format format, int64_t size, int64_t bytes) {
+  return {name, format, 512, {{512 / size * bytes, kRowsOf, false, 0}}, {}};
+}
+
+static std::vector<Case> cases() {
+  std::vector<Case> all = {
+      block("Q1_0", kQ1_0, 128, 18), block("Q4_0", kQ4_0, 32, 18), block("Q4_1", kQ4_1, 32, 20),
+      block("Q5_0", kQ5_0, 32, 22), block("Q5_1", kQ5_1, 32, 24), block("Q8_0", kQ8_0, 32, 34),
+      block("Q8_1", kQ8_1, 32, 36), block("Q2_K", kQ2_K, 256, 84), block("Q3_K", kQ3_K, 256, 110),
+      block("Q4_K", kQ4_K, 256, 144), block("Q5_K", kQ5_K, 256, 176), block("Q6_K", kQ6_K, 256, 210),
+      block("Q8_K", kQ8_K, 256, 292), block("TQ1_0", kTQ1_0, 256, 54), block("TQ2_0", kTQ2_0, 256, 66),
+      block("MXFP4", kGGML_MXFP4, 32, 17), block("NVFP4", kGGML_NVFP4, 64, 36), block("IQ1_S", kIQ1_S, 256, 50),
+      block("IQ1_M", kIQ1_M, 256, 56), block("IQ2_XXS", kIQ2_XXS, 256, 66), block("IQ2_XS", kIQ2_XS, 256, 74),
+      block("IQ2_S", kIQ2_S, 256, 82), block("IQ3_XXS", kIQ3_XXS, 256, 98), block("IQ3_S", kIQ3_S, 256, 110),
+      block("IQ4_NL", kIQ4_NL, 32, 18), block("IQ4_XS", kIQ4_XS, 256, 136),
+      {"MXFP4 in order", kMXFP4, 96, {{48, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
+      {"NVFP4 in order", kNVFP4, 48, {{24, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
+      {"codebook", kCodebook, 62, {{31, kRowsOf, false, 0}, {124, kRowsOf, false, 1}, {64, 1, true, 1}}, {2}},
+      {"FP8", kScaled, 50, {{50, kRowsOf, false, 0}, {12, 5, true, 1}}, {8, 20, kF32, 12, 0x3f800000, kE4M3}},
+      {"INT8", kScaled, 64, {{64, kRowsOf, false, 0}, {4, kRowsOf, true, 1}}, {1, 64, kF32, 4, 0x3f800000, kS8}},
+      {"bfloat16", kDense, 33, {{66, kRowsOf, false, 0}}, {kBF16}},
+      {"float16", kDense, 40, {{80, kRowsOf, false, 0}}, {kF16}},
+  };
+  static const char* names[] = {"affine 1", "affine 2", "affine 3", "affine 4", "affine 5", "affine 6", "affine 7", "affine 8"};
+  for (int64_t bits = 1; bits <= 8; bits++) {
+    const Leaf codes{96 * bits / 8, kRowsOf, false, 0}, scales{96 / 32 * 2, kRowsOf, false, 0};
+    all.push_back({names[bits - 1], kAffine, 96, {codes, scales, scales}, {bits, 32, kF16, kF16, 0, 0}});
+  }
+  const Leaf codes{20, kRowsOf, false, 0}, none{0, 0, true, 0};
+  all.push_back({"affine, groups of 8", kAffine, 40, {codes, {20, kRowsOf, false, 1}}, {4, 8, kF32, 0, 0, 3}});
+  all.push_back({"affine, groups of columns", kAffine, 40,
+                 {codes, {16, kRowsOf, false, 1}, none, none, {160, 1, true, 2}}, {4, 40, kF32, 0, 0, 3}});
+  all.push_back({"affine, groups of rows", kAffine, 40,
+                 {codes, {160, 4, false, 1}, none, none, none, {148, 1, true, 2}}, {4, 40, kF32, 0, 0, 3}});
+  return all;
+}
+
+static int failures = 0;
+
+static void compare(const char* name, const char* what, const std::vector<float>& got, const std::vector<float>& expected) {
+  double largest = 0, error = 0;
+  for (size_t i = 0; i < got.size(); i++) {
+    largest = std::fmax(largest, std::fabs(expected[i])), error = std::fmax(error, std::fabs(got[i] - expected[i]));
+    if (std::isnan(got[i]) != std::isnan(expected[i])) error = INFINITY;
+  }
+  if (error <= 2e-6 * largest) return;
+  std::printf("%s, %s: off by %g of %g\n", name, what, error, largest), failures++;
+}
+
+static void check_products(const Level& level, const Case& c) {
+  std::vector<std::unique_ptr<uint8_t[]>> held;
+  Matrix m{c.format, kRowsOf, c.cols, {}, {}, {}};
+  for (size_t i = 0; i < c.leaves.size(); i++) {
+    const Leaf& leaf = c.leaves[i];
+    const int64_t size = leaf.row_bytes * leaf.rows;
+    if (!size) continue;
+    held.emplace_back(new uint8_t[size]);
+    uint8_t* p = held.back().get();
+    for (int64_t k = 0; k < size; k++) p[k] = draw() & 0x3b;
+    for (int64_t k = 0; k + 4 <= size && leaf.kind; k += 4) {
+      const float number = real();
+      const int32_t index = draw() % 4;
+      std::memcpy(p + k, leaf.kind == 1 ? (const void*)&number : &index, 4);
+    }
+    m.leaf[i] = p, m.row_bytes[i] = leaf.shared ? 0 : leaf.row_bytes;
+  }
+  for (size_t i = 0; i < c.params.size(); i++) m.param[i] = c.params[i];
+  for (int64_t count : {1, 2, 3, 7, 70}) {
+    std::vector<float> x(count * c.cols), got(count * kRowsOf), expected(count * kRowsOf);
+    for (float& value : x) value = real();
+    const Product ours{m, 0, count, got.data()}, theirs{m, 0, count, expected.data()};
+    multiply(level, {ours}, x.data(), count, true);
+    multiply(portable, {theirs}, x.data(), count, true);
+    compare(c.name, "exact", got, expected);
+    // Fused multiply-adds decide some ties otherwise, so both get the same codes.
+    std::vector<RoundedSlice> slices((c.cols + kSlice - 1) / kSlice * count);
+    const RoundedX rounded{slices.data(), count};
+    level.round_rows(x.data(), c.cols, 0, count, rounded);
+    level.multiply(ours, x.data(), &rounded, 0, kRowsOf);
+    portable.multiply(theirs, x.data(), &rounded, 0, kRowsOf);
+    compare(c.name, "rounded", got, expected);
+  }
+}
+
+static void check_attention(const Level& level, int64_t time, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim,
+                            int64_t length, int64_t type, int64_t window, bool ring) {
+  const int64_t batch = 2, size = type == kF32 ? 4 : 2;
+  const auto fill = [&](int64_t count) {
+    std::vector<uint8_t> bytes(count * size);
+    for (uint8_t& byte : bytes) byte = draw() & 0x3b;
+    if (type == kF32) for (int64_t i = 0; i < count; i++) reinterpret_cast<float*>(bytes.data())[i] = real();
+    return bytes;
+  };
+  const auto keys = fill(batch * kv_heads * length * dim), values = fill(batch * kv_heads * length * value_dim);
+  std::vector<float> q(batch * time * heads * dim), sinks(heads), got(batch * time * heads * value_dim), expected(got);
+  std::vector<int32_t> positions, at;
+  for (float& x : q) x = real() / 4;
+  for (float& x : sinks) x = real();
+  for (int64_t b = 0; b < batch; b++) for (int64_t t = 0; t < time; t++) positions.push_back(int32_t(length - time + t));
+  for (int64_t k = 0; k < length; k++) at.push_back(int32_t((k * 7 + 3) % length) - 1);
+  Attention a{q.data(), keys.data(), values.data(), positions.data(), ring ? at.data() : nullptr, sinks.data(), batch, time,
+              heads, kv_heads, length, dim, value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
+  a.y = got.data(), attend(level, a);
+  a.y = expected.data(), attend(portable, a);
+  compare("attention", ring ? "ring" : "buffer", got, expected);
+}
+
+int main(int argc, char** argv) {
+  std::vector<int8_t> grid(8 * 2048);
+  for (int8_t& value : grid) value = int8_t(1 + draw() % 60);
+  grids = {grid.data(), grid.data(), grid.data(), grid.data(), grid.data(), grid.data()};
+  use_threads(argc > 1 ? std::atoi(argv[1]) : 3);
+  for (const Level* level : {&portable, LEVELS}) {
+    for (const Case& c : cases()) check_products(*level, c);
+    for (int64_t type : {kF32, kF16, kBF16}) {
+      check_attention(*level, 1, 9, 3, 64, 64, 700, type, 0, false);
+      check_attention(*level, 70, 6, 2, 20, 24, 130, type, 16, true);
+      check_attention(*level, 5, 100, 1, 40, 8, 30, type, 4, false);
+    }
+    std::printf("%s: %d failures\n", level->name, failures);
+  }
+  return failures != 0;
+}
