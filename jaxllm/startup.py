@@ -15,7 +15,7 @@ FIRST_TOKEN = """
 import sys, time
 import psutil
 import jaxllm
-model = jaxllm.load(sys.argv[1], dtype=sys.argv[2], progress=False)
+model = jaxllm.load(sys.argv[1], dtype=sys.argv[2] or None, progress=False)
 next(model.stream("Once upon a time,", 2))
 print(time.time() - psutil.Process().create_time())
 """
@@ -45,10 +45,10 @@ class Startup(NamedTuple):
     deepseek_v3: float
 
 
-def measure_startup(model: str, dtype: str) -> Startup:
+def measure_startup(model: str, dtype: str | None) -> Startup:
     """Raises InputError if one of the processes fails."""
     with tempfile.TemporaryDirectory() as cache:
-        cold, warm = (_seconds(FIRST_TOKEN, cache, model, dtype) for _ in range(2))
+        cold, warm = (_seconds(FIRST_TOKEN, cache, model, dtype or "") for _ in range(2))
         return Startup(cold, warm, _seconds(DEEPSEEK_V3, cache))
 
 
