@@ -66,7 +66,7 @@ bench-kernels: .venv-accelerators/installed
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
-# They are compiled while the package is installed.
+# The sources of the native kernels, which are compiled while the package is installed.
 NATIVE := $(wildcard kernels/cpu/native/*) kernels/cpu/building.py
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)

@@ -8,7 +8,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from jaxllm import processor
 from jaxllm.cli import Parser, execute
 from jaxllm.decoding import generate_tokens
 from jaxllm.errors import InputError
@@ -118,7 +118,8 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     model = load(args.model, dtype=args.dtype, weights=args.weights)
     limit, read = bandwidth(), bytes_per_token(model)
-    print(f"{model.name}, dtype {model.dtype}, {args.decode} tokens at batch 1 after each prompt; {processor()}")
+    print(f"{model.name}, dtype {model.dtype}, {args.decode} tokens at batch 1 after each prompt")
+    print(processor.describe())
     measured = []
     for prefill in args.prefill:
         ours = measure(model, prefill, args.decode, args.repeats)
@@ -130,9 +131,12 @@ def run(args: argparse.Namespace) -> None:
                 engine = name if isq is None else f"{name}, {isq}"
                 measured.append({"engine": engine, "version": theirs["version"], "prompt": prefill, **rates})
     if args.json:
-        common = {"model": model.name, "processor": processor(), "decode": args.decode}
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(common | row) + "\n" for row in measured)
+        common = {"model": model.name, "processor": processor.describe(), "decode": args.decode}
+        try:
+            with args.json.open("a") as file:
+                file.writelines(json.dumps(common | row) + "\n" for row in measured)
+        except OSError as error:
+            raise InputError(f"{args.json}: {error.strerror}") from error
     best = max(row["decode_tok_s"] for row in measured if row["engine"] == "jaxllm")
     print(
         f"memory streams {limit / 1e9:.1f} GB/s here; decoding reads {read / 2**20:.0f} MiB of weights a token, "
@@ -156,20 +160,6 @@ def _rows(measured: list[dict[str, Any]]) -> Iterator[tuple]:
         else:
             ratios = [f"{ours[key] / row[key]:.2f}x" for key in RATES]
         yield row["prompt"], f"{row['engine']} {row['version']}", *rates, *ratios
-
-
-def processor() -> str:
-    """The name of this machine's CPU and what it has for small numbers, for whoever reads the measurements."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    has = [flag for flag in ("avx2", "avx512_vnni", "avx512_bf16", "asimddp") if flag in flags]
-    name = fields.get("model name", platform.machine())
-    return f"{os.cpu_count()} cores of {name} ({', '.join(has) or 'no vectors for small integers'})"
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:

@@ -52,13 +52,13 @@ def parser() -> Parser:
     p.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="keep matrices quantized (packed), or dequantize them once (on a CPU, if memory allows)",
+        help="keep matrices quantized (packed, the default if there are kernels for it), or dequantize them once",
     )
     p.add_argument(
         "--matmul",
         choices=MATMULS,
-        default="dequant",
-        help="with FP8 or INT8 weights: dequantize them (the default), or quantize activations as well",
+        help="activations in --dtype (dequant); rounded to FP8 or INT8 as the checkpoint says (fp8, int8); or, on a "
+        "CPU, to int8 by 32 (int8_blocks, there the default unless --dtype is given)",
     )
     p.add_argument(
         "--attention",

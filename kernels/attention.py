@@ -1,58 +1,57 @@
 """The definition of attention over a cache. `dispatch.attention` prefers a kernel if the platform has one."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def attend(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array | None,
-    sinks: jax.Array | None,
-    *,
-    window: int,
-    sliding_window: int | None,
-    score_cap: float | None,
-) -> jax.Array:
-    """`dot_product_attention`; without `key_positions`, each key's position is its index, and the first `window` keys
-    include all that are visible."""
-    if key_positions is None:
-        keys, values, key_positions = (
-            keys[:, :, :window],
-            values[:, :, :window],
-            jnp.arange(window, dtype=jnp.int32)[None],
-        )
-    return dot_product_attention(q, keys, values, positions, key_positions, sliding_window, sinks, score_cap)
+class Cached(NamedTuple):
+    """Queries and the cache that they attend to.
+
+    q: `[batch, time, heads, head_dim]`, scaled; queries that share a key/value head are adjacent.
+    keys, values: `[batch, kv_heads, length, dim]`.
+    positions: `[batch, time]`, the position of each query.
+    key_positions: `[batch or 1, length]`, the positions of the keys, negative where there is none; None: their indices.
+    sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS, after
+        Xiao et al., 2023); None: there is none.
+    """
+
+    q: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    key_positions: jax.Array | None = None
+    sinks: jax.Array | None = None
 
 
-def dot_product_attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array,
-    sliding_window: int | None = None,
-    sinks: jax.Array | None = None,
-    score_cap: float | None = None,
-) -> jax.Array:
-    """Softmax attention of scaled queries, each over the cached positions up to its own; softmax in float32.
+@dataclass(frozen=True)
+class Scoring:
+    """Which keys a query sees, and how it scores them.
 
-    Args:
-        q: `[batch, time, heads, head_dim]`; queries that share a key/value head are adjacent.
-        keys, values: `[batch, kv_heads, length, dim]`.
-        positions: `[batch, time]`, the position of each query.
-        key_positions: `[batch or 1, length]`, the positions of the keys; negative where there is no key.
-        sliding_window: how many positions a query sees, its own included; None: all up to its own.
-        score_cap: c in `c tanh(scores / c)`; None: no cap.
-        sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS,
-            after Xiao et al., 2023).
+    window: without `key_positions`, how many keys from the first on include all that are visible.
+    sliding_window: how many positions a query sees, its own included; None: all up to its own.
+    score_cap: c in `c tanh(scores / c)`; None: no cap.
+    """
+
+    window: int
+    sliding_window: int | None = None
+    score_cap: float | None = None
+
+
+def attend(given: Cached, scoring: Scoring) -> jax.Array:
+    """Softmax attention, each query over the cached positions up to its own; softmax in float32.
 
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
     """
+    q, keys, values, positions, key_positions, sinks = given
+    sliding_window, score_cap = scoring.sliding_window, scoring.score_cap
+    if key_positions is None:
+        keys, values = keys[:, :, : scoring.window], values[:, :, : scoring.window]
+        key_positions = jnp.arange(scoring.window, dtype=jnp.int32)[None]
     batch, time, heads, head_dim = q.shape
     kv_heads, length = keys.shape[1:3]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None

@@ -25,7 +25,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import dense, registry
 from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
-from jaxllm.kernels.attention import attend
+from jaxllm.kernels.attention import Cached, Scoring, attend
 from jaxllm.kernels.registry import REFERENCE, Kernel
 
 _named: ContextVar[str | None] = ContextVar("backend", default=None)
@@ -65,7 +65,7 @@ def choose(op: str, x: Any, weight: Weight | type, platform: str | None = None) 
 
     Args:
         op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class), "weight_dequant" (x is None), or
-            "attention" (x are the operands, `weight` is `jax.Array`).
+            "attention" (x is `Cached`, `weight` is `jax.Array`).
         platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's default.
 
     Raises:
@@ -165,27 +165,15 @@ def few_rows(x: Rows, stack: Weight) -> int:
     return choose("grouped_matmul", x, stack).kernel.few_rows
 
 
-def attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array | None,
-    window: int,
-    sliding_window: int | None = None,
-    sinks: jax.Array | None = None,
-    score_cap: float | None = None,
-) -> jax.Array:
+def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention over a cache on one device's heads, see `attention.attend`."""
-    operands = q, keys, values, positions, key_positions, sinks
-    options: Any = {"window": window, "sliding_window": sliding_window, "score_cap": score_cap}
-    kernel = choose("attention", operands, jax.Array).kernel
+    kernel = choose("attention", given, jax.Array).kernel
+    run, definition = partial(kernel.function, scoring=scoring), partial(attend, scoring=scoring)
     if kernel.differentiable:
-        return kernel.function(*operands, **options)
-    run, definition = partial(kernel.function, **options), partial(attend, **options)
+        return run(given)
     function = jax.custom_vjp(run)
-    function.defvjp(lambda *given: (run(*given), given), lambda given, g: jax.vjp(definition, *given)[1](g))
-    return function(*_alike(*operands))
+    function.defvjp(lambda given: (run(given), given), lambda given, g: jax.vjp(definition, given)[1](g))
+    return function(*_alike(given))
 
 
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -2,6 +2,7 @@
 users do; the others call the same `main`, and share what they loaded and compiled."""
 
 import importlib
+import inspect
 import io
 import json
 import os
@@ -11,13 +12,14 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_gguf import Tiny, reference_logits, write
 
 import jaxllm
-from jaxllm import bench
+from jaxllm import bench, generate
 from jaxllm.cli import COMMANDS, main
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_hf_float32.json").read_text())
@@ -286,3 +288,33 @@ def test_an_engine_that_is_missing_is_one_line(untokenized):
     args = bench.parser().parse_args(["--decode", "2", "--repeats", "1", "--peers", sys.executable])
     with pytest.raises(jaxllm.InputError, match="^llama.cpp: peer_bench: llama.cpp is not installed: .*$"):
         bench.peer("llama.cpp", None, 8, untokenized[0], args)
+
+
+def test_the_bench_keeps_its_rows(monkeypatch, untokenized, tmp_path, capsys):
+    """Each engine beside ours with the same prompt; slow engines only with short ones."""
+    rates = {"prefill_tok_s": 100.0, "decode_tok_s": 10.0}
+    monkeypatch.setattr(bench, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench, "measure", lambda model, prefill, decode, repeats: rates)
+    monkeypatch.setattr(bench, "peer", lambda *args: {"version": "1", "prefill_tok_s": 50.0, "decode_tok_s": 20.0})
+    monkeypatch.setattr(bench, "measure_startup", lambda *args: SimpleNamespace(cold=2, warm=1, deepseek_v3=3))
+    rows = tmp_path / "rows.jsonl"
+    options = ["--model", str(untokenized[0]), "--prefill", "32", "1024", "--peers", "python", "--json", str(rows)]
+    bench.run(bench.parser().parse_args(options))
+    kept = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["prompt"] for row in kept] == [32] * 5 + [1024] * 3
+    others = {"llama.cpp", "mistral.rs", "mistral.rs, q8_0", "mistral.rs, q4k"}
+    assert {row["engine"] for row in kept} == others | {"jaxllm"}
+    assert all(row["processor"] and row["decode"] == 64 for row in kept)
+    printed = capsys.readouterr().out
+    assert printed.count("2.00x") == printed.count("0.50x") == 6
+    options[-1] = str(tmp_path / "missing" / "rows.jsonl")
+    with pytest.raises(jaxllm.InputError, match="rows.jsonl: No such file"):
+        bench.run(bench.parser().parse_args(options))
+
+
+def test_the_command_line_has_the_defaults_of_load():
+    args = generate.parser().parse_args(["--model", "demo", "--prompt", "x"])
+    defaults = {name: p.default for name, p in inspect.signature(jaxllm.load).parameters.items()}
+    assert all(
+        getattr(args, name) == defaults[name] for name in ("dtype", "weights", "matmul", "quantize", "attention")
+    )

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,8 +15,9 @@ from native_cases import COLS, ROWS, WEIGHTS, check, floats, ggml
 import jaxllm
 from jaxllm import parallel
 from jaxllm.errors import InputError
-from jaxllm.kernels import attention, dense, dispatch
+from jaxllm.kernels import dense, dispatch
 from jaxllm.kernels.activations import rounding
+from jaxllm.kernels.attention import Cached, Scoring, attend
 from jaxllm.kernels.cpu import library, native_cpu
 from jaxllm.parallel import COLUMN, ROW
 
@@ -153,9 +153,8 @@ def test_attention(name, ring):
         order = np.random.default_rng(0).permutation(length) - 10
         key_positions, window = jnp.asarray(np.maximum(order, -1), jnp.int32)[None], window or 10_000
     sinks = floats(heads, seed=3) if has_sinks else None
-    options = {"window": length, "sliding_window": window, "score_cap": cap}
-    operands = q, keys, values, positions, key_positions, sinks
-    got, expected = (f(*operands, **options) for f in (native_cpu.attention, attention.attend))
+    given, scoring = Cached(q, keys, values, positions, key_positions, sinks), Scoring(length, window, cap)
+    got, expected = (f(given, scoring) for f in (native_cpu.attention, attend))
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)
 
 
@@ -163,14 +162,18 @@ def test_gradients_of_attention_are_those_of_the_definition():
     q, keys, values = floats(1, 3, 4, 16), floats(1, 2, 8, 16, seed=1), floats(1, 2, 8, 16, seed=2)
     positions = jnp.array([[4, 5, 6]], jnp.int32)
 
-    def loss(attend, *operands):
-        return jnp.sum(attend(*operands) ** 2)
+    def gradients(f):
+        loss = lambda q, keys, values: jnp.sum(f(Cached(q, keys, values, positions), Scoring(8)) ** 2)  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(q, keys, values)
 
-    ours = partial(loss, lambda q, k, v: dispatch.attention(q, k, v, positions, None, 8))
-    options = {"window": 8, "sliding_window": None, "score_cap": None}
-    plain = partial(loss, lambda q, k, v: attention.attend(q, k, v, positions, None, None, **options))
-    for got, expected in zip(*(jax.grad(f, (0, 1, 2))(q, keys, values) for f in (ours, plain)), strict=True):
+    for got, expected in zip(gradients(dispatch.attention), gradients(attend), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rounding_is_asked_for_only_where_it_can_be(monkeypatch):
+    monkeypatch.setattr(library, "missing", lambda: "there is no compiler")
+    with pytest.raises(InputError, match="'int8_blocks' is of the native CPU kernels: there is no compiler"):
+        jaxllm.load("demo", matmul="int8_blocks", progress=False)
 
 
 def test_what_it_leaves_to_others():

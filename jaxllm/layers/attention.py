@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.dispatch import attention
 from jaxllm.layers.cache import CacheShape, LayerCache, ring_positions, write, write_ring
 from jaxllm.layers.context import Context
@@ -122,7 +123,8 @@ class Attention(nnx.Module):
         seen, at = (keys, values), None
         if given.k is not None:
             (keys, values), seen, at = _updated((keys, values), (given.k, given.v), given, window)
-        y = attention(given.q, *seen, given.positions, at, window, self.sliding_window, given.sinks, self.score_cap)
+        cached = Cached(given.q, *seen, given.positions, at, given.sinks)
+        y = attention(cached, Scoring(window, self.sliding_window, self.score_cap))
         return y, keys, values
 
 

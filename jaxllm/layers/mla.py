@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxllm.formats.base import Weight
+from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.dispatch import attention, dequantize
 from jaxllm.layers.cache import CacheShape, LayerCache, write
 from jaxllm.layers.context import Context
@@ -147,7 +148,7 @@ class LatentAttention(nnx.Module):
         k, v = self._expand(given.latent[:, :, 0], given.k_rope[:, :, 0], self._up(given.kv_b, given.latent.dtype))
         keys, values = _written(given.cache, (k.swapaxes(1, 2), v.swapaxes(1, 2)), given.positions)
         q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
-        return attention(q, keys, values, given.positions, None, window), keys, values
+        return attention(Cached(q, keys, values, given.positions), Scoring(window)), keys, values
 
     def _latent(self, given: _Operands, window: int) -> Attended:
         dtype, positions = given.latent.dtype, given.positions
@@ -157,10 +158,11 @@ class LatentAttention(nnx.Module):
         if positions.shape[1] > 1:
             keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
             q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
-            return attention(q, keys, values, positions, None, window), latents, ropes
+            return attention(Cached(q, keys, values, positions), Scoring(window)), latents, ropes
         # The latents serve as the single key head and the single value head, which all queries share.
         q = jnp.concatenate([_einsum("bthn,hnr->bthr", given.q_nope, up[0]), given.q_rope], axis=-1)
-        y = attention(q, jnp.concatenate([seen, seen_rope], axis=-1), seen, positions, None, window)
+        keys = jnp.concatenate([seen, seen_rope], axis=-1)
+        y = attention(Cached(q, keys, seen, positions), Scoring(window))
         return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
 
     def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Products with packed weights on a CPU, in C++ (native/): nothing is dequantized in memory.
 
 Activations are either exact (float32 products of the dequantized weights, summed in float32) or rounded to int8 with a
-scale for every 32 neighbours, as llama.cpp does. See `jaxllm.kernels.cpu`.
+scale for every 32 neighbours, as llama.cpp does. See kernels/README.md.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels.activations import Quantized, group_of, rounds_int8_blocks
+from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.cpu import library
 from jaxllm.kernels.cpu.operands import operands
 
@@ -23,7 +24,7 @@ from jaxllm.kernels.cpu.operands import operands
 def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
     """See `Kernel.refuses`."""
     if op == "attention":
-        return _refuses_attention(*x[:3])
+        return _refuses_attention(x)
     if isinstance(weight, Dense) and (weight.values.dtype.itemsize > 2 or weight.values.dtype == x.dtype):
         return f"XLA multiplies {x.dtype.name} by {weight.format} itself"
     if isinstance(weight, Scaled) and group_of(weight) is not None:
@@ -33,11 +34,11 @@ def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
     return None
 
 
-def _refuses_attention(q: jax.Array, keys: jax.Array, values: jax.Array) -> str | None:
-    if values.shape[3] % 8:
-        return f"values of {values.shape[3]} numbers: multiples of 8 are possible"
-    if keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"keys of {keys.dtype.name}"
+def _refuses_attention(given: Cached) -> str | None:
+    if given.values.shape[3] % 8:
+        return f"values of {given.values.shape[3]} numbers: multiples of 8 are possible"
+    if given.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"keys of {given.keys.dtype.name}"
     return None
 
 
@@ -58,25 +59,20 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     return _call("jaxllm_grouped_matmul", [(len(x), stack.shape[1])], [x, expert], [stack])[0]
 
 
-def attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array | None,
-    sinks: jax.Array | None,
-    *,
-    window: int,
-    sliding_window: int | None,
-    score_cap: float | None,
-) -> jax.Array:
-    """See `attention.attend`. No key behind the last query's position is read, so `window` does not matter here."""
+def attention(given: Cached, scoring: Scoring) -> jax.Array:
+    """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
-    none = jnp.zeros((1, 0), jnp.int32), jnp.zeros(0, jnp.float32)
-    optional = none[0] if key_positions is None else key_positions, none[1] if sinks is None else sinks
-    arrays = [q.astype(jnp.float32), keys, values, positions, *optional]
+    q, keys, values, positions, key_positions, sinks = given
+    arrays = [
+        q.astype(jnp.float32),
+        keys,
+        values,
+        positions,
+        jnp.zeros((1, 0), jnp.int32) if key_positions is None else key_positions,
+        jnp.zeros(0, jnp.float32) if sinks is None else sinks,
+    ]
     y = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
-    options = {"window": np.int64(sliding_window or 0), "score_cap": np.float32(score_cap or 0)}
+    options = {"window": np.int64(scoring.sliding_window or 0), "score_cap": np.float32(scoring.score_cap or 0)}
     return _varying([jax.ffi.ffi_call("jaxllm_attention", y)(*arrays, **options)], arrays)[0].astype(q.dtype)
 
 

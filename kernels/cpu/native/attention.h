@@ -33,13 +33,6 @@ struct State {
   float* weight;  // [kTokens]: sums of exp(score - most)
 };
 
-template <int kType>
-INLINE f32x8 eight_values(const uint8_t* p) {
-  if (kType == kF32) return load<f32x8>(p);
-  if (kType == kF16) return f16x8(load<u16x8>(p));
-  return (f32x8)(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
-}
-
 // P panels times all rows of x: adds to sums[p * kTokens + row].
 template <int P>
 INLINE void add_all(const Floats* panels, int64_t columns, const float* x, int64_t stride, int64_t rows, f32x8* sums) {
@@ -54,7 +47,7 @@ INLINE void add_all(const Floats* panels, int64_t columns, const float* x, int64
 template <int kType>
 static void score(const Attention& a, const uint8_t* keys, const float* q, int64_t rows, int64_t first, int64_t end,
                   float (*scores)[kKeys]) {
-  constexpr int size = kType == kF32 ? 4 : 2;
+  constexpr int size = kSizeOf<kType>;
   Matrix m{kDense, end, a.dim, {}, {}, {}};
   m.leaf[0] = keys, m.row_bytes[0] = size * a.dim;
   Floats panels[2];
@@ -78,7 +71,7 @@ static void score(const Attention& a, const uint8_t* keys, const float* q, int64
 template <int kType>
 static void attend(const Attention& a, int64_t batch, int64_t head, const float* q, const int32_t* positions,
                    int64_t rows, int64_t begin, int64_t end, State& state) {
-  constexpr int size = kType == kF32 ? 4 : 2;
+  constexpr int size = kSizeOf<kType>;
   const int64_t slot = (batch * a.kv_heads + head) * a.length;
   const uint8_t *keys = a.keys + slot * a.dim * size, *values = a.values + slot * a.value_dim * size;
   const int32_t* key_positions = a.key_positions ? a.key_positions + batch % a.key_batches * a.length : nullptr;
@@ -128,7 +121,7 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
       const int many = j + 1 < a.value_dim / 8 ? 2 : 1;
       for (int p = 0; p < many; p++) {
         for (int64_t k = 0; k < count; k++) {
-          panels[p].weights[k] = eight_values<kType>(values + ((first + k) * a.value_dim + 8 * (j + p)) * size);
+          panels[p].weights[k] = eight<kType>(values + ((first + k) * a.value_dim + 8 * (j + p)) * size);
         }
       }
       f32x8* sums = state.sums + j * kTokens;

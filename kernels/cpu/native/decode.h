@@ -123,88 +123,83 @@ struct Block {
   INLINE const uint8_t* at(const Matrix& m, int64_t row, int64_t chunk) { return row_of(m, 0, row) + kBytes * chunk; }
 };
 
-// ---- ggml's blocks of 32 ----
-
-struct Q4_0 : Integers<32, 32, true, 8, 1>, Block<18> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 2, at(m, b, chunk) + 2), out);
-  }
+// One that has a float16 scale in front, and codes that stand for kZero more than what is to be scaled.
+template <int kBytes, int kZero = 0>
+struct OneScale : Block<kBytes> {
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk));
+    words[0] = load<uint16_t>(Block<kBytes>::at(m, row, chunk));
   }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
-    scale[0] = halves(words[0]), offset[0] = -8 * scale[0];
+    scale[0] = halves(words[0]);
+    if (kZero) offset[0] = float(-kZero) * scale[0];
   }
 };
 
-struct Q4_1 : Integers<32, 32, true, 8, 1>, Block<20> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 4, at(m, b, chunk) + 4), out);
-  }
+// One that has a float16 scale and a float16 offset in front.
+template <int kBytes>
+struct ScaleAndOffset : Block<kBytes> {
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint32_t>(at(m, row, chunk));
+    words[0] = load<uint32_t>(Block<kBytes>::at(m, row, chunk));
   }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     scale[0] = halves(words[0]), offset[0] = halves(words[0] >> 16);
   }
 };
 
-struct Q5_0 : Integers<32, 32, true, 4, 1>, Block<22> {
+INLINE void lookup_both(u8x16 table, u8x32* codes) { codes[0] = lookup(table, codes[0]), codes[1] = lookup(table, codes[1]); }
+
+// ---- ggml's blocks of 32 ----
+
+struct Q4_0 : Integers<32, 32, true, 8, 1>, OneScale<18, 8> {
+  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+    low_then_high(two(at(m, a, chunk) + 2, at(m, b, chunk) + 2), out);
+  }
+};
+
+struct Q4_1 : Integers<32, 32, true, 8, 1>, ScaleAndOffset<20> {
+  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+    low_then_high(two(at(m, a, chunk) + 4, at(m, b, chunk) + 4), out);
+  }
+};
+
+struct Q5_0 : Integers<32, 32, true, 4, 1>, OneScale<22, 16> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     u8x32 high[2];
     where_bits(at(m, a, chunk) + 2, at(m, b, chunk) + 2, high);
     low_then_high(two(at(m, a, chunk) + 6, at(m, b, chunk) + 6), out);
     out[0] |= high[0] & 16, out[1] |= high[1] & 16;
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk));
-  }
-  INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
-    scale[0] = halves(words[0]), offset[0] = -16 * scale[0];
-  }
 };
 
-struct Q5_1 : Integers<32, 32, true, 4, 1>, Block<24> {
+struct Q5_1 : Integers<32, 32, true, 4, 1>, ScaleAndOffset<24> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     u8x32 high[2];
     where_bits(at(m, a, chunk) + 4, at(m, b, chunk) + 4, high);
     low_then_high(two(at(m, a, chunk) + 8, at(m, b, chunk) + 8), out);
     out[0] |= high[0] & 16, out[1] |= high[1] & 16;
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint32_t>(at(m, row, chunk));
-  }
-  INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) { Q4_1::scales(words, scale, offset); }
 };
 
 template <int kBytes, int kCodes>  // Q8_0; Q8_1 has a sum between scale and codes
-struct Q8 : Integers<32, 32, false, 0, 1>, Block<kBytes> {
-  using Block<kBytes>::at;
+struct Q8 : Integers<32, 32, false, 0, 1>, OneScale<kBytes> {
+  using OneScale<kBytes>::at;
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     const uint8_t *p = at(m, a, chunk) + kCodes, *q = at(m, b, chunk) + kCodes;
     out[0] = two(p, q), out[1] = two(p + 16, q + 16);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk));
-  }
-  INLINE void scales(const u32x8* words, f32x8* scale, f32x8*) { scale[0] = halves(words[0]); }
 };
 
-struct IQ4_NL : Integers<32, 32, false, 0, 1>, Block<18> {
+struct IQ4_NL : Integers<32, 32, false, 0, 1>, OneScale<18> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     low_then_high(two(at(m, a, chunk) + 2, at(m, b, chunk) + 2), out);
-    out[0] = lookup(kIQ4, out[0]), out[1] = lookup(kIQ4, out[1]);
+    lookup_both(kIQ4, out);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk));
-  }
-  INLINE void scales(const u32x8* words, f32x8* scale, f32x8*) { scale[0] = halves(words[0]); }
 };
 
 struct GGML_MXFP4 : Computed<32, 32, true, 4>, Block<17> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     low_then_high(two(at(m, a, chunk) + 1, at(m, b, chunk) + 1), out);
-    out[0] = lookup(kE2M1, out[0]), out[1] = lookup(kE2M1, out[1]);
+    lookup_both(kE2M1, out);
   }
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
     const uint8_t e = *at(m, row, chunk);
@@ -433,7 +428,7 @@ struct IQ4_XS : Integers<256, 32, false, 0, 2>, Block<136> {
     UNROLL
     for (int j = 0; j < 8; j++) {
       low_then_high(two(at(m, a, chunk) + 8 + 16 * j, at(m, b, chunk) + 8 + 16 * j), out + 2 * j);
-      out[2 * j] = lookup(kIQ4, out[2 * j]), out[2 * j + 1] = lookup(kIQ4, out[2 * j + 1]);
+      lookup_both(kIQ4, out + 2 * j);
     }
   }
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
@@ -569,7 +564,7 @@ struct IQ1_M : ByEight<IQ1_M, 16>, Block<56> {
 struct MXFP4 : Computed<32, 32, true, 4> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     low_and_high(two(row_of(m, 0, a) + 16 * chunk, row_of(m, 0, b) + 16 * chunk), out);
-    out[0] = lookup(kE2M1, out[0]), out[1] = lookup(kE2M1, out[1]);
+    lookup_both(kE2M1, out);
   }
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
     const uint8_t e = row_of(m, 1, row)[chunk];
@@ -583,7 +578,7 @@ struct NVFP4 : Computed<32, 16, true, 4> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     uint8_t copy[2][16];
     low_and_high(two(bytes_of(m, 0, a, 16 * chunk, 16, copy[0]), bytes_of(m, 0, b, 16 * chunk, 16, copy[1])), out);
-    out[0] = lookup(kE2M1, out[0]), out[1] = lookup(kE2M1, out[1]);
+    lookup_both(kE2M1, out);
   }
   INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
     UNROLL
@@ -711,44 +706,36 @@ struct Codebook {
   }
 };
 
+// Eight values of a type.
 template <int kType>
-INLINE void values(const uint8_t* p, float* w) {
-  if (kType == kF32) memcpy(w, p, 128);
-  if (kType == kBF16) {
-    UNROLL
-    for (int i = 0; i < 32; i += 8) {
-      store(w + i, (f32x8)(__builtin_convertvector(load<u16x8>(p + 2 * i), u32x8) << 16));
-    }
-  }
-  if (kType == kF16) {
-    UNROLL
-    for (int i = 0; i < 32; i += 8) store(w + i, f16x8(load<u16x8>(p + 2 * i)));
-  }
-  if (kType == kS8) {
-    UNROLL
-    for (int i = 0; i < 32; i += 8) store(w + i, floats(__builtin_convertvector(load<s8x8>(p + i), s32x8)));
-  }
-  if (kType == kE5M2) {
-    UNROLL
-    for (int i = 0; i < 32; i += 8) store(w + i, f16x8(__builtin_convertvector(load<u8x8>(p + i), u16x8) << 8));
-  }
-  if (kType == kE4M3) {  // a float16 with the same fields is 2^-8 times as large
-    UNROLL
-    for (int i = 0; i < 32; i += 8) {
-      const u16x8 byte = __builtin_convertvector(load<u8x8>(p + i), u16x8), rest = byte & 0x7f;
-      const u16x8 nan = (u16x8)(rest == 0x7f) & 0x7e00;
-      store(w + i, f16x8((byte & 0x80) << 8 | rest << 7 | nan) * 256);
-    }
-  }
+INLINE f32x8 eight(const uint8_t* p) {
+  if (kType == kF32) return load<f32x8>(p);
+  if (kType == kBF16) return (f32x8)(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
+  if (kType == kF16) return f16x8(load<u16x8>(p));
+  if (kType == kS8) return floats(__builtin_convertvector(load<s8x8>(p), s32x8));
+  const u16x8 byte = __builtin_convertvector(load<u8x8>(p), u16x8), rest = byte & 0x7f;
+  if (kType == kE5M2) return f16x8(byte << 8);
+  const u16x8 nan = (u16x8)(rest == 0x7f) & 0x7e00;  // kE4M3: a float16 with the same fields is 2^-8 times as large
+  return f16x8((byte & 0x80) << 8 | rest << 7 | nan) * 256;
+}
+
+template <int kType>
+constexpr int kSizeOf = kType == kF32 ? 4 : kType == kBF16 || kType == kF16 ? 2 : 1;
+
+// 32 values of a row, from a block on.
+template <int kType>
+INLINE void values(const Matrix& m, int64_t row, int64_t block, float* w) {
+  constexpr int size = kSizeOf<kType>;
+  uint8_t copy[32 * size];
+  const uint8_t* p = bytes_of(m, 0, row, 32 * size * block, 32 * size, copy);
+  for (int i = 0; i < 32; i += 8) store(w + i, eight<kType>(p + size * i));
 }
 
 // leaves: values
 template <int kType>
 struct Dense {
   INLINE void decode(const Matrix& m, int64_t row, int64_t chunk, float* w) {
-    constexpr int size = kType == kF32 ? 4 : 2;
-    uint8_t copy[32 * size];
-    values<kType>(bytes_of(m, 0, row, 32 * size * chunk, 32 * size, copy), w);
+    values<kType>(m, row, chunk, w);
   }
 };
 
@@ -759,8 +746,7 @@ enum ScaledParam { kBlockRows, kBlockCols, kScalesType, kScalesRow, kFactor, kVa
 template <int kType>
 struct Scaled {
   INLINE void decode(const Matrix& m, int64_t row, int64_t chunk, float* w) {
-    uint8_t copy[32];
-    values<kType>(bytes_of(m, 0, row, 32 * chunk, 32, copy), w);
+    values<kType>(m, row, chunk, w);
     const uint8_t* scales = m.leaf[1] + row / m.param[kBlockRows] * m.param[kScalesRow];
     const int64_t wide = m.param[kBlockCols], first = 32 * chunk, last = first + 32 < m.cols ? first + 32 : m.cols;
     const float factor = from_bits(uint32_t(m.param[kFactor]));

@@ -36,7 +36,6 @@ struct Planned {
   int64_t format, rows, cols, leaves;
   int64_t index[kLeaves], row_bytes[kLeaves], matrix_bytes[kLeaves], param[kParams];
 };
-constexpr int64_t kPlanned = sizeof(Planned) / sizeof(int64_t);
 
 // The matrix with number `i` of a stack whose leaves are operands from `first` on; the leaf of index -1 is not there.
 Matrix matrix_of(const Planned& plan, const ffi::RemainingArgs& args, size_t first, int64_t i) {
