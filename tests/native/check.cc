@@ -58,7 +58,8 @@ static std::vector<Case> cases() {
       {"bfloat16", kDense, 33, {{66, kRowsOf, false, 0}}, {kBF16}},
       {"float16", kDense, 40, {{80, kRowsOf, false, 0}}, {kF16}},
   };
-  static const char* names[] = {"affine 1", "affine 2", "affine 3", "affine 4", "affine 5", "affine 6", "affine 7", "affine 8"};
+  static const char* names[] = {"affine 1", "affine 2", "affine 3", "affine 4",
+                                "affine 5", "affine 6", "affine 7", "affine 8"};
   for (int64_t bits = 1; bits <= 8; bits++) {
     const Leaf codes{96 * bits / 8, kRowsOf, false, 0}, scales{96 / 32 * 2, kRowsOf, false, 0};
     all.push_back({names[bits - 1], kAffine, 96, {codes, scales, scales}, {bits, 32, kF16, kF16, 0, 0}});
@@ -74,7 +75,8 @@ static std::vector<Case> cases() {
 
 static int failures = 0;
 
-static void compare(const char* name, const char* what, const std::vector<float>& got, const std::vector<float>& expected) {
+static void compare(const char* name, const char* what, const std::vector<float>& got,
+                    const std::vector<float>& expected) {
   double largest = 0, error = 0;
   for (size_t i = 0; i < got.size(); i++) {
     largest = std::fmax(largest, std::fabs(expected[i])), error = std::fmax(error, std::fabs(got[i] - expected[i]));
@@ -119,8 +121,8 @@ static void check_products(const Level& level, const Case& c) {
   }
 }
 
-static void check_attention(const Level& level, int64_t time, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim,
-                            int64_t length, int64_t type, int64_t window, bool ring) {
+static void check_attention(const Level& level, int64_t time, int64_t heads, int64_t kv_heads, int64_t dim,
+                            int64_t value_dim, int64_t length, int64_t type, int64_t window, bool ring) {
   const int64_t batch = 2, size = type == kF32 ? 4 : 2;
   const auto fill = [&](int64_t count) {
     std::vector<uint8_t> bytes(count * size);
@@ -133,7 +135,7 @@ static void check_attention(const Level& level, int64_t time, int64_t heads, int
   std::vector<int32_t> positions, at;
   for (float& x : q) x = real() / 4;
   for (float& x : sinks) x = real();
-  for (int64_t b = 0; b < batch; b++) for (int64_t t = 0; t < time; t++) positions.push_back(int32_t(length - time + t));
+  for (int64_t i = 0; i < batch * time; i++) positions.push_back(int32_t(length - time + i % time));
   for (int64_t k = 0; k < length; k++) at.push_back(int32_t((k * 7 + 3) % length) - 1);
   Attention a{q.data(), keys.data(), values.data(), positions.data(), ring ? at.data() : nullptr, sinks.data(), batch, time,
               heads, kv_heads, length, dim, value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};

@@ -1,6 +1,7 @@
 // How each format decodes. There are two kinds.
 //
-// An integer format gives small integers and, for each kGroup of them, a scale and an offset: w = scale * code + offset.
+// An integer format gives small integers and, for each kGroup of them, a scale and an offset:
+// w = scale * code + offset.
 //   kChunk    weights that are decoded at once
 //   kGroup    16 or 32
 //   kOffset   whether offsets may differ from zero
@@ -146,7 +147,9 @@ struct ScaleAndOffset : Block<kBytes> {
   }
 };
 
-INLINE void lookup_both(u8x16 table, u8x32* codes) { codes[0] = lookup(table, codes[0]), codes[1] = lookup(table, codes[1]); }
+INLINE void lookup_both(u8x16 table, u8x32* codes) {
+  codes[0] = lookup(table, codes[0]), codes[1] = lookup(table, codes[1]);
+}
 
 // ---- ggml's blocks of 32 ----
 
@@ -289,7 +292,8 @@ struct Q3_K : Integers<256, 16, true, 4, 4>, Block<110> {
     const f32x8 d = halves(words[3]);
     UNROLL
     for (int g = 0; g < 16; g++) {
-      const u32x8 low = words[g % 8 / 4] >> (g % 4 * 8 + g / 8 * 4) & 15, high = words[2] >> (g % 4 * 8 + g / 4 * 2) & 3;
+      const u32x8 low = words[g % 8 / 4] >> (g % 4 * 8 + g / 8 * 4) & 15;
+      const u32x8 high = words[2] >> (g % 4 * 8 + g / 4 * 2) & 3;
       scale[g] = d * floats((s32x8)(low | high << 4) - 32), offset[g] = -4 * scale[g];
     }
   }
@@ -303,7 +307,8 @@ struct SixBits : Block<kBytes> {
   }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     const f32x8 d = halves(words[0]), least = halves(words[0] >> 16);
-    const u32x8 first = words[1], second = words[2], third = words[3], six = u32x8{} + 0x3f3f3f3f, four = six & 0x0f0f0f0f;
+    const u32x8 first = words[1], second = words[2], third = words[3];
+    const u32x8 six = u32x8{} + 0x3f3f3f3f, four = six & 0x0f0f0f0f;
     const u32x8 more = (third & four) | (first >> 6 & 0x03030303) << 4;
     const u32x8 most = (third >> 4 & four) | (second >> 6 & 0x03030303) << 4;
     UNROLL
@@ -597,7 +602,8 @@ enum AffineParam { kBits, kGroupSize, kScaleType, kZeroType, kBiasType, kZero };
 // The lowest 8 * bits bits of a word are eight codes: each moves to the lowest bits of its byte. First the upper four
 // move to the upper half, then pairs and then single codes within their part.
 INLINE uint64_t spread(uint64_t word, int bits) {
-  const uint64_t four = (uint64_t{1} << 4 * bits) - 1, two = ((1u << 2 * bits) - 1) * 0x100000001, one = ((1u << bits) - 1) * 0x1000100010001;
+  const uint64_t four = (uint64_t{1} << 4 * bits) - 1, two = ((1u << 2 * bits) - 1) * 0x100000001;
+  const uint64_t one = ((1u << bits) - 1) * 0x1000100010001;
   word = (word & four) | (word >> 4 * bits & four) << 32;
   word = (word & two) | (word & two << 2 * bits) << (16 - 2 * bits);
   return (word & one) | (word & one << bits) << (8 - bits);
@@ -739,8 +745,8 @@ struct Dense {
   }
 };
 
-// leaves: values, scales; params: rows and columns of a block, type and row bytes of scales, bits of the factor, type of
-// values
+// leaves: values, scales;
+// params: rows and columns of a block, type and row bytes of scales, bits of the factor, type of values
 enum ScaledParam { kBlockRows, kBlockCols, kScalesType, kScalesRow, kFactor, kValuesType };
 
 template <int kType>

@@ -2,5 +2,6 @@
 #include "attention.h"
 
 namespace jaxllm {
-const Level avx2 = {"avx2", avx2_level::rounds, avx2_level::round_rows, avx2_level::multiply, avx2_level::attend};
-}
+using namespace avx2_level;
+const Level avx2 = {"avx2", rounds, round_rows, multiply, attend};
+}  // namespace jaxllm

@@ -2,5 +2,6 @@
 #include "attention.h"
 
 namespace jaxllm {
-const Level avx512 = {"avx512", avx512_level::rounds, avx512_level::round_rows, avx512_level::multiply, avx512_level::attend};
-}
+using namespace avx512_level;
+const Level avx512 = {"avx512", rounds, round_rows, multiply, attend};
+}  // namespace jaxllm

@@ -2,5 +2,6 @@
 #include "attention.h"
 
 namespace jaxllm {
-const Level dotprod = {"dotprod", dotprod_level::rounds, dotprod_level::round_rows, dotprod_level::multiply, dotprod_level::attend};
-}
+using namespace dotprod_level;
+const Level dotprod = {"dotprod", rounds, round_rows, multiply, attend};
+}  // namespace jaxllm

@@ -2,5 +2,6 @@
 #include "attention.h"
 
 namespace jaxllm {
-const Level portable = {"portable", portable_level::rounds, portable_level::round_rows, portable_level::multiply, portable_level::attend};
-}
+using namespace portable_level;
+const Level portable = {"portable", rounds, round_rows, multiply, attend};
+}  // namespace jaxllm

@@ -39,7 +39,8 @@ void multiply(const Level& level, const std::vector<Product>& products, const fl
   std::vector<Piece> pieces;
   for (const Product& p : products) {
     for (int64_t row = 0; row < p.matrix.rows;) {
-      const int64_t some = std::max(kPiece, left / (2 * threads())), step = 16 * std::max<int64_t>(1, some / work(16, p));
+      const int64_t some = std::max(kPiece, left / (2 * threads()));
+      const int64_t step = 16 * std::max<int64_t>(1, some / work(16, p));
       const int64_t end = std::min(row + step, p.matrix.rows);
       pieces.push_back({&p, row, end});
       left -= work(end - row, p), row = end;
