@@ -21,7 +21,7 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, rounded, unchanged
 from jaxllm.kernels.dispatch import few_rows, matmul, matmuls
-from jaxllm.kernels.experts import Activation, Gated, grouped_mlp, tile_size
+from jaxllm.kernels.experts import Activation, Gated, Tiles, grouped_mlp, hidden, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
 EP = "ep"  # expert parallelism: different experts on different devices
@@ -205,6 +205,28 @@ def experts(
     specs = uncut, uncut, uncut, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
     # check_vma cannot follow a loop whose number of rounds depends on how much work the device has.
     return local(shard, specs, uncut, check_vma=False)(x, scores, chosen, stack, shared)
+
+
+def expert_sums(
+    x: jax.Array, chosen: jax.Array, stack: Gated, num_experts: int, activation: Activation, products: bool
+) -> tuple[tuple, tuple]:
+    """What the experts' matrices are multiplied by, see `Tiles.sums`: of gate and up, and of down.
+
+    Args:
+        x, chosen, stack, num_experts, activation: see `experts`; numbers of no expert are not counted.
+    """
+    tile = tile_size(chosen.size, num_experts, few_rows(x, stack.gate))
+
+    def shard(x: jax.Array, chosen: jax.Array, stack: Gated) -> tuple[tuple, tuple]:
+        count = stack.gate.shape[0]
+        tiles = Tiles.of(chosen - jax.lax.axis_index(EP) * count, count, tile)
+        rows = tiles.spread(x)
+        inner = jax.lax.all_gather(hidden(tiles, rows, stack, activation), TP, axis=1, tiled=True)
+        return tiles.sums(rows, count, products), tiles.sums(inner, count, products)
+
+    uncut, of_experts = PartitionSpec(), PartitionSpec(EP)
+    specs = uncut, uncut, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW)
+    return local(shard, specs, (of_experts, of_experts), check_vma=False)(x, chosen, stack)
 
 
 def _once(stack: Gated) -> Gated:

@@ -83,10 +83,35 @@ class Tiles:
         taken = rows[jnp.minimum(self.row, len(rows) - 1)]
         return jnp.where(self.held[..., None], taken, jnp.zeros((), rows.dtype))
 
+    @property
+    def real(self) -> jax.Array:
+        """bool `[rows]`, which rows are not padding."""
+        return jnp.zeros(len(self.choice), bool).at[self.row.reshape(-1)].set(True, mode="drop")
+
+    def sums(self, rows: jax.Array, experts: int, products: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Of each expert's rows: the sums of squares `[experts, n]`, how many they are, and, if asked for, the sums of
+        their outer products `[experts, n, n]`."""
+        real, index = self.real, jnp.where(self.expert < 0, experts, self.expert)
+        tiles = jnp.where(real[:, None], rows, 0).astype(jnp.float32).reshape(len(self.expert), -1, rows.shape[1])
+
+        def add(into: jax.Array, of_tile: jax.Array) -> jax.Array:
+            return into.at[index].add(of_tile, mode="drop")
+
+        squares = add(jnp.zeros((experts, rows.shape[1])), jnp.sum(tiles * tiles, axis=1))
+        of_tiles = jnp.sum(real.reshape(len(self.expert), -1), axis=1, dtype=jnp.int32)
+        counts = add(jnp.zeros(experts, jnp.int32), of_tiles)
+        if not products:
+            return squares, counts, None
+
+        def one(i: jax.Array, into: jax.Array) -> jax.Array:
+            return into.at[index[i]].add(jnp.matmul(tiles[i].T, tiles[i], precision="highest"), mode="drop")
+
+        width = rows.shape[1]
+        return squares, counts, jax.lax.fori_loop(0, len(tiles), one, jnp.zeros((experts, width, width)))
+
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
         """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`. `peak`: see `rounded`."""
-        real = jnp.zeros(len(rows), bool).at[self.row.reshape(-1)].set(True, mode="drop")
-        y = grouped_matmul(rounded_tiles(rows, stack, self.expert, peak, real), stack, self.expert)
+        y = grouped_matmul(rounded_tiles(rows, stack, self.expert, peak, self.real), stack, self.expert)
         return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
 
 
@@ -114,11 +139,15 @@ def grouped_mlp(
         float32 `[tokens, in]`.
     """
     tiles = Tiles.of(chosen, stack.gate.shape[0], tile)
-    biases = (None, None, None) if stack.bias is None else (stack.bias.gate, stack.bias.up, stack.bias.down)
-    rows = tiles.spread(x)
-    h = activation(tiles.matmul(rows, stack.gate, biases[0]), tiles.matmul(rows, stack.up, biases[1]))
-    y = tiles.collect(tiles.matmul(h.astype(x.dtype), stack.down, biases[2], peak))
+    h = hidden(tiles, tiles.spread(x), stack, activation)
+    y = tiles.collect(tiles.matmul(h, stack.down, None if stack.bias is None else stack.bias.down, peak))
     return jnp.sum(y * scores[..., None].astype(jnp.float32), axis=1)
+
+
+def hidden(tiles: Tiles, rows: jax.Array, stack: Gated, activation: Activation) -> jax.Array:
+    """What down is multiplied by: `[rows, intermediate]` in the dtype of the rows."""
+    gate, up = (None, None) if stack.bias is None else (stack.bias.gate, stack.bias.up)
+    return activation(tiles.matmul(rows, stack.gate, gate), tiles.matmul(rows, stack.up, up)).astype(rows.dtype)
 
 
 def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight | None = None) -> jax.Array:

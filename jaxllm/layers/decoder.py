@@ -6,6 +6,7 @@ which rotary angles they need, and which cache each of them uses.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxllm import tracking
 from jaxllm.kernels.activations import rounding, rounds_int8_blocks
 from jaxllm.layers.cache import CacheShape, KVCache, LayerCache
 from jaxllm.layers.context import Context
@@ -99,7 +101,8 @@ class Decoder(nnx.Module):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
             context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks())
-            x, caches[slot] = _apply(layer, x, held, context)
+            x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
+            tracking.pass_on(f"layers.{i}", seen)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
         return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
@@ -109,8 +112,14 @@ class Decoder(nnx.Module):
         return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
 
 
-@jax.jit
-def _apply(layer: Block, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
-    """Apply a layer. Because this is jitted, layers of one kind are traced and lowered only once."""
-    with rounding(context.int8_blocks):  # an argument, because jit knows traces by their arguments
-        return layer(x, cache, context)
+@partial(jax.jit, static_argnums=4)
+def apply(
+    layer: Any, x: jax.Array, cache: LayerCache, context: Context, kind: tracking.Kind | None
+) -> tuple[jax.Array, LayerCache, dict[str, tracking.Statistics]]:
+    """Apply a layer. Because this is jitted, layers of one kind are traced and lowered only once.
+
+    What is set around it (`int8_blocks`, `kind`) are arguments, because jit knows traces by their arguments.
+    """
+    real = None if kind is None else jnp.arange(x.shape[1]) < context.counts[:, None]
+    with rounding(context.int8_blocks), tracking.collecting(layer, kind, real) as seen:
+        return *layer(x, cache, context), seen

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm import parallel
+from jaxllm import parallel, tracking
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, padded_index
 from jaxllm.kernels.experts import Activation, Gated
@@ -74,7 +74,7 @@ class TopKRouter:
         return scores * self.scale, experts
 
 
-class Experts(nnx.Module):
+class Experts(tracking.Tracked, nnx.Module):
     """A stack of gated feed-forward blocks: experts are sharded over ep, their intermediate dimension over tp.
 
     That dimension is padded to a multiple of `multiple`, as in `MLP`. The stack is padded to a multiple of ep with
@@ -157,7 +157,20 @@ class Experts(nnx.Module):
                 f"x {[*x.shape]}, scores {[*scores.shape]} and chosen {[*chosen.shape]}: expected [tokens, hidden] and "
                 "[tokens, k] twice"
             )
+        self.record(x, chosen, activation)
         return parallel.experts(x, scores, chosen, stack, count, activation)
+
+    def record(self, x: jax.Array, chosen: jax.Array, activation: Activation) -> None:
+        """Note what the matrices are multiplied by, if that is tracked."""
+        kind = tracking.kind_of(self.gate_proj)
+        if kind is None:
+            return
+        real = tracking.real_tokens()
+        counted = chosen if real is None else jnp.where(real.reshape(-1, 1), chosen, -1)
+        count = self.down_proj.declared.shape[0]
+        outer, inner = parallel.expert_sums(x, counted, self.weights, count, activation, kind == "products")
+        for param, sums in ((self.gate_proj, outer), (self.up_proj, outer), (self.down_proj, inner)):
+            tracking.record_stack(param, tracking.Statistics(*sums))
 
     def dequantize(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The stacks of gate, up and down in the checkpoint's order and size, float32."""
@@ -228,9 +241,11 @@ class MoE(nnx.Module):
         shared = None
         if self.shared_expert is not None:
             mlp = self.shared_expert
+            mlp.record(tokens)
             weights = (p.weight.get_value() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
             gate = self.shared_expert_gate
             score = jnp.ones((), jnp.float32) if gate is None else jax.nn.sigmoid(gate(tokens, jnp.float32))
             shared = Gated(*weights), score
+        self.experts.record(tokens, experts, self.activation)
         y = parallel.experts(tokens, scores, experts, self.experts.weights, self.num_experts, self.activation, shared)
         return y.reshape(x.shape)

@@ -1,7 +1,8 @@
 """Operations on the matrix that a layer holds: restore the checkpoint's order, add a delta, requantize.
 
-`requantize` works on the shards in place, and nothing is gathered. `add_delta` encodes the matrix in one computation,
-for which XLA may gather it meanwhile; the result is sharded as before.
+`requantize` gathers the matrix on the host and encodes it there as a whole, so that the result does not depend on the
+mesh. `add_delta` encodes the matrix in one computation, for which XLA may gather it meanwhile; the result is sharded as
+before.
 """
 
 from functools import partial
@@ -13,12 +14,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxllm.declaration import Declaration
+from jaxllm.encodings import Encoding, encoding
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.parallel import placing_mesh
 from jaxllm.placing import Source, place
-from jaxllm.requantize import requantize
+from jaxllm.requantize import encode_source, fitting_shards
 
 Matrix = Weight | np.ndarray | jax.Array
 
@@ -92,9 +94,21 @@ def with_delta(param: nnx.Param, delta: np.ndarray | jax.Array) -> Weight:
     return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), changed, specs)
 
 
-def requantized(param: nnx.Param, type: str) -> Weight:
-    """The parameter's weight encoded as `type`, see `requantize`."""
-    return requantize(held(param), param.declared.spec, type)
+def requantized(param: nnx.Param, type: str | int) -> Weight:
+    """The parameter's weight encoded as `type`, or as the first of its fallbacks whose blocks the shards do not split.
+
+    Raises:
+        InputError: there is no such type, or values are not finite.
+    """
+    mesh = jax.tree.leaves(held(param))[0].sharding.mesh
+    return encoded_anew(param, fitting_shards(encoding(type), param.declared, mesh))
+
+
+def encoded_anew(param: nnx.Param, type: Encoding, importance: np.ndarray | None = None) -> Weight:
+    """The parameter's weight encoded as `type`, and placed as it was. See `encode_source`."""
+    mesh = jax.tree.leaves(held(param))[0].sharding.mesh
+    values = Dense(np.asarray(dequantized(param)))
+    return place(encode_source(Source("matrix", (values,)), type, importance), param.declared, mesh)
 
 
 def replaced[M: nnx.Module](module: M, **weights: Weight) -> M:

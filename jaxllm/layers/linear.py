@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm import parallel
+from jaxllm import parallel, tracking
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, padded_index, shards
 from jaxllm.layers.held import (
@@ -26,7 +26,7 @@ from jaxllm.layers.held import (
 from jaxllm.layers.parameter import declare
 
 
-class Linear(nnx.Module):
+class Linear(tracking.Tracked, nnx.Module):
     """`y = x @ weight.T + bias`, sharded over the mesh by `spec`.
 
     The constructor makes a layer for a model: its matrix is declared now and loaded later, and x and y have the order
@@ -149,6 +149,8 @@ def together(x: jax.Array, *layers: Linear, dtype: jax.typing.DTypeLike | None =
     x = as_floating(x, in_[0])
     if padding := weights[0].shape[1] - in_[0]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    for layer in layers:
+        tracking.record(layer.weight, x)
     ys = parallel.linears(x, weights, layers[0].spec, dtype)
     return tuple(
         (y if layer.bias is None else y + layer.bias.get_value().astype(y.dtype))[..., :size]
@@ -162,7 +164,7 @@ def _places(weight: Weight, axis: int, dim: str, count: int) -> np.ndarray | Non
     return None if size % multiple == 0 or count == 1 else padded_index(size, multiple)
 
 
-class Merged(nnx.Module):
+class Merged(tracking.Tracked, nnx.Module):
     """Matrices that take the same x: queries, keys and values, or gate and up (mistral.rs: merged column layers).
 
     The result is a tuple with one array per matrix; each matrix may have its own format and size. Concatenating the
@@ -188,7 +190,7 @@ class Merged(nnx.Module):
         return self.__class__([layer.requantize(type) for layer in self.layers])
 
 
-class Embedding(nnx.Module):
+class Embedding(tracking.Tracked, nnx.Module):
     """An embedding table `[vocab, hidden]`, the vocabulary sharded over tp. It can serve as the output head too."""
 
     def __init__(self, shape: tuple[int, int], tp: int) -> None:
@@ -219,6 +221,7 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """`x[..., hidden]` -> logits, float32 `[..., vocab]`, replicated on every device."""
         weight = held(self.weight)
+        tracking.record(self.weight, x)
         logits = parallel.linear(as_floating(x, weight.shape[1]), weight, parallel.COLUMN, jnp.float32)
         return parallel.gather(logits)[..., : self.vocab_size]
 

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxllm import tracking
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.dispatch import attention, dequantize
@@ -122,6 +123,8 @@ class LatentAttention(nnx.Module):
         latent, k_rope = self.kv_a_layernorm(latent)[:, :, None], rotate(k_rope[:, :, None], *angles)
 
         params = (self.k_b_proj, self.v_b_proj) if self.split_kv_b else (self.kv_b_proj.weight,)
+        if not self.split_kv_b:
+            tracking.record(self.kv_b_proj.weight, latent)
         kv_b, cut = [param.get_value() for param in params], HEAD_STACK if self.split_kv_b else COLUMN
         spec, copied = CACHE if self.per_head_cache else PartitionSpec(), PartitionSpec()
         kv_specs = [local_specs(w, cut) for w in kv_b]

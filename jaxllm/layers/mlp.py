@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxllm import tracking
 from jaxllm.formats.base import padded_index
 from jaxllm.kernels.experts import Activation
 from jaxllm.layers.linear import Linear, together
@@ -55,3 +56,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.activation(*together(x, self.gate_proj, self.up_proj)))
+
+    def record(self, x: jax.Array) -> None:
+        """Note what the matrices are multiplied by, if that is tracked, where others multiply."""
+        if tracking.kind_of(self.down_proj.weight) is not None:
+            tracking.record(self.down_proj.weight, self.activation(*together(x, self.gate_proj, self.up_proj)))
