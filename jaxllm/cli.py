@@ -18,7 +18,8 @@ from jaxllm.errors import InputError
 # Every command: the module with its `parser` and `run`, and what it does.
 COMMANDS = {
     "generate": ("jaxllm.generate", "answer prompts, or talk with a model"),
-    "convert": ("jaxllm.convert", "rewrite a checkpoint in another dtype or layout"),
+    "convert": ("jaxllm.convert", "write a checkpoint in another type or another kind of file"),
+    "calibrate": ("jaxllm.calibrate", "find out which inputs matter, for better low-bit types"),
     "perplexity": ("jaxllm.perplexity", "measure how well a model predicts a text"),
     "bench": ("jaxllm.bench", "measure tokens per second"),
     "bench-kernels": ("jaxllm.kernels.bench", "measure the kernels, or ask the compilers about them"),
@@ -35,6 +36,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         raise InputError(f"{message} (--help lists the options)")
+
+
+def add_quantizing(p: argparse.ArgumentParser) -> None:
+    """The options of commands that quantize a model while they load it; `quantizing` reads them."""
+    p.add_argument(
+        "--quantize", metavar="TYPE", help="quantize matrices while loading, for example to q4_k, hqq4 or fp8, or to 4"
+    )
+    p.add_argument("--organization", metavar="NAME", help="which of them: default, or moqe (routed experts only)")
+    p.add_argument("--topology", metavar="FILE", help="YAML with other types for some layers or matrices")
+    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
+
+
+def quantizing(args: argparse.Namespace) -> dict[str, str | None]:
+    """Arguments for `load`."""
+    return {name: getattr(args, name) for name in ("quantize", "organization", "topology", "imatrix")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,56 +1,49 @@
-"""`python -m jaxllm.convert`: a Hugging Face directory in another dtype, or to and from the files of DeepSeek's demo.
+"""`python -m jaxllm.convert`: a checkpoint as another one, in other types, another dtype or another kind of file.
 
-A tensor is read, converted and written piece by piece, so memory use does not grow with the model. (Mapping the file
+Tensors are read, converted and written matrix by matrix, so memory use does not grow with the model. (Mapping a file
 would be shorter, but pages read from a map stay with the process, and truncating the file meanwhile would kill it.)
-
-Conversion to another dtype has two cases. A checkpoint with blockwise FP8 has chosen its dtypes matrix by matrix: only
-its FP8 matrices are dequantized, as in DeepSeek's fp8_cast_bf16.py, and nothing else changes. Any other checkpoint is
-converted entirely, except for the router's correction bias, since rounding it changes which experts are chosen
-(transformers keeps it in float32 too).
+What is written appears when it is complete; after an interruption, the same command goes on where it stopped.
 """
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
 from tqdm import tqdm
 
-from jaxllm.checkpoint.declared import NOT_CONVERTED, Declared, declared
-from jaxllm.checkpoint.demo import BLOCK, is_demo
-from jaxllm.checkpoint.demo_convert import DECLARATION, to_demo, to_huggingface
-from jaxllm.checkpoint.quantized import join, only
-from jaxllm.checkpoint.safetensors import HFDirectory, open_directory
-from jaxllm.checkpoint.scaled_schemes import FP8, block_fp8
-from jaxllm.checkpoint.writing import GB, Tensor, nth, write_directory, write_files
-from jaxllm.checkpoint.writing import pieces as _pieces
+from jaxllm.calibrate import read_text, text_chunks
+from jaxllm.calibrated import common_group, with_awq, with_gptq
+from jaxllm.checkpoint.demo import is_demo
+from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
+from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
+from jaxllm.checkpoint.exports import EXPORTS, Export, awq, export, gptq
+from jaxllm.checkpoint.opening import open_checkpoint
+from jaxllm.checkpoint.safetensors import open_directory
+from jaxllm.checkpoint.unfinished import GB
+from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
 from jaxllm.cli import Parser, execute
-from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
-from jaxllm.formats.scaled import Scaled
-from jaxllm.placing import FileArray
+from jaxllm.encodings import ENCODINGS, encoding
+from jaxllm.errors import InputError, located
+from jaxllm.exporting import CONTAINERS, WORKERS, Model, Output, directory, gguf, read_model
+from jaxllm.formats.dense import Dense
+from jaxllm.formats.ggml_encode import ENCODERS
+from jaxllm.imatrix import importance_for
+from jaxllm.loading import find_checkpoint, load
+from jaxllm.placing import Source
+from jaxllm.recipe import ORGANIZATIONS, Plan, recipe
 
-TARGETS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("demo", "huggingface")
 DEMO_CONFIG = "config_demo.json"
-# FP8 that is not declared is in DeepSeek's blocks; tools that write other kinds declare them.
-_UNDECLARED = only(block_fp8(BLOCK), block_fp8(BLOCK, scales=".weight_scale_inv"))
-_CORRECTION_BIAS = re.compile(r"(?:.*\.)?(?:e_score_correction_bias|expert_bias)")
-_FLOATS = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
-_SCALES = re.compile(r"scales?(_|$)|absmax|zeros?$|SCB")
 # Files that hold weights or run code when they are opened, their indexes (".index."), and hidden files.
 _LEFT_OUT = re.compile(r"\.(safetensors|bin|pth?|ckpt|pkl|pickle|np[yz]|h5|msgpack|gguf|onnx\w*|ot)$|\.index\.|^\.")
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of an archive such as torch's
@@ -60,76 +53,231 @@ def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
     *,
-    to: str,
+    to: str | int,
+    container: str | None = None,
+    organization: str | None = None,
+    topology: str | os.PathLike | None = None,
+    imatrix: str | os.PathLike | None = None,
+    text: str | os.PathLike | None = None,
     max_shard_size: int | str = "5GB",
     model_parallel: int | None = None,
     n_experts: int | None = None,
     config: str | os.PathLike | None = None,
+    dry_run: bool = False,
     progress: bool = True,
-) -> None:
-    """Convert a Hugging Face directory to another dtype or to the files of DeepSeek's demo, or convert those back.
+) -> Plan | None:
+    """Write a checkpoint as another one. Returns the plan, if matrices were encoded; `str` of it is a table.
+
+    Any checkpoint that can be loaded can be written in any type of `jaxllm.encodings` that the container holds, and in
+    GPTQ and AWQ, which calibrate on a text. Two conversions need not know the model: a Hugging Face directory in
+    another dtype, and the files of DeepSeek's demo.
 
     For another dtype, the FP8 matrices of a blockwise FP8 checkpoint are dequantized; its other tensors stay the same
     bit for bit. A matrix whose scales are missing stays FP8: a warning names it, and the written config.json still
     declares FP8 but excludes the dequantized matrices. In a checkpoint without FP8, all floating-point tensors are
     converted except the router's correction bias (`e_score_correction_bias`, `expert_bias`); integers do not change.
 
-    Files that hold no weights are copied; hidden files and subdirectories are not.
+    Files that hold no weights are copied from directory to directory; hidden files and subdirectories are not.
 
     Args:
-        src: the directory to read.
-        dst: the directory to write; it must be empty or not exist. It appears when everything is written.
-        to: "bfloat16" (rounded to nearest, ties to even) or "float32"; "demo", or "huggingface" from the demo's files,
-            both of which change no value.
+        src: a file, directory or hub id, or "demo".
+        dst: the directory to write, which must be empty or not exist; or the GGUF file to write, which must not exist.
+            It appears when everything is written.
+        to: a type such as "q4_k", "afq4", "fp8_block", "int4" or "gptq4"; "bfloat16" (rounded to nearest, ties to even)
+            or "float32"; "demo", or "huggingface" from the demo's files, both of which change no value.
+        container: "gguf", "huggingface" or "mlx"; by default the first of them that holds the type.
+        organization, topology, imatrix: see `load`.
+        text: a file with the text that GPTQ and AWQ calibrate on.
         max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
         model_parallel: how many files to write for the demo, one per GPU.
         n_experts: the expected number of experts, for "demo".
         config: for "huggingface", a config.json to use unchanged, or the demo's ModelArgs; by default those in `src`.
+        dry_run: only say what would be written.
         progress: whether to show progress, and a final line, on stderr.
 
     Raises:
         InputError: a file or argument cannot be used; one line saying what and where.
     """
-    if to not in (*TARGETS, *LAYOUTS):
-        raise InputError(f"to '{to}': choose one of {', '.join((*TARGETS, *LAYOUTS))}")
+    src, dst, limit = find_checkpoint(src), Path(dst), parse_size(max_shard_size)
     if (to == "demo") != (model_parallel is not None) or (n_experts is not None and to != "demo"):
         raise InputError("to 'demo' needs model_parallel, the number of files, and nothing else takes it or n_experts")
     if config is not None and to != "huggingface":
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
-    src, dst, limit = Path(src), Path(dst), parse_size(max_shard_size)
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
     begun = time.perf_counter()
-    if to == "huggingface":
-        tensors, said = to_huggingface(src, None if config is None else Path(config))
-        configs = {"config.json": said}
-    else:
-        folder = _open(src)
-        try:
-            if model_parallel is not None:  # to the demo's files
-                parts, args = to_demo(folder, model_parallel, n_experts)
-                tensors, configs = list(chain(*parts.values())), {} if args is None else {DEMO_CONFIG: args}
-            else:
-                tensors, said = _to_dtype(folder, to)
-                configs = {"config.json": said}
-        except InputError as error:
-            raise InputError(f"{src}: {error}") from error
-    files: dict[str, Path | bytes] = {file.name: file for file in sorted(src.iterdir()) if _comes_along(file)}
-    if to in LAYOUTS:
-        files = {name: file for name, file in files.items() if not re.fullmatch(r"config.*\.json", name)}
-    files |= {name: (json.dumps(said, indent=2) + "\n").encode() for name, said in configs.items()}
-
-    total = sum(t.nbytes for t in tensors)
-    hide = None if progress else True  # None: where stderr is not a terminal
-    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=hide, leave=False) as bar:
-        if to == "demo":
-            write_files(dst, parts, files, bar.update)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        if to in LAYOUTS:
+            output = _layout(src, dst, str(to), limit, model_parallel, n_experts, config)
         else:
-            write_directory(dst, tensors, files, limit, bar.update)
+            types = partial(_types, src, dst, to, container, organization, topology, imatrix, text, limit, pool)
+            dtype_only = to in TARGETS and container in (None, "huggingface") and _is_directory(src)
+            output = _dtype(src, dst, str(to), limit, types) if dtype_only else types()
+        plan = output.plan if output.plan.rows else None
+        if dry_run:
+            return plan
+        hide = None if progress else True  # None: where stderr is not a terminal
+        options: Any = {"unit": "B", "unit_scale": True, "disable": hide, "leave": False}
+        with tqdm(desc="converting", total=output.nbytes, **options) as bar:
+            output.write(bar.update)
     if progress:
         seconds = time.perf_counter() - begun
-        rate = f"{seconds:.1f} s, {total / GB / seconds:.2f} GB/s"
-        print(f"{dst}: {len(tensors)} tensors, {total} bytes, {rate}", file=sys.stderr)
+        rate = f"{seconds:.1f} s, {output.nbytes / GB / seconds:.2f} GB/s"
+        print(f"{dst}: {len(output.tensors)} tensors, {output.nbytes} bytes, {rate}", file=sys.stderr)
+    return plan
+
+
+def _layout(
+    src: Path,
+    dst: Path,
+    to: str,
+    limit: int,
+    model_parallel: int | None,
+    n_experts: int | None,
+    config: str | os.PathLike | None,
+) -> Output:
+    """To or from the files of DeepSeek's demo."""
+    files = {name: file for name, file in _others(src).items() if not re.fullmatch(r"config.*\.json", name)}
+    if model_parallel is None:
+        tensors, said = to_huggingface(src, None if config is None else Path(config))
+        return _written(dst, tensors, files | {"config.json": _json(said)}, limit, _fingerprint(src, to))
+    with located(src):
+        parts, args = to_demo(open_directory(_directory(src)), model_parallel, n_experts)
+    files |= {} if args is None else {DEMO_CONFIG: _json(args)}
+    made = [safetensors_file(name, part) for name, part in parts.items()]
+
+    def write(advance: Advance) -> None:
+        write_files(dst, made, files, advance, source=_fingerprint(src, to))
+
+    return Output(Plan(()), list(chain(*parts.values())), write)
+
+
+def _is_directory(src: Path) -> bool:
+    """Whether this is a Hugging Face directory."""
+    return src.is_dir() and not is_demo(src) and (src / "config.json").exists()
+
+
+def _dtype(src: Path, dst: Path, to: str, limit: int, types: Callable[[], Output]) -> Output:
+    """In another dtype. `types` does it for a model that has to be known for that."""
+    try:
+        with located(src):
+            tensors, said = to_dtype(open_directory(src), to)
+    except NeedsModel as error:
+        try:
+            return types()
+        except InputError as reason:
+            why = str(reason).removeprefix(f"{src}: ")
+            raise InputError(f"{error}, which only who knows the model can convert: {why}") from reason
+    return _written(dst, tensors, _others(src) | {"config.json": _json(said)}, limit, _fingerprint(src, to))
+
+
+def _written(dst: Path, tensors: list[Tensor], files: Mapping[str, Path | bytes], limit: int, source: str) -> Output:
+    def write(advance: Advance) -> None:
+        write_directory(dst, tensors, files, limit, advance, source)
+
+    return Output(Plan(()), tensors, write)
+
+
+def _types(
+    src: Path,
+    dst: Path,
+    to: str | int,
+    container: str | None,
+    organization: str | None,
+    topology: str | os.PathLike | None,
+    imatrix: str | os.PathLike | None,
+    text: str | os.PathLike | None,
+    limit: int,
+    pool: ThreadPoolExecutor,
+) -> Output:
+    """Matrices in other types."""
+    name, container = target(to, container)
+    checkpoint = open_checkpoint(src)
+    with located(src):
+        chosen = recipe(made_by(name, container), organization, topology, importance_for(imatrix, checkpoint))
+        model = read_model(checkpoint, src)
+        if container != "gguf":
+            how = export(container, name)
+            if how.encoding not in ENCODINGS:
+                model, how = _calibrated(src, model, how, text)
+            elif text is not None:
+                raise InputError(f"text '{text}': {name} is not calibrated; give an imatrix if the type uses one")
+            others = _others(src) if src.is_dir() else {}
+            source = _fingerprint(src, f"{container} {name}", organization, topology, imatrix, text)
+            return directory(model, chosen, how, dst, others, limit, source, pool)
+        return gguf(model, chosen, dst, _fingerprint(src, f"gguf {name}", organization, topology, imatrix), pool)
+
+
+def _calibrated(src: Path, model: Model, how: Export, text: str | os.PathLike | None) -> tuple[Model, Export]:
+    """The model with the weights and values that GPTQ or AWQ make, and how they are written."""
+    if text is None:
+        raise InputError(f"{how.name} calibrates on a text: give one (--text)")
+    group = common_group(model.shapes)
+    loaded = load(src, dtype="float32", progress=False)
+    tokens = text_chunks(loaded, read_text(text))
+    if how.name == "awq":
+        result, how = with_awq(loaded, tokens, group), awq(group)
+    else:
+        bits, symmetric = int(how.name[4]), "asym" not in how.name
+        result = with_gptq(loaded, tokens, bits, group, symmetric)
+        how = gptq(bits, symmetric, "act_order" in how.name, group)
+    changed = {name: Source(model.sources[name].name, (Dense(v),)) for name, v in result.changed.items()}
+    return replace(model, sources={**model.sources, **changed}, made=result.made), how
+
+
+def target(to: str | int, container: str | None) -> tuple[str, str]:
+    """The type's name and the container, from what users write.
+
+    Raises:
+        InputError: no container holds this type, or not this one.
+    """
+    names = {name.replace("_", ""): name for _, name in EXPORTS}
+    squeezed = str(to).lower().replace("_", "").replace("-", "")
+    name = names.get(squeezed) or encoding(to).name
+    if container is not None and container not in CONTAINERS:
+        raise InputError(f"container '{container}': choose one of {', '.join(CONTAINERS)}")
+    holders = [c for c in CONTAINERS if (c, name) in EXPORTS]
+    holders += ["gguf"] if _in_gguf(name) else []
+    if not holders:
+        raise InputError(f"no container holds {name}; these do: {', '.join(sorted({n for _, n in EXPORTS}))}")
+    if container is None:
+        container = holders[0]
+    elif container not in holders:
+        raise InputError(f"{container} cannot hold {name}; {', '.join(holders)} can")
+    return name, container
+
+
+def _in_gguf(name: str) -> bool:
+    return name.upper() in ENCODERS or name in ("f16", "bf16", "f32", "bfloat16", "float16", "float32")
+
+
+def made_by(name: str, container: str) -> str | None:
+    """The encoding that makes a type's weights; None: its own calibration does."""
+    made = name if container == "gguf" else export(container, name).encoding
+    return made if container == "gguf" or made in ENCODINGS else None
+
+
+def _others(src: Path) -> dict[str, Path | bytes]:
+    """The files that come along."""
+    return {file.name: file for file in sorted(_directory(src).iterdir()) if _comes_along(file)}
+
+
+def _directory(src: Path) -> Path:
+    if not src.is_dir():
+        raise InputError(f"{src}: not a directory")
+    return src
+
+
+def _json(said: Mapping[str, Any]) -> bytes:
+    return (json.dumps(said, indent=2) + "\n").encode()
+
+
+def _fingerprint(src: Path, *options: object) -> str:
+    """What is written and what from, for a later run that wants to go on."""
+    files = sorted(src.iterdir()) if src.is_dir() else [src]
+    given = [Path(option) for option in options if isinstance(option, str | os.PathLike) and Path(option).is_file()]
+    known = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in (*files, *given)]
+    return f"{known} {[str(option) for option in options]}"
 
 
 def parse_size(size: int | str) -> int:
@@ -142,145 +290,11 @@ def parse_size(size: int | str) -> int:
     return number
 
 
-def _open(src: Path) -> HFDirectory:
-    """The source, if it is of a kind that can be converted."""
-    if src.suffix == ".gguf" or (not (src / "config.json").exists() and any(src.glob("*.gguf"))):
-        raise InputError(f"{src}: GGUF cannot be converted yet; give a Hugging Face directory")
-    if not src.is_dir():
-        raise InputError(f"{src}: not a directory")
-    if is_demo(src):
-        raise InputError(f"{src}: files of DeepSeek's demo; convert them to 'huggingface' first")
-    return open_directory(src)
-
-
-def _to_dtype(folder: HFDirectory, to: str) -> tuple[list[Tensor], dict[str, Any]]:
-    """The tensors in another dtype, and the config that says so."""
-    config, dtype = dict(folder.config), TARGETS[to]
-    weights: dict[str, Weight] = dict(folder.tensors)
-    if (found := _blockwise(folder)) is None:
-        fp8, unscaled = [], []
-    else:
-        given = config.pop("quantization_config", None) or DECLARATION
-        fp8 = [name for name, weight in weights.items() if weight.leaf("values").dtype.name in FP8]
-        unscaled = [name for name in fp8 if not _has_scales(name, weights, found)]
-        weights = join({name: weight for name, weight in folder.tensors.items() if name not in unscaled}, found)
-    if reason := _quantized(config, weights):
-        raise InputError(f"quantized ({reason}), which cannot be converted yet")
-    config = _with_dtype(config, to)
-    if not fp8:
-        kept = _CORRECTION_BIAS.fullmatch
-        return [_same(n, w) if kept(n) else _cast(n, w, dtype) for n, w in weights.items()], config
-    tensors = [_dequantized(n, w, dtype) if isinstance(w, Scaled) else _same(n, w) for n, w in weights.items()]
-    if unscaled:  # the result is still FP8, except for the dequantized matrices
-        left_out = [name.removesuffix(".weight") for name, weight in weights.items() if isinstance(weight, Scaled)]
-        key = next((key for key in NOT_CONVERTED if given.get(key) is not None), NOT_CONVERTED[0])
-        config["quantization_config"] = {**given, key: [*(given.get(key) or ()), *left_out]}
-    for name in unscaled:
-        warnings.warn(f"'{name}' is FP8, but '{name}_scale_inv' is missing; it stays FP8", stacklevel=3)
-        tensors.append(_same(name, folder.tensors[name]))
-    return tensors, config
-
-
-def _blockwise(folder: HFDirectory) -> Declared | None:
-    """The declaration of blockwise FP8, from the config or from the tensors' names; None if there is no such FP8."""
-    given = folder.config.get("quantization_config")
-    if isinstance(given, dict) and given.get("quant_method") == "fp8" and given.get("weight_block_size"):
-        return declared(folder.config, {})
-    fp8 = [name for name, weight in folder.tensors.items() if weight.leaf("values").dtype.name in FP8]
-    shown = any(_has_scales(name, folder.tensors, _UNDECLARED) for name in fp8)
-    return _UNDECLARED if shown and not given else None
-
-
-def _has_scales(name: str, tensors: Mapping[str, Weight], found: Declared) -> bool:
-    """Whether a matrix has its scales, under any of the declared names."""
-    ours = (scheme for scheme in found.schemes(name) if name.endswith(scheme.result))
-    return any(name.removesuffix(scheme.result) + scheme.key in tensors for scheme in ours)
-
-
-def _quantized(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> str | None:
-    """Evidence that the checkpoint is quantized in some other way; None if every value stands for itself."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "quantization", "compression_config"):
-            if part.get(key):
-                return f"config.json has '{key}'"
-    plain = {name: weight for name, weight in weights.items() if not isinstance(weight, Scaled)}
-    split = [name.rpartition(".") for name in plain]
-    scaled = {stem for stem, dot, last in split if dot and _SCALES.search(last)}
-    for name, weight in plain.items():
-        values = weight.leaf("values")
-        dtype = values.dtype
-        packed = dtype.kind in "iu" and dtype.itemsize <= 4 and values.ndim > 1
-        if packed and not scaled.isdisjoint((name, name.rpartition(".")[0])):
-            return f"tensor '{name}' of {dtype} has scales"
-        if dtype.kind not in "iub" and dtype not in _FLOATS:
-            return f"tensor '{name}' is {dtype}"
-    return None
-
-
 def _comes_along(file: Path) -> bool:
     if not file.is_file() or _LEFT_OUT.search(file.name):
         return False
     with file.open("rb") as opened:
         return not opened.read(4).startswith(_PICKLES)
-
-
-def _with_dtype(config: Mapping[str, Any], to: str) -> dict[str, Any]:
-    """The config, and the configs inside it of a model's parts, with another dtype where they name one."""
-    changed = {key: _with_dtype(value, to) for key, value in config.items() if isinstance(value, dict)}
-    return dict(config) | changed | {key: to for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
-
-
-def _same(name: str, weight: Weight) -> Tensor:
-    array: FileArray = weight.leaf("values")
-    return Tensor(name, array.dtype, array.shape, _pieces(name, array))
-
-
-def _cast(name: str, weight: Weight, dtype: np.dtype) -> Tensor:
-    array: FileArray = weight.leaf("values")
-    dtype = dtype if array.dtype in _FLOATS else array.dtype
-    return Tensor(name, dtype, array.shape, (_rounded(piece, dtype) for piece in _pieces(name, array)))
-
-
-def _dequantized(name: str, weight: Scaled, dtype: np.dtype) -> Tensor:
-    return Tensor(name, dtype, weight.shape, _bands(name, weight, dtype))
-
-
-def _bands(name: str, weight: Scaled, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The matrix, or a stack of them, dequantized in bands of complete blocks."""
-    (rows, _), (*lead, _, width) = weight.block, weight.shape
-    assert rows is not None  # blockwise
-    scales = np.concatenate([*_pieces(f"the scales of {name}", weight.scales)])
-    for i, grid in enumerate(scales.reshape(math.prod(lead), *weight.scales.shape[-2:])):
-        begin = 0
-        for piece in _pieces(name, nth(weight.values, weight.shape[-2:], i), rows * width):
-            values = piece.reshape(-1, width)
-            high = math.ceil(len(values) / rows)
-            yield _decode(replace(weight, values=values, scales=grid[begin : begin + high]), dtype)
-            begin += high
-
-
-def _decode(band: Scaled, dtype: np.dtype) -> np.ndarray:
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return np.asarray(_dequantize(band, dtype))
-
-
-@partial(jax.jit, static_argnums=1)
-def _dequantize(band: Scaled, dtype: np.dtype) -> jax.Array:
-    return band.dequantize(dtype)
-
-
-def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounded once, to nearest, ties to even; the same dtype keeps every bit."""
-    if x.dtype == dtype:
-        return x
-    with np.errstate(over="ignore", invalid="ignore"):  # large values become infinite, signalling NaNs become quiet
-        if x.dtype == np.float64 and dtype == ml_dtypes.bfloat16:
-            # ml_dtypes first rounds to the nearest float32, which can turn values near a tie into a tie. So round
-            # toward zero, and set the last bit if that is inexact: no tie can result.
-            nearest = x.astype(np.float32)
-            bits = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(x))
-            x = (bits | (nearest != x)).view(np.float32)
-        return x.astype(dtype)
 
 
 class _Parser(Parser):
@@ -290,7 +304,12 @@ class _Parser(Parser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser("jaxllm.convert", __doc__.splitlines()[0])
-    p.add_argument("paths", nargs="*", metavar="SRC DST", help="a directory, and the one to write, new or empty")
+    p.add_argument(
+        "paths",
+        nargs="*",
+        metavar="SRC DST",
+        help="a checkpoint, and the directory (new or empty) or GGUF file to write",
+    )
     converting = "as DeepSeek's convert.py has it"
     casting = "as DeepSeek's fp8_cast_bf16.py has it; implies --to bfloat16"
     src, dst = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
@@ -300,10 +319,17 @@ def parser() -> argparse.ArgumentParser:
     dst.add_argument("--output-bf16-hf-path", metavar="DST", help=f"instead of DST, {casting}")
     p.add_argument(
         "--to",
-        choices=(*TARGETS, *LAYOUTS),
-        help="a dtype: for the FP8 matrices if there are any, otherwise for all floating-point tensors except the "
-        "router's correction bias; the files of DeepSeek's demo (with --model-parallel); or huggingface from those",
+        metavar="TYPE",
+        help="a type such as q4_k, afq4, int4, fp8_block or gptq4; bfloat16 or float32: for the FP8 matrices if there "
+        "are any, otherwise for all floating-point tensors except the router's correction bias; the files of "
+        "DeepSeek's demo (with --model-parallel); or huggingface from those",
     )
+    p.add_argument("--container", choices=CONTAINERS, help="the kind of file (the first of these that holds the type)")
+    p.add_argument("--organization", choices=ORGANIZATIONS, help="all matrices (default), or experts only (moqe)")
+    p.add_argument("--topology", metavar="FILE", help="YAML with other types for some layers or matrices")
+    p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
+    p.add_argument("--text", metavar="FILE", help="the text that GPTQ and AWQ calibrate on")
+    p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
     p.add_argument("--config", metavar="FILE", help="to huggingface: a config.json, or the demo's ModelArgs")
@@ -321,9 +347,12 @@ def run(args: argparse.Namespace) -> None:
     to = args.to or implied
     if to is None:
         raise InputError("give --to, what to convert to")
-    options = {name: getattr(args, name) for name in ("max_shard_size", "model_parallel", "n_experts", "config")}
+    names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
+    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "dry_run")}
     try:
-        convert(*paths, to=to, **options)
+        plan = convert(*paths, to=to, **options)
+        if args.dry_run:
+            print(plan)
     except OSError as error:
         raise InputError(str(error)) from error
 

@@ -14,10 +14,10 @@ class InputError(ValueError):
 
 @contextmanager
 def located(path: os.PathLike | str) -> Iterator[None]:
-    """Adds the path to the message of an InputError raised inside, once."""
+    """Adds the path to the message of an InputError raised inside, once; its class stays the same."""
     try:
         yield
     except InputError as error:
         if str(path) in str(error):
             raise
-        raise InputError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.cli import Parser, execute
+from jaxllm.cli import Parser, add_quantizing, execute, quantizing
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
@@ -47,7 +47,7 @@ def parser() -> Parser:
 
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
-    p.add_argument("--quantize", metavar="TYPE", help="quantize every matrix while loading, for example to q4_k")
+    add_quantizing(p)
     p.add_argument("--dtype", choices=DTYPES, help="of activations")
     p.add_argument(
         "--weights",
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     model = load(
         args.model,
         mesh=f"tp={args.tp},ep={args.ep}",
-        quantize=args.quantize,
+        **quantizing(args),
         dtype=args.dtype,
         weights=args.weights,
         max_seq_len=args.max_seq_len,

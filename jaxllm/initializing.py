@@ -34,6 +34,7 @@ from jaxllm.models.deepseek.config import DEMO_TYPE, demo_args
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import DEEPSEEK_DEMO, HUGGING_FACE, family_of, model_arguments
 from jaxllm.models.rule import Rule
+from jaxllm.recipe import recipe
 
 PRESETS: dict[str, Mapping[str, object]] = {
     name: description for family in FAMILIES for name, description in family.presets.items()
@@ -50,7 +51,7 @@ def initialize(
     *,
     mesh: Mesh | str | None = None,
     seed: int = 0,
-    quantize: str | None = None,
+    quantize: str | int | None = None,
     dtype: str | None = None,
     weights: str | None = None,
     max_seq_len: int | None = None,
@@ -67,7 +68,7 @@ def initialize(
         config: a name in `jaxllm.PRESETS`, such as "gpt-oss-20b"; the content of a Hugging Face config.json or fields
             of ModelArgs of DeepSeek's demo, as a dict or the path of a JSON file (or of a directory with a
             config.json); or a configuration object, such as another model's `config`.
-        quantize: a block type such as "q4_k" that every matrix is encoded into.
+        quantize: a type such as "q4_k" that every matrix is encoded in.
         mesh, dtype, weights, max_seq_len, max_batch_size, attention, progress: see `load`. Matrices that are not
             quantized are held in `dtype`, unless `weights` says otherwise.
 
@@ -76,7 +77,7 @@ def initialize(
     """
     if weights is None and quantize is None:
         weights = "packed"
-    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress)
+    settings = Settings.of(mesh, recipe(quantize), dtype, weights, max_seq_len, max_batch_size, attention, progress)
     described = _described(config)
     arguments = model_arguments(FAMILIES, described.family, settings.options)
     with located(described.name):

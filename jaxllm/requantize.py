@@ -1,95 +1,122 @@
-"""Encodes matrices of any format into a block type: while they are loaded, or later on their devices."""
+"""Encodes matrices as other types: parameters while they are loaded, and layers that are loaded already.
 
+A matrix is always encoded as a whole, in the order of the checkpoint, on the host. So its groups never restart at the
+border of a shard, and the bits are the same on every mesh.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from jaxllm.declaration import Declaration
+from jaxllm.encodings import ENCODINGS, Encoding, check, encoding, fitting
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight, shards
-from jaxllm.formats.dense import Dense
-from jaxllm.formats.ggml import GGML
-from jaxllm.formats.ggml_blocks import BLOCK_TYPES
-from jaxllm.formats.ggml_encode import ENCODERS, check_finite, encode_blocks, fitting_type
-from jaxllm.parallel import local
+from jaxllm.formats.base import Leaf, Weight
+from jaxllm.placing import LazyArray, Source, layout
 
-# Embedding tables also serve as heads, which decide the answer, so they get a better type (as in mistral.rs).
-SENSITIVE = ("embed_tokens.weight", "lm_head.weight")
-LOW = ("Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "MXFP4")
+LAST = "f16"  # the fallback of all others, which fits everywhere
 
 
-def quantize(w: jax.Array | Weight, type: str) -> Weight:
+def quantize(w: np.ndarray | jax.Array | Weight, type: str | int, importance: np.ndarray | None = None) -> Weight:
     """A float matrix `[*batch, out, in]`, or a weight of any format, encoded as `type`, for example "q4_k".
 
-    If rows are not whole blocks, llama.cpp's fallback is used: a type with smaller blocks, or float16.
+    If rows are not whole blocks, a type with smaller blocks is used, or float16; see `encodings`.
+
+    Args:
+        importance: mean squares of the activations that each column meets, float32 `[in]` or `[*batch, in]`.
 
     Raises:
-        InputError: `type` has no encoder, or the matrix has values that are not finite.
+        InputError: there is no such type, it needs an importance and there is none, or the matrix has values that are
+            not finite.
     """
-    values = jax.tree.map(np.asarray, w).dequantize() if isinstance(w, Weight) else jnp.asarray(w)
-    type = fitting_type(block_type(type), values.shape[-1])
-    return Dense.from_dense(values, jnp.float16) if type == "F16" else GGML.from_dense(values, type)
+    values = _host(w).dequantize() if isinstance(w, Weight) else jnp.asarray(w)
+    return encoded(values, fitting(encoding(type), values.shape[-1]), importance)
 
 
-def requantize(weight: Weight, spec: PartitionSpec, type: str) -> Weight:
-    """Encode a weight that is placed on a mesh, sharded by `spec`, as `type`; the result is sharded the same way.
+def encoded(values: jax.Array, type: Encoding, importance: np.ndarray | None = None) -> Weight:
+    """A float matrix `[*batch, out, in]` whose rows are whole blocks, encoded. Raises InputError as `quantize` does."""
+    if type.needs_importance and importance is None:
+        raise InputError(f"{type.name} needs an importance matrix: jaxllm calibrate makes one")
+    check(values, type)
+    return _encode(values, None if importance is None else jnp.asarray(importance, jnp.float32), type)
 
-    Every device encodes its own shard; nothing is communicated. So the columns of one device must be whole blocks.
-    Otherwise the fallback of `quantize` is used. Not for use under `jit`.
 
-    Raises:
-        InputError: as `quantize`.
+@partial(jax.jit, static_argnums=2)
+def _encode(values: jax.Array, importance: jax.Array | None, type: Encoding) -> Weight:
+    return type.encode(values.astype(jnp.float32), importance)
+
+
+def planned(shape: Sequence[int], type: Encoding) -> Weight:
+    """The shapes of a matrix of this shape when it is encoded."""
+    values = jax.ShapeDtypeStruct((*shape,), jnp.float32)
+    return jax.eval_shape(lambda w: type.encode(w, None), values)
+
+
+def encode_source(source: Source, type: Encoding, importance: np.ndarray | None = None) -> Source:
+    """What a parameter comes from, encoded on the host. Only one matrix at a time is held as floats.
+
+    Args:
+        importance: float32 `[in]`, or `[experts, in]` for a stack; a row of zeros says nothing.
     """
-    mesh = jax.tree.leaves(weight)[0].sharding.mesh
-    values = _dequantized(weight, NamedSharding(mesh, spec))
-    type = fitting_type(block_type(type), values.shape[-1] // shards(spec[-1], mesh))
-    if type == "F16":
-        return Dense.from_dense(values, jnp.float16)
-    check_finite(values, type)
-    with jax.set_mesh(mesh):
-        encode = local(partial(encode_blocks, type=type), spec, PartitionSpec(*spec, None), check_vma=False)
-        return GGML(jax.jit(encode)(values), type)
+    *lead, _, width = source.shape
+    rows = None if importance is None else np.broadcast_to(importance, (*lead, width)).reshape(-1, width)
+    made = []
+    for i in range(math.prod(lead)):
+        with on_host():
+            made.append(_host(encoded(floats(source, i), type, None if rows is None else rows[i])))
+    return Source(source.name, tuple(made), stacked=bool(lead))
 
 
-@partial(jax.jit, static_argnums=1)
-def _dequantized(weight: Weight, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight.dequantize(), sharding)
+def on_host() -> AbstractContextManager:
+    """Computations inside use the CPU."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def block_type(text: str) -> str:
-    """The standard name of a block type, for any common spelling: "q4k", "Q4_K" and "q4_k" are the same.
+def floats(source: Source, number: int = 0) -> jax.Array:
+    """One matrix of a parameter, or its vector: float32 `[out, in]` or `[out]`, on the host.
 
-    Raises:
-        InputError: there is no encoder with this name.
+    Args:
+        number: which matrix of a stack.
     """
-    squeezed = {name.replace("_", ""): name for name in ENCODERS}
-    name = text.upper().replace("_", "").replace("-", "")
-    if name not in squeezed:
-        raise InputError(f"cannot quantize to '{text}'; known are {', '.join(n.lower() for n in ENCODERS)}")
-    return squeezed[name]
+    part, index = source.parts[0], ()
+    if source.stacked:
+        part = source.parts[number]
+    elif len(part.shape) > 2:
+        index = np.unravel_index(number, part.shape[:-2])
+    one = part.with_leaves({name: np.asarray(_mapped(part.leaf(name))[index]) for name in part.axes})
+    with on_host():
+        values = _dequantized(one)
+    return values if source.rows is None else values[source.rows]
 
 
-class Requantize:
-    """What `load(quantize=type)` does to each matrix; `planned` gives the resulting shapes in advance."""
+def _mapped(leaf: Leaf) -> Leaf:
+    return leaf.map() if isinstance(leaf, LazyArray) else leaf
 
-    def __init__(self, type: str) -> None:
-        self.type = block_type(type)
 
-    def __call__(self, name: str, weight: Weight) -> Weight:
-        return quantize(weight, self._type_for(name))
+@jax.jit
+def _dequantized(weight: Weight) -> jax.Array:
+    return weight.dequantize()
 
-    def planned(self, name: str, weight: Weight) -> Weight:
-        """The shapes of the result, without computing it."""
-        *lead, n = weight.shape
-        type = fitting_type(self._type_for(name), n)
-        if type == "F16":
-            return Dense(jax.ShapeDtypeStruct(weight.shape, jnp.float16))
-        size, nbytes, _ = BLOCK_TYPES[type]
-        return GGML(jax.ShapeDtypeStruct((*lead, n // size, nbytes), jnp.uint8), type)
 
-    def _type_for(self, name: str) -> str:
-        if name in SENSITIVE:
-            return "Q6_K" if self.type in LOW else "Q8_0"
-        return self.type
+def _host(weight: Weight) -> Weight:
+    return jax.tree.map(np.asarray, weight)
+
+
+def fitting_shards(type: Encoding, declaration: Declaration, mesh: Mesh) -> Encoding:
+    """`type`, or the first of its fallbacks whose blocks the shards of a parameter do not split."""
+    while type.name != LAST:
+        if declaration.shape[-1] % type.block == 0:
+            try:
+                layout(Source("", (planned(declaration.shape, type),)), declaration, mesh)
+            except InputError:
+                pass
+            else:
+                return type
+        type = ENCODINGS[type.fallback or LAST]
+    return type

@@ -20,8 +20,9 @@ from covering import some
 from safetensors.numpy import load_file, save_file
 
 import jaxllm.convert
+from jaxllm.checkpoint import dtype_convert, unfinished, writing
 from jaxllm.checkpoint.safetensors import open_directory
-from jaxllm.checkpoint.writing import Tensor, shards, write_directory, write_file
+from jaxllm.checkpoint.writing import Tensor, safetensors_file, shards, write_directory
 from jaxllm.cli import execute
 from jaxllm.convert import convert, parse_size
 from jaxllm.errors import InputError
@@ -276,17 +277,14 @@ def test_shards_are_numbered_and_within_the_limit(cut):
     assert max(file.stat().st_size for file in files) <= LIMIT
 
 
-def test_shards_are_full(tmp_path):
+def test_shards_are_full():
     """For every limit there might be. The header is taken to need at most 110 bytes a tensor."""
     tensors = [Tensor(f"{i}", F32, (i,), [np.ones(i, np.float32)]) for i in range(40)]
     for limit in range(270, 1200, 3):
         parts = shards(tensors, limit)
         assert [t.name for part in parts for t in part] == [t.name for t in tensors]
         for part, following in zip(parts, [*parts[1:], None], strict=True):
-            write_file(tmp_path / "file", part)
-            size = (tmp_path / "file").stat().st_size
-            (tmp_path / "file").unlink()
-            assert size <= limit
+            assert safetensors_file("file", part).nbytes <= limit
             assert following is None or sum(t.nbytes + 110 for t in (*part, following[0])) > limit
 
 
@@ -399,7 +397,7 @@ def raising(error, src, monkeypatch):
             raise error
         yield np.zeros(array.shape, array.dtype)
 
-    monkeypatch.setattr(jaxllm.convert, "_pieces", pieces)
+    monkeypatch.setattr(dtype_convert, "_pieces", pieces)
 
 
 def not_renamed(error, src, monkeypatch):
@@ -408,10 +406,12 @@ def not_renamed(error, src, monkeypatch):
 
 TROUBLE = {
     "source cut short": (cut_short, None, InputError, "model.safetensors: cut short: 2 values of tensor 'b' are missi"),
-    "disk full": (raising, OSError(28, "No space left on device"), InputError, "c: not written: .*No space left"),
-    "Ctrl-C": (raising, KeyboardInterrupt(), KeyboardInterrupt, None),
     "a bug": (raising, ZeroDivisionError(), ZeroDivisionError, None),
-    "taken meanwhile": (not_renamed, OSError(39, "Directory not empty"), InputError, "c: not written: .*not empty"),
+}
+INTERRUPTED = {
+    "disk full": (raising, OSError(28, "No space left on device"), InputError, "c: not written: .*No space left.*kept"),
+    "Ctrl-C": (raising, KeyboardInterrupt(), KeyboardInterrupt, None),
+    "taken meanwhile": (not_renamed, OSError(39, "Directory not empty"), InputError, "c: not written: .*not empty.*ke"),
 }
 
 
@@ -430,13 +430,35 @@ def test_trouble_leaves_nothing_behind(tmp_path, monkeypatch, name, empty):
     assert list((tmp_path / "b").rglob("*")) == ([dst] if empty else [])
 
 
+@pytest.mark.parametrize("empty", [True, False], ids=["into an empty directory", "into a new one"])
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, name, empty):
+    """The second run writes only the tensor that the first one did not."""
+    patch, given, kind, message = INTERRUPTED[name]
+    values = {"a": np.full(1000, 2.5, np.float32), "b": np.full(1000, -3, np.float32)}
+    src, dst = source(tmp_path / "a", values), tmp_path / "b" / "c"
+    dst.parent.mkdir()
+    if empty:
+        dst.mkdir()
+    with monkeypatch.context() as patched:
+        patch(given, src, patched)
+        patched.setattr(unfinished, "SYNC_SECONDS", 0)
+        with pytest.raises(kind, match=message):
+            convert(src, dst, to="bfloat16", max_shard_size=2100, progress=False)
+    assert not dst.exists() or not list(dst.iterdir())
+    convert(src, dst, to="bfloat16", max_shard_size=2100, progress=False)
+    first = 0.0 if patch is raising else 2.5  # what the first run wrote is kept
+    assert {name: float(values[0]) for name, values in read(dst).items()} == {"a": first, "b": -3.0}
+    assert [path.name for path in dst.parent.iterdir()] == ["c"]
+
+
 def test_the_index_is_the_last_to_be_written(tmp_path):
     """And until then there is nothing at the destination; afterwards it has the permissions of any directory."""
     seen = []
 
     def pieces():
         assert not (tmp_path / "b").exists()
-        seen.append({file.name for file in tmp_path.rglob("*") if file.is_file()})
+        seen.append({file.name for file in tmp_path.rglob("content/*")})
         yield np.ones(2, np.float32)
 
     tensors = [Tensor(f"t{i}", F32, (2,), pieces()) for i in range(3)]
@@ -459,7 +481,7 @@ def test_everything_is_on_disk_before_it_appears(tmp_path, monkeypatch):
     write_directory(tmp_path / "b", tensors, {"config.json": b"{}"}, max_shard_size=1)
     inside = [file.name for file in (tmp_path / "b").iterdir()]
     assert len(inside) == 4
-    assert sorted(synced[:-1]) == sorted((name, False) for name in [*inside, "b"])
+    assert sorted(synced[:-1]) == sorted((name, False) for name in [*inside, "content"])
     assert synced[-1] == (tmp_path.name, True)
 
 
@@ -486,19 +508,39 @@ def test_pieces_that_are_not_what_was_announced_are_noticed(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_leaves_nothing_behind(tmp_path):
-    src, dst = sparse_source(tmp_path / "a", 2**29, 2**28), tmp_path / "out" / "b"
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch, kind):
+    src, dst = sparse_source(tmp_path / "a", *[2**20] * 40), tmp_path / "out" / "b"
     dst.parent.mkdir()
     # A job in the background ignores the signal, and so does what it starts.
-    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    run = f"{heed}; runpy.run_module('jaxllm.convert', run_name='__main__', alter_sys=True)"
-    command = [sys.executable, "-c", run, src, dst, "--to", "bfloat16"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(dst.parent.glob(".b.*.partial/b/model.safetensors")):
+    run = f"""if True:
+        import runpy, signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from jaxllm.checkpoint import unfinished, writing
+        unfinished.SYNC_SECONDS, usual = 0, writing._write
+        writing._write = lambda part, target, advance: usual(part, target, lambda n: time.sleep(0.01))
+        sys.argv = ["convert", {str(src)!r}, {str(dst)!r}, "--to", "bfloat16"]
+        runpy.run_module("jaxllm.convert", run_name="__main__", alter_sys=True)"""
+    journal = dst.with_name(".b.partial") / "journal"
+    with subprocess.Popen([sys.executable, "-c", run], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 2):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(60), process.stderr.read()) == (130, "")
-    assert not list(dst.parent.iterdir())
+        with pytest.raises(InputError, match="b: another process is writing it"):
+            convert(src, dst, to="bfloat16", progress=False)
+        process.send_signal(kind)
+        assert (process.wait(60), process.stderr.read()) == (130 if kind == signal.SIGINT else -9, "")
+    assert not dst.exists()
+    read_now, usual = [], writing.pieces
+
+    def counted(name, array):
+        read_now.append(name)
+        yield from usual(name, array)
+
+    monkeypatch.setattr(dtype_convert, "_pieces", counted)
+    convert(src, dst, to="bfloat16", progress=False)
+    assert 0 < len(read_now) < 40
+    assert read(dst).keys() == {f"t{i}" for i in range(40)}
+    assert [path.name for path in dst.parent.iterdir()] == ["b"]
 
 
 def test_the_command_line_says_what_it_did(tmp_path):
@@ -532,16 +574,16 @@ INT8 = np.ones((2, 3), np.int8)
 FP8 = np.ones((2, 3), ml_dtypes.float8_e4m3fn)
 SCALE = np.ones(2, np.float32)
 REFUSED = {
-    "no such source": (lambda p: shutil.rmtree(p / "a"), ["a", "b"], "a: not a directory"),
-    "a source that is a file": (None, ["a/config.json", "b"], "config.json: not a directory"),
-    "a GGUF file": (lambda p: (p / "m.gguf").write_bytes(b"GGUF"), ["m.gguf", "b"], "GGUF cannot be converted yet"),
-    "a directory of GGUF": (gguf_only, ["a", "b"], "GGUF cannot be converted yet"),
+    "no such source": (lambda p: shutil.rmtree(p / "a"), ["a", "b"], "a: no such file"),
+    "a source that is a file": (None, ["a/config.json", "b"], "config.json: not a GGUF file"),
+    "a GGUF file": (lambda p: (p / "m.gguf").write_bytes(b"GGUF"), ["m.gguf", "b"], "m.gguf: cut short or damaged"),
+    "a directory of GGUF": (gguf_only, ["a", "b"], "a: a directory of GGUF files: name one of them, such as m.gguf"),
     "a source cut short": (truncated, ["a", "b"], "model.safetensors: cut short"),
     "FP8": (lambda p: quantized(p, {"x.weight": FP8}), ["a", "b"], r"quantized \(tensor 'x.weight' is float8_e4m3fn\)"),
     "packed integers": (
         lambda p: quantized(p, {"x.weight_packed": INT8, "x.weight_scale": SCALE}),
         ["a", "b"],
-        r"quantized \(tensor 'x.weight_packed' of int8 has scales\), which cannot be converted yet",
+        r"quantized \(tensor 'x.weight_packed' of int8 has scales\), which only who knows the model can convert: ",
     ),
     "a config that says so": (
         lambda p: source(p / "a", config=CONFIG | {"quantization_config": {"quant_method": "gptq"}}),
@@ -555,7 +597,7 @@ REFUSED = {
     "taken by a file": (lambda p: (p / "b").touch(), ["a", "b"], "b: exists already"),
     "nowhere": (None, ["a", "b/c"], "b is not a directory; make it first"),
     "a mount": (None, ["a", "/proc"], "/proc: a file system is mounted here"),
-    "no such target": (None, ["a", "b", "--to", "int8"], "invalid choice: 'int8'"),
+    "no such target": (None, ["a", "b", "--to", "int9"], "cannot quantize to 'int9'; known are"),
     "no such size": (None, ["a", "b", "--max-shard-size", "5 cows"], "max_shard_size '5 cows': give a number"),
 }
 
@@ -618,8 +660,8 @@ def test_too_little_space_is_noticed_before_writing(cut, tmp_path, monkeypatch):
 
 
 def test_a_target_that_there_is_not(tmp_path):
-    with pytest.raises(InputError, match="to 'float16': choose one of bfloat16, float32"):
-        convert(source(tmp_path / "a"), tmp_path / "b", to="float16")
+    with pytest.raises(InputError, match="cannot quantize to 'float15'; known are"):
+        convert(source(tmp_path / "a"), tmp_path / "b", to="float15")
 
 
 def test_debug_shows_the_traceback(tmp_path):

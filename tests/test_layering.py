@@ -9,12 +9,14 @@ LAYERS = (
     "errors",
     "entries",
     "formats",
+    "encodings",
     "kernels",
     "parallel",
-    "requantize",
     "declaration",
     "memory",
     "placing",
+    "requantize",
+    "tracking",
     "layers",
 )
 LAYERS += ("models", "sampling", "tokenizer", "checkpoint")

@@ -233,7 +233,7 @@ def test_what_cannot_be_encoded_says_so():
     with jax.set_mesh(make_mesh("tp=2")):
         layer = Linear.from_weight(np.full((4, 32), np.inf), COLUMN)
         gptq = Linear.from_weight(example("gptq-4")[0], COLUMN)
-    with pytest.raises(InputError, match="NaN, infinite or over 65504"):
+    with pytest.raises(InputError, match="NaN, or beyond 65504, cannot be encoded as q8_0"):
         layer.requantize("q8_0")
     with pytest.raises(InputError, match="cannot quantize to 'q9'"):
         layer.requantize("q9")

@@ -80,6 +80,8 @@ def _open_demo(path: Path, config: Path | None = None) -> Opened:
 
 
 def _open_directory(path: Path) -> Opened:
+    if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        raise InputError(f"a directory of GGUF files: name one of them, such as {files[0].name}")
     folder = open_directory(path)
     texts, kind = read_texts(path, folder.config), str(folder.config["model_type"])
     return Opened(path.resolve().name, HUGGING_FACE, kind, folder.config, assemble(folder), texts)

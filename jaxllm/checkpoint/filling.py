@@ -1,27 +1,30 @@
 """Fill a model with weights: each device's part of a tensor is read, encoded, placed, and perhaps dequantized."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.declaration import Declaration
+from jaxllm.encodings import Encoding
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
+from jaxllm.layers.held import encoded_anew
 from jaxllm.layers.parameter import parameters
 from jaxllm.placing import Source, place, place_of
+from jaxllm.requantize import planned
 
 READERS = 4  # threads, each reading one parameter at a time
 
-Encode = Callable[[str, Weight], Weight]
+Encode = Callable[[str, Source], Source]
 Convert = Callable[[Weight, NamedSharding], Weight]
 
 
@@ -54,7 +57,7 @@ def fill(
 
     Args:
         sources: from `match`.
-        encode: applied to each matrix, with the parameter's name, before it is placed.
+        encode: applied to the source of each matrix, with the parameter's name, before it is placed.
         convert: applied to each placed matrix, with the sharding of the matrix. Afterwards the result is repacked if
             its kernel needs another layout.
         dtype: the dtype of the activations.
@@ -68,7 +71,7 @@ def fill(
         name, declaration, source = item[0], item[1].get_value(), sources[item[0]]
         vector = len(declaration.shape) == 1
         kept = vector or declaration.keep
-        encoded = source if kept else dataclasses.replace(source, parts=tuple(encode(name, p) for p in source.parts))
+        encoded = source if kept else encode(name, source)
         weight: Any = place(encoded, declaration, mesh)
         if vector:
             weight = weight.dequantize()
@@ -76,7 +79,7 @@ def fill(
             with starting:
                 sharding = NamedSharding(mesh, declaration.spec)
                 weight = _repacked(convert(weight, sharding), sharding, dtype)
-        return Placed(name, declaration, _shapes(source), _shapes(encoded), weight)
+        return Placed(name, declaration, shapes(source), shapes(encoded), weight)
 
     declared = parameters(model)
     with ThreadPoolExecutor(READERS) as pool:
@@ -86,20 +89,53 @@ def fill(
     return placed
 
 
-def _shapes(source: Source) -> Weight:
+def shapes(source: Source) -> Weight:
     """The source as one weight, of shapes only."""
     lead = (len(source.parts),) if source.stacked else ()
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), source.parts[0])
 
 
-def keep(name: str, weight: Weight) -> Weight:
+def keep(name: str, source: Source) -> Source:
     """The `encode` of `fill` that leaves matrices in the checkpoint's format."""
-    return weight
+    return source
+
+
+def keep_planned(name: str, source: Source) -> Weight:
+    """The shapes of one of a parameter's matrices in the checkpoint's format."""
+    return source.parts[0]
 
 
 def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
     """The `convert` of `fill` that keeps matrices as they were placed."""
     return weight
+
+
+def refill(
+    model: nnx.Module,
+    placed: Sequence[Placed],
+    choose: Callable[[str, Declaration], tuple[Encoding, np.ndarray | None] | None],
+    dtype: jax.typing.DTypeLike,
+    track: Callable[[Iterable, int], Iterable],
+) -> list[Placed]:
+    """Encode the matrices of a filled model anew, one after the other, where they lie.
+
+    Args:
+        choose: given a parameter's name and declaration, its new type and importance; None: it stays as it is.
+        dtype, track: see `fill`.
+    """
+    held = parameters(model)
+
+    def anew(old: Placed) -> Placed:
+        chosen = None if old.declaration.keep or len(old.declaration.shape) == 1 else choose(old.name, old.declaration)
+        if chosen is None:
+            return old
+        weight = encoded_anew(held[old.name], *chosen)
+        sharding = NamedSharding(jax.tree.leaves(weight)[0].sharding.mesh, old.declaration.spec)
+        new = replace(old, encoded=planned(old.declaration.shape, chosen[0]), weight=_repacked(weight, sharding, dtype))
+        held[old.name].set_value(new.weight)
+        return new
+
+    return list(track(map(anew, placed), len(placed)))
 
 
 def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:

@@ -100,10 +100,10 @@ def _listed(numbers: list) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
-def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Weight], Weight]) -> int:
+def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Source], Weight]) -> int:
     """The largest block size along columns, after encoding, of the matrices whose columns the model shards."""
     cut = [
-        planned(name, sources[name].parts[0]).granularity("in")
+        planned(name, sources[name]).granularity("in")
         for name, param in parameters(model).items()
         if len(spec := param.get_value().spec) >= 2 and spec[-1] is not None
     ]

@@ -1,7 +1,7 @@
 """From a path to a checkpoint: finds its kind of file and the family of its model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Checkpoint:
     config: the model's configuration, of its family's type.
     rules, ignored: how its tensors become parameters, see `Rule`; patterns of tensor names that are not needed.
     max_batch_size: how many prompts are answered together; None: the checkpoint does not say.
+    dialect, description: as in `Opened`, for those who write the model as another checkpoint.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Checkpoint:
     ignored: Sequence[str]
     texts: Texts
     max_batch_size: int | None = None
+    dialect: str = ""
+    description: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_checkpoint(path: Path, **options: object) -> Checkpoint:
@@ -45,4 +48,7 @@ def open_checkpoint(path: Path, **options: object) -> Checkpoint:
         dialect, tensors = family.dialects[opened.dialect], opened.tensors
         config = dialect.config(opened.description, tensors)
         rules, ignored = dialect.rules(config, tensors), dialect.ignored(config)
-    return Checkpoint(opened.name, family, config, tensors, rules, ignored, opened.texts, opened.max_batch_size)
+    batch, described = opened.max_batch_size, opened.description
+    return Checkpoint(
+        opened.name, family, config, tensors, rules, ignored, opened.texts, batch, opened.dialect, described
+    )

@@ -1,17 +1,15 @@
-"""Write checkpoints: safetensors files of bounded size, in a directory that appears complete or not at all.
+"""Write checkpoints: files of tensors, complete or not at all (`unfinished`), and Hugging Face directories of them.
 
-Values are produced piece by piece while they are written, so no tensor is ever completely in memory. (The `safetensors`
-package needs a dictionary of everything in a file, and overwrites an existing file.)
+Values are produced piece by piece while they are written, so no tensor needs to be in memory completely, and a file is
+never larger than it will be. (The `safetensors` package needs a dictionary of everything in a file.)
 """
 
 import dataclasses
+import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,27 +17,55 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxllm.checkpoint.safetensors import DTYPES, INDEX, SINGLE
+from jaxllm.checkpoint.unfinished import GB, Unfinished, unfinished
 from jaxllm.errors import InputError
 from jaxllm.placing import FileArray, JoinedArray
 
-GB = 10**9
 PIECE = 1 << 18  # about how many values are in memory at a time
+AHEAD = 8  # tensors whose computation is begun before it is their turn
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 Advance = Callable[[int], object]
 
 
+def nothing(*_: object) -> None:
+    """The `begin` of a tensor whose values are there, and the `advance` of a write that nobody watches."""
+
+
 class Tensor(NamedTuple):
-    """A tensor's entry in the header, and its values in order: arrays of `dtype` and any shape, read once."""
+    """A tensor of a file.
+
+    pieces: its values in order: arrays of `dtype` and any shape, read once.
+    begin: begins to compute the values elsewhere, if they have to be computed.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     pieces: Iterable[np.ndarray]
+    begin: Callable[[], object] = nothing
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class File(NamedTuple):
+    """A file of tensors: its header, and where in the file each tensor begins. Tensors are written in their order.
+
+    unit: the file's size is a multiple of it.
+    """
+
+    name: str
+    header: bytes
+    tensors: Sequence[Tensor]
+    offsets: Sequence[int]
+    unit: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        ends = (offset + tensor.nbytes for offset, tensor in zip(self.offsets, self.tensors, strict=True))
+        return math.ceil(max([len(self.header), *ends]) / self.unit) * self.unit
 
 
 def write_directory(
@@ -47,7 +73,8 @@ def write_directory(
     tensors: Iterable[Tensor],
     files: Mapping[str, Path | bytes],
     max_shard_size: int = 5 * GB,
-    advance: Advance = lambda nbytes: None,
+    advance: Advance = nothing,
+    source: str = "",
 ) -> None:
     """Write a Hugging Face directory. If there are several shards, their index is written last.
 
@@ -55,9 +82,10 @@ def write_directory(
         path: must not exist, or be an empty directory.
         files: everything except weights and their index: names with contents, or with a file to copy.
         advance: called with the number of tensor bytes just written.
+        source: what the tensors are made from, if an interrupted run may go on, see `unfinished`.
 
     Raises:
-        InputError: `path` cannot be made or has too little space, or writing failed; nothing is left behind.
+        InputError: `path` cannot be made or has too little space, or writing failed.
     """
     tensors = list(tensors)
     parts = shards(tensors, max_shard_size)
@@ -69,30 +97,45 @@ def write_directory(
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
 
     last = {INDEX: index.encode()} if len(parts) > 1 else {}
-    write_files(path, dict(zip(names, parts, strict=True)), files, advance, last)
+    made = [safetensors_file(name, part) for name, part in zip(names, parts, strict=True)]
+    write_files(path, made, files, advance, last, source)
 
 
 def write_files(
     path: Path,
-    parts: Mapping[str, Sequence[Tensor]],
+    parts: Sequence[File],
     files: Mapping[str, Path | bytes],
-    advance: Advance = lambda nbytes: None,
+    advance: Advance = nothing,
     last: Mapping[str, Path | bytes] = MappingProxyType({}),
+    source: str = "",
 ) -> None:
-    """Write a directory with these tensors as safetensors files, and with other files; see `write_directory`.
+    """Write a directory with these files of tensors, and with other files; see `write_directory`.
 
     Args:
         last: files like `files`, written after everything else.
     """
-    needed = sum(_space(tensor) for part in parts.values() for tensor in part)
+    needed = sum(part.nbytes for part in parts)
     needed += sum(
         len(file) if isinstance(file, bytes) else file.stat().st_size for file in (*files.values(), *last.values())
     )
-    with new_directory(path, needed) as folder:
-        _copy(files, folder)
-        for name, part in parts.items():
-            write_file(folder / name, part, advance)
-        _copy(last, folder)
+    with unfinished(path, needed, _fingerprint(parts, source)) as target:
+        _copy(files, target.folder)
+        for part in parts:
+            _write(part, target, advance)
+        _copy(last, target.folder)
+
+
+def write_file(path: Path, part: File, advance: Advance = nothing, source: str = "") -> None:
+    """Write a single file of tensors. Raises InputError as `write_directory` does."""
+    with unfinished(path, part.nbytes, _fingerprint([part], source), part.name) as target:
+        _write(part, target, advance)
+
+
+def _fingerprint(parts: Iterable[File], source: str) -> str:
+    digest = hashlib.sha256(source.encode())
+    for part in parts:
+        digest.update(part.name.encode() + b"\n" + part.header)
+    return digest.hexdigest()
 
 
 def _copy(files: Mapping[str, Path | bytes], folder: Path) -> None:
@@ -101,6 +144,30 @@ def _copy(files: Mapping[str, Path | bytes], folder: Path) -> None:
             (folder / name).write_bytes(file)
         else:
             shutil.copyfile(file, folder / name)
+
+
+def _write(part: File, target: Unfinished, advance: Advance) -> None:
+    path = target.folder / part.name
+    todo = []
+    for tensor, offset in zip(part.tensors, part.offsets, strict=True):
+        if f"{part.name} {tensor.name}" in target.done:
+            advance(tensor.nbytes)
+        else:
+            todo.append((tensor, offset))
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(part.nbytes)
+        file.write(part.header)
+        for i, (tensor, offset) in enumerate(todo):
+            for following, _ in todo[i : i + AHEAD]:
+                following.begin()
+            file.seek(offset)
+            for piece in tensor.pieces:
+                assert piece.dtype == tensor.dtype, f"{tensor.name}: {piece.dtype} for {tensor.dtype}"
+                advance(file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+            assert file.tell() - offset == tensor.nbytes, f"{tensor.name}: not as many values as its shape says"
+            file.flush()
+            target.note(f"{part.name} {tensor.name}", file.fileno())
+        target.sync(file.fileno())
 
 
 def shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
@@ -116,48 +183,14 @@ def shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
     return parts or [[]]
 
 
-def write_file(path: Path, tensors: Iterable[Tensor], advance: Advance = lambda nbytes: None) -> None:
-    """Write one safetensors file. Dtypes with large items come first, so that every tensor is aligned."""
-    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
-    text = _header(tensors)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            begin = file.tell()
-            for piece in tensor.pieces:
-                assert piece.dtype == tensor.dtype, f"{tensor.name}: {piece.dtype} for {tensor.dtype}"
-                advance(file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
-            assert file.tell() - begin == tensor.nbytes, f"{tensor.name}: not as many values as its shape says"
-
-
-@contextmanager
-def new_directory(path: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden directory beside `path` to fill with `nbytes`. It becomes `path` at the end; an error removes it.
-
-    Raises:
-        InputError: `path` is taken or cannot be made, there is too little space, or the operating system refused.
-    """
-    try:
-        final = path.resolve()
-        if final.is_mount():
-            raise InputError(f"{path}: a file system is mounted here; name a directory inside it")
-        if final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None):
-            raise InputError(f"{path}: exists already; name a directory that does not exist, or an empty one")
-        if not final.parent.is_dir():
-            raise InputError(f"{path}: {final.parent} is not a directory; make it first")
-        if (free := shutil.disk_usage(final.parent).free) < nbytes:
-            raise InputError(f"{path}: {nbytes / GB:.2f} GB are needed, but {free / GB:.2f} GB are free on that disk")
-        # The directory inside has the usual permissions; those of a temporary one are narrower.
-        with tempfile.TemporaryDirectory(prefix=f".{final.name}.", suffix=".partial", dir=final.parent) as temporary:
-            folder = Path(temporary, final.name)
-            folder.mkdir()
-            yield folder
-            for made in (*folder.rglob("*"), folder):
-                _sync(made)
-            folder.rename(final)
-        _sync(final.parent)
-    except OSError as error:
-        raise InputError(f"{path}: not written: {error}") from error
+def safetensors_file(name: str, tensors: Sequence[Tensor]) -> File:
+    """A safetensors file. Dtypes with large items come first, so that every tensor is aligned."""
+    header = _header(sorted(tensors, key=lambda t: -t.dtype.itemsize))
+    start, places = len(header) + 8, {}
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+        places[tensor.name] = start
+        start += tensor.nbytes
+    return File(name, len(header).to_bytes(8, "little") + header, tensors, [places[t.name] for t in tensors])
 
 
 def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator[np.ndarray]:
@@ -204,11 +237,3 @@ def _header(tensors: Iterable[Tensor]) -> bytes:
 def _space(tensor: Tensor) -> int:
     """The size of a file with only this tensor. It takes less in a file with others, even with longer offsets."""
     return 8 + len(_header([tensor])) + tensor.nbytes
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -1,0 +1,158 @@
+"""GPTQ and AWQ for a loaded model, layer by layer: each layer is encoded for the inputs that the encoded ones before it
+give, and only one layer's statistics are in memory.
+
+Only the matrices of the blocks are encoded. Embedding tables and heads stay as they are, as such checkpoints have it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.errors import InputError
+from jaxllm.formats.awq import awq, awq_scales
+from jaxllm.formats.base import Weight
+from jaxllm.formats.dense import Dense
+from jaxllm.formats.gptq import gptq
+from jaxllm.language_model import LanguageModel
+from jaxllm.layers.cache import KVCache
+from jaxllm.layers.context import Context
+from jaxllm.layers.decoder import apply
+from jaxllm.layers.held import dequantized
+from jaxllm.layers.parameter import parameters
+from jaxllm.placing import Source, place
+from jaxllm.tracking import Statistics
+
+GROUPS = 128, 64, 32
+# AWQ: matrices that take the same input, and the norm or the matrix that makes it.
+_AWQ = (
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm.weight"),
+    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm.weight"),
+    (("mlp.down_proj",), "mlp.up_proj.weight"),
+)
+
+
+@dataclass
+class Calibrated:
+    """What a model's checkpoint has instead of its own.
+
+    made: encoded weights by parameter.
+    changed: other parameters' values, float32.
+    """
+
+    made: dict[str, Weight] = field(default_factory=dict)
+    changed: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def common_group(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The largest usual group that divides the columns of all matrices. Raises InputError if none does."""
+    for group in GROUPS:
+        if all(shape[-1] % group == 0 for name, shape in shapes.items() if _is_matrix(name, shape)):
+            return group
+    raise InputError(f"the columns of some matrices are no multiple of {GROUPS[-1]}, which GPTQ and AWQ need")
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return name.startswith("layers.") and len(shape) > 1 and shape[-1] > 1
+
+
+def with_gptq(model: LanguageModel, tokens: np.ndarray, bits: int, group: int, symmetric: bool) -> Calibrated:
+    """Encode the matrices of a model's layers by GPTQ (Frantar et al., 2022), in the model too.
+
+    Args:
+        tokens: int32 `[chunks, chunk]`, what it is calibrated on.
+    """
+    result = Calibrated()
+    for i, layer, statistics in _by_layer(model, tokens):
+        for name, param in parameters(layer).items():
+            if name not in statistics or param.declared.keep:
+                continue
+            products = statistics[name].products
+            assert products is not None
+            weight = gptq(np.asarray(dequantized(param)), np.asarray(products), bits, group, symmetric)
+            result.made[f"layers.{i}.{name}"] = weight
+            _replace(param, weight, model)
+    return result
+
+
+def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated:
+    """Encode the matrices of a model's layers by AWQ (Lin et al., 2023), in the model too.
+
+    Raises:
+        InputError: the model has other blocks than dense Llamas, whose norms and matrices can take up the factors.
+    """
+    result = Calibrated()
+    for i, layer, statistics in _by_layer(model, tokens):
+        params = parameters(layer)
+        values = {name: np.asarray(dequantized(p)) for name, p in params.items() if len(p.declared.shape) > 1}
+        if unknown := sorted(
+            {*values} - {f"{n}.weight" for names, _ in (*_AWQ, (("self_attn.o_proj",), "")) for n in names}
+        ):
+            raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
+        vectors = {}
+        for modules, before in _AWQ:
+            names = [f"{module}.weight" for module in modules]
+            products = statistics[names[0]].products
+            s = awq_scales([values[name] for name in names], np.asarray(products), 4, group)
+            values |= {name: values[name] * s for name in names}
+            if before in values:
+                values[before] = values[before] / s[:, None]
+            else:
+                vectors[before] = np.asarray(dequantized_vector(params[before])) / s
+            if (bias := before.removesuffix("weight") + "bias") in params:
+                vectors[bias] = np.asarray(dequantized_vector(params[bias])) / s
+        ones = {name: np.ones(w.shape[1], np.float32) for name, w in values.items()}
+        for name, w in values.items():
+            weight = awq(w, ones[name], _importance(statistics.get(name)), 4, group)
+            result.made[f"layers.{i}.{name}"] = weight
+            _replace(params[name], weight, model)
+        for name, vector in vectors.items():
+            result.changed[f"layers.{i}.{name}"] = vector
+            _replace(params[name], Dense(vector), model)
+    return result
+
+
+def _importance(statistics: Statistics | None) -> np.ndarray | None:
+    return None if statistics is None else statistics.importance
+
+
+def dequantized_vector(param: nnx.Param) -> jax.Array:
+    """A vector in the order and size of the checkpoint."""
+    return param.declared.restore(param.get_value())
+
+
+def _replace(param: nnx.Param, weight: Weight, model: LanguageModel) -> None:
+    placed = place(Source("calibrated", (weight,)), param.declared, model.mesh)
+    param.set_value(placed.dequantize() if len(param.declared.shape) == 1 else placed)
+
+
+def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, Any, dict[str, Statistics]]]:
+    """Each layer with the statistics of its inputs. The caller may change it; later ones see what it then does."""
+    decoder, length = model.model, tokens.shape[1]
+    with jax.set_mesh(model.mesh):
+        empty = decoder.cache(1, length, model.dtype, model.mesh).zeros()
+        empty = replace(empty, limits=empty.limits + length)
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+        scale = jnp.asarray(decoder.embedding_scale, model.dtype)
+        states = [np.asarray(decoder.embed_tokens(row[None], model.dtype) * scale) for row in tokens]
+        own = [i for i, layer in enumerate(decoder.layers) if layer.cache_of is None]
+        if len(own) < len(decoder.layers):
+            raise InputError("layers that share another's cache cannot be calibrated one by one")
+        for i, layer in enumerate(decoder.layers):
+            angles = layer.rope.angles(positions, empty.limits) if layer.rope else None
+            context = Context(positions, jnp.full(1, length, jnp.int32), angles, length, False)
+            seen: dict[str, Statistics] = {}
+            for x in states:
+                _, _, more = apply(layer, jnp.asarray(x), _cache(empty, i), context, "products")
+                seen = {name: seen[name] + each if name in seen else each for name, each in more.items()}
+            declared = {name: param.declared for name, param in parameters(layer).items()}
+            yield i, layer, {name: each.restored(declared[name]) for name, each in seen.items()}
+            states = [np.asarray(apply(layer, jnp.asarray(x), _cache(empty, i), context, None)[0]) for x in states]
+
+
+def _cache(empty: KVCache, i: int) -> tuple[jax.Array, jax.Array]:
+    return empty.keys[i], empty.values[i]
