@@ -39,6 +39,12 @@ def into_stream(codes: np.ndarray, bits: int) -> np.ndarray:
     return stream.view(np.uint32)
 
 
+def packed_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `bit_stream`: codes `[rows, n]` as uint32 `[rows, ceil(n * bits / 32)]`, zeros behind the last."""
+    padded = np.pad(codes.astype(np.uint8), ((0, 0), (0, -codes.shape[1] % word_values(bits))))
+    return into_stream(padded, bits).reshape(len(codes), -1)[:, : -(-codes.shape[1] * bits // WORD)]
+
+
 def words_shape(out: int, in_: int, bits: int) -> tuple[int, int, int]:
     values = word_values(bits)
     return out, in_ // values, values * bits // WORD
@@ -51,6 +57,13 @@ def awq_columns(words: HostArray) -> np.ndarray:
     nibbles = np.empty((*stored.shape, 8), np.uint8)
     nibbles[..., ::2], nibbles[..., 1::2] = pairs & 15, pairs >> 4
     return nibbles[..., AWQ_ORDER].reshape(len(stored), -1)
+
+
+def awq_words(codes: np.ndarray) -> np.ndarray:
+    """The inverse of `awq_columns`: codes `[rows, out]` as int32 `[rows, out / 8]`."""
+    nibbles = np.empty((len(codes), codes.shape[1] // 8, 8), np.uint8)
+    nibbles[..., AWQ_ORDER] = codes.reshape(nibbles.shape)
+    return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).view(np.int32)[..., 0]
 
 
 def hqq_codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:

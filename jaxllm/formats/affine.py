@@ -16,8 +16,10 @@ import numpy as np
 from jax import lax
 
 from jaxllm.formats.base import Axes, Cut, Leaf, Weight, repeated, static_field
+from jaxllm.formats.scaled import quotient
 
 WORD = 32
+SHARES = np.linspace(1.05, 0.6, 19, dtype=np.float32)  # of the scale that clips nothing, in `Affine.symmetric`
 
 
 @jax.tree_util.register_dataclass
@@ -109,21 +111,60 @@ class Affine(Weight):
         return jnp.repeat(values, self.group, axis=-1)[..., : shape[-1]]
 
     @classmethod
-    def from_dense(cls, w: jax.Array, bits: int, group: int) -> Self:
+    def from_dense(cls, w: jax.Array, bits: int, group: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Self:
         """Encode floats `[*batch, out, in]` as `mlx.core.quantize` does: of a group's minimum and maximum, the one with
-        the larger magnitude is exact. The scale is negative if that is the maximum."""
+        the larger magnitude is exact. The scale is negative if that is the maximum.
+
+        Args:
+            dtype: of scales and biases. They are rounded to it before the codes are chosen (in MLX, afterwards).
+        """
         *lead, in_ = w.shape
         grid = jnp.asarray(w, jnp.float32).reshape(*lead, in_ // group, group)
         low, high = grid.min(-1), grid.max(-1)
-        scale = jnp.maximum((high - low) / (2**bits - 1), 1e-7)
+        scale = jnp.maximum(quotient(high - low, jnp.float32(2**bits - 1)), jnp.float32(1e-7))
         lower = jnp.abs(low) > jnp.abs(high)
         scale, edge = jnp.where(lower, scale, -scale), jnp.where(lower, low, high)
-        steps = jnp.round(edge / scale)
-        scale = jnp.where(steps == 0, scale, edge / jnp.where(steps == 0, 1, steps))
-        bias = jnp.where(steps == 0, 0.0, edge)
-        codes = jnp.clip(jnp.round((grid - bias[..., None]) / scale[..., None]), 0, 2**bits - 1)
-        words = pack(codes.reshape(w.shape).astype(jnp.uint32), bits)
-        return cls(words, scale, bits, group, "MLX", biases=bias)
+        steps = jnp.round(quotient(edge, scale))
+        scale = jnp.where(steps == 0, scale, quotient(edge, steps)).astype(dtype)
+        bias = jnp.where(steps == 0, jnp.float32(0), edge).astype(dtype)
+        wide = scale.astype(jnp.float32)[..., None]
+        codes = jnp.clip(jnp.round(quotient(grid - bias.astype(jnp.float32)[..., None], wide)), 0, 2**bits - 1)
+        return cls(pack(codes.reshape(w.shape).astype(jnp.uint32), bits), scale, bits, group, "MLX", biases=bias)
+
+    @classmethod
+    def symmetric(cls, w: jax.Array, bits: int, group: int, importance: jax.Array | None = None) -> Self:
+        """Encode floats `[*batch, out, in]` as signed integers with a float16 scale per group (compressed-tensors).
+
+        Mapping the largest magnitude to the largest code clips nothing, yet is seldom best. So each group takes the one
+        of `SHARES` of that scale that gives the least squared error, where `importance`, `[in]` or `[*batch, in]`,
+        weights the columns; columns of a row of zeros count the same.
+        """
+        half = 2 ** (bits - 1)
+        grid = jnp.asarray(w, jnp.float32).reshape(*w.shape[:-1], -1, group)
+        peak = jnp.max(jnp.abs(grid), axis=-1, keepdims=True)
+        weights = jnp.float32(1)
+        if importance is not None:
+            known = jnp.any(importance > 0, axis=-1, keepdims=True)
+            weights = jnp.where(known, importance, jnp.float32(1))
+            weights = weights.reshape(*weights.shape[:-1], 1, -1, group)
+
+        def rounded(share: jax.Array) -> tuple[jax.Array, jax.Array]:
+            scale = (peak * (share / jnp.float32(half - 0.5))).astype(jnp.float16)
+            codes = jnp.round(quotient(grid, scale.astype(jnp.float32)))
+            return scale, jnp.clip(codes, jnp.float32(-half), jnp.float32(half - 1))
+
+        def attempt(k: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            least, chosen = best
+            share = jnp.asarray(SHARES)[k]
+            scale, codes = rounded(share)
+            off = codes * scale.astype(jnp.float32) - grid
+            error = jnp.sum(weights * off * off, axis=-1, keepdims=True)
+            return jnp.minimum(error, least), jnp.where(error < least, share, chosen)
+
+        _, share = lax.fori_loop(0, len(SHARES), attempt, (jnp.full_like(peak, jnp.inf), jnp.ones_like(peak)))
+        scale, codes = rounded(share)
+        words = pack((codes + jnp.float32(half)).astype(jnp.uint32).reshape(w.shape), bits)
+        return cls(words, scale[..., 0], bits, group, "INT", zero=half)
 
     def like(self, w: jax.Array) -> Self:
         if self.biases is None:  # rounding does not find what GPTQ and similar methods search for

@@ -6,9 +6,17 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.formats.base import Axes, Cut, Leaf, Weight, repeated, static_field
 from jaxllm.formats.ggml_bits import fields, flat
+
+# bitsandbytes' tables. NF4's values cut a normal distribution into equally likely parts.
+_NF4 = "-1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334"
+_NF4 += " -0.09105003625154495 0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224"
+_NF4 += " 0.44070982933044434 0.5626170039176941 0.7229568362236023 1"
+_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+TABLES = {"NF4": np.array(_NF4.split(), np.float32), "FP4": np.concatenate([_FP4, 0 - _FP4])}
 
 
 @jax.tree_util.register_dataclass
@@ -52,3 +60,19 @@ class Codebook(Weight):
         table = jnp.broadcast_to(table, (*codes.shape[:-1], 16))
         values = jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1)
         return (values * jnp.repeat(self.scales, self.group, axis=-1)).astype(dtype)
+
+    @classmethod
+    def from_dense(cls, w: jax.Array, name: str, group: int = 64) -> Self:
+        """Encode floats `[*batch, out, in]` with the table `name`, as bitsandbytes does: values divided by the group's
+        largest magnitude become the nearest entry, and the lower one if two are equally near."""
+        table = TABLES[name]
+        order = np.argsort(table, stable=True)
+        middles = (table[order][1:] + table[order][:-1]) / 2
+        grid = jnp.asarray(w, jnp.float32).reshape(*w.shape[:-1], -1, group)
+        scales = jnp.max(jnp.abs(grid), axis=-1)
+        share = grid * (1 / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny))[..., None]
+        place = sum((share > middle).astype(jnp.uint8) for middle in middles)
+        codes = jnp.asarray(order.astype(np.uint8))[place].reshape(*w.shape[:-1], -1, 2)
+        return cls(
+            codes[..., 0] << 4 | codes[..., 1], scales, jnp.broadcast_to(table, (*w.shape[:-2], 16)), group, name
+        )

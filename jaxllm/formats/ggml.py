@@ -35,9 +35,9 @@ class GGML(Weight):
         return values.reshape(*values.shape[:-2], -1).astype(dtype)
 
     @classmethod
-    def from_dense(cls, w: jax.Array, type: str) -> Self:
-        """Encode floats `[*batch, out, in]`. Raises the errors of `ggml_encode.encode`. Not for use under `jit`."""
-        return cls(encode(w, type), type)
+    def from_dense(cls, values: jax.Array, type: str, importance: jax.Array | None = None) -> Self:
+        """Encode floats `[*batch, out, in]`, as `ggml_encode.encode` does: with its errors, and not under `jit`."""
+        return cls(encode(values, type, importance), type)
 
     def like(self, w: jax.Array) -> Self:
         return self.from_dense(w, self.type)

@@ -61,6 +61,11 @@ class MXFP4(Weight):
             raise InputError(f"rows of {w.shape[-1]} are not whole blocks of {BLOCK}, which MXFP4 needs")
         if not jnp.isfinite(w).all():
             raise InputError("MXFP4 cannot hold values that are not finite")
+        return cls.encoded(w)
+
+    @classmethod
+    def encoded(cls, w: jax.Array) -> Self:
+        """Like `from_dense`, but without checking anything: for use under `jit`."""
         grid = w.reshape(*w.shape[:-1], -1, BLOCK)
         largest = lax.bitcast_convert_type(jnp.max(jnp.abs(grid), axis=-1), jnp.int32)
         scales = jnp.clip((largest >> 23) - 2, 0, 254)  # the exponent of 4, E2M1's largest power of two, is 2

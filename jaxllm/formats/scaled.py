@@ -36,6 +36,19 @@ def scale_for(peak: jax.Array, limit: float, power_of_two: bool = False) -> jax.
     return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
 
 
+def _groups(w: jax.Array, size: int) -> jax.Array:
+    """`[..., n]` as float32 `[..., n / size, size]`."""
+    return jnp.asarray(w, jnp.float32).reshape(*w.shape[:-1], -1, size)
+
+
+def _up_to_e4m3(x: jax.Array) -> jax.Array:
+    """Numbers of 0 to 448 rounded up to the next E4M3."""
+    near = x.astype(jnp.float8_e4m3fn)
+    short = near.astype(jnp.float32) < x
+    bits = lax.bitcast_convert_type(near, jnp.uint8) + short.astype(jnp.uint8)
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Activations:
@@ -61,7 +74,7 @@ class Scaled(Weight):
 
     Attributes:
         values: float8_e4m3fn, float8_e5m2 or int8 `[*batch, out, in]`.
-        scales: float32, bfloat16, float16 or float8_e8m0fnu `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
+        scales: float32, bfloat16, float16 or a float8 dtype `[*batch, ceil(out / block[0]), ceil(in / block[1])]`.
             Some checkpoints call them `weight_scale_inv`, yet they are multiplied by.
         block: rows and columns that share a scale; None means all of them.
         activations: how a matmul's activations are rounded; None: they are not, and this matrix is only dequantized.
@@ -135,6 +148,39 @@ class Scaled(Weight):
         spread = jnp.repeat(jnp.repeat(scales, high, -2)[..., :out, :], wide, -1)[..., :in_]
         values = jnp.clip(quotient(w, spread), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
         return cls(values, scales, block)
+
+    @classmethod
+    def mxfp8(cls, w: jax.Array) -> Self:
+        """FP8 with a power of two for every 32 columns, the least that brings them to 448 or below (as MLX does).
+
+        OCP's rule takes the power below if the largest value then exceeds 448, and clips it.
+        """
+        grid = _groups(w, 32)
+        peak = jnp.max(jnp.abs(grid), axis=-1)
+        scales = jnp.maximum(scale_for(peak, E4M3_MAX, power_of_two=True), jnp.float32(2**-126))
+        values = quotient(grid, scales[..., None]).astype(jnp.float8_e4m3fn)
+        return cls(values.reshape(w.shape), scales.astype(jnp.float8_e8m0fnu), (1, 32))
+
+    @classmethod
+    def int8(cls, w: jax.Array) -> Self:
+        """INT8 with a scale per row, as LLM.int8 stores it: the row's largest magnitude, for which 127 stands."""
+        peak = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+        values = jnp.round(w * jnp.where(peak == 0, jnp.float32(0), 127 / peak))
+        return cls(values.astype(jnp.int8), peak, (1, None), factor=1 / 127)
+
+    @classmethod
+    def f8q8(cls, w: jax.Array) -> Self:
+        """INT8 with an E4M3 scale for every 32 columns, 448 times too large: mistral.rs's F8Q8.
+
+        Scales are rounded up, so that no value is clipped, and values are divided by the rounded ones. (mistral.rs
+        divides before it rounds, which changes the size of a whole block.) Magnitudes are 127 at most.
+        """
+        grid = _groups(w, 32)
+        peak = jnp.max(jnp.abs(grid), axis=-1)
+        scales = _up_to_e4m3(jnp.minimum(peak * jnp.float32(E4M3_MAX / 127), jnp.float32(E4M3_MAX)))
+        steps = scales.astype(jnp.float32) * jnp.float32(1 / E4M3_MAX)
+        values = jnp.clip(jnp.round(quotient(grid, steps[..., None])), jnp.float32(-127), jnp.float32(127))
+        return cls(values.astype(jnp.int8).reshape(w.shape), scales, (1, 32), factor=1 / E4M3_MAX)
 
     def like(self, w: jax.Array) -> Self:
         if self.values.dtype != jnp.float8_e4m3fn or self.scales.dtype == jnp.float8_e8m0fnu:

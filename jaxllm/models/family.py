@@ -8,13 +8,17 @@ from typing import Any
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers.decoder import Decoder
-from jaxllm.models.rule import Rule
+from jaxllm.models.rule import Rule, Written
 
 GGUF, HUGGING_FACE, DEEPSEEK_DEMO = "GGUF", "Hugging Face", "DeepSeek's demo"
 
 
 def nothing(config: Any) -> Sequence[str]:
     return ()
+
+
+def unchanged(config: Any) -> Any:
+    return config
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,24 @@ class Dialect:
         config: makes the model's configuration from the file's description and its tensors by name.
         rules: given the configuration and the tensors, the rules by which tensors become parameters.
         ignored: given the configuration, patterns of tensor names that such files may have and we do not need.
+
+    To write such files (`models.describe`); None where we do not:
+        adapted: a configuration from any kind of file as one of this kind would have it.
+        describes: the inverse of `config`: the description, from such a configuration and rotary settings (see
+            `models.rope_describing`).
+        rotary: the rotary settings in the file's description and its tensors.
+        written: given such a configuration and the shapes of its parameters, the tensors that hold them; None: those
+            that `rules` would read.
     """
 
     kinds: tuple[str, ...]
     config: Callable[[Mapping[str, object], Mapping[str, Weight]], Any]
     rules: Callable[[Any, Mapping[str, Weight]], Sequence[Rule]]
     ignored: Callable[[Any], Sequence[str]] = nothing
+    adapted: Callable[[Any], Any] = unchanged
+    describes: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    rotary: Callable[[Mapping[str, object], Mapping[str, Weight]], dict[str, Any]] | None = None
+    written: Callable[[Any, Mapping[str, tuple[int, ...]]], list[Written]] | None = None
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,13 @@ def _hf_yarn(config: Entries, dim: int) -> tuple[Rope, float]:
 
 
 def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
-    """Like `_hf_yarn`. The demo applies YaRN to contexts longer than the original, and has only one temperature."""
+    """Like `_hf_yarn`."""
+    return _hf_yarn(Entries({"rope_parameters": demo_rotary(given)}, given.where), dim)
+
+
+def demo_rotary(given: Entries) -> dict[str, Any]:
+    """Rotary settings of all fields of ModelArgs, as a config.json says them. The demo applies YaRN to contexts longer
+    than the original, and has only one temperature."""
     mscale = given.number("mscale", most=MSCALE)
     values: dict[str, Any] = {
         "rope_theta": given.number("rope_theta", above=1.0),
@@ -349,8 +355,7 @@ def _demo_yarn(given: Entries, dim: int) -> tuple[Rope, float]:
         "mscale_all_dim": mscale,
     }
     stretched = given.integer("max_seq_len", most=POSITIONS) > values["original_max_position_embeddings"]
-    values["rope_type"] = "yarn" if stretched else "default"
-    return _hf_yarn(Entries({"rope_parameters": values}, given.where), dim)
+    return values | {"rope_type": "yarn" if stretched else "default"}
 
 
 def _gguf_yarn(given: Entries, tensors: Mapping[str, Weight], dim: int) -> tuple[Rope, float]:

@@ -9,7 +9,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.models.names import GGUF_COMMON, HF_COMMON, HF_IGNORED, expert_rules
-from jaxllm.models.rule import Rule
+from jaxllm.models.rule import Rule, Written, inverted
 
 
 def _query_rows(config: DeepseekConfig, m: re.Match) -> np.ndarray:
@@ -85,6 +85,34 @@ def hf_rules(config: DeepseekConfig, tensors: Mapping[str, Weight]) -> list[Rule
 def hf_ignored(config: DeepseekConfig) -> list[str]:
     """The extra layer for multi-token prediction (MTP), and what all families ignore."""
     return [rf"model\.layers\.{config.num_hidden_layers}\..*", *HF_IGNORED]
+
+
+def gguf_written(config: DeepseekConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
+    """The tensors of a GGUF file. A kv_b becomes the two stacks that llama.cpp needs for attention on latents: a head's
+    keys, transposed, and its values."""
+    whole = [path for path in shapes if path.endswith("kv_b_proj.weight")]
+    written = inverted(_GGUF, {path: shape for path, shape in shapes.items() if path not in whole}, config)
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    rows = np.arange(heads * (nope + value)).reshape(heads, -1)
+    for path in whole:
+        keys, values = (f"blk.{path.split('.')[1]}.attn_{part}_b.weight" for part in "kv")
+        parts = ((path, None),)
+        written.append(Written(keys, parts, rows[:, :nope].reshape(-1), transposed=True, stack=heads))
+        written.append(Written(values, parts, rows[:, nope:].reshape(-1), stack=heads))
+    return written
+
+
+def hf_written(config: DeepseekConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
+    """The tensors of a Hugging Face checkpoint. The two stacks that kv_b is in GGUF files become one matrix: for each
+    head, its k_b transposed and its v_b."""
+    stacks = {path: shape for path, shape in shapes.items() if path.endswith(("k_b_proj", "v_b_proj"))}
+    written = inverted(_HF, {path: shape for path, shape in shapes.items() if path not in stacks}, config)
+    for keys in (path for path in stacks if path.endswith("k_b_proj")):
+        values, heads = keys.replace("k_b_proj", "v_b_proj"), stacks[keys][0]
+        parts = tuple((path, i) for i in range(heads) for path in (keys, values))
+        name = "model." + keys.replace("k_b_proj", "kv_b_proj.weight")
+        written.append(Written(name, parts, None, turned=(True, False) * heads))
+    return written
 
 
 # DeepSeek's inference demo: for each Hugging Face name, the demo's name, and the axis along which it splits the tensor.

@@ -71,10 +71,7 @@ class GptOssConfig:
         Raises:
             InputError: a key is missing, has an impossible value, or asks for something that is not supported.
         """
-        given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value is not None}
-        if all(given.get(key, {}) == {} for key in ("rope_parameters", "rope_scaling")):
-            given |= {"rope_scaling": _ROPE}  # transformers' default
-        entries = Entries(given, "config.json")
+        entries = Entries(with_rope(config), "config.json")
         kind = entries.choice("model_type", MODEL_TYPES)
         check_activation(entries)
         heads, hidden = entries.integer("num_attention_heads", most=MANY), entries.integer("hidden_size")
@@ -140,6 +137,13 @@ class GptOssConfig:
             # The models were trained without rounding the ends of YaRN's ramp; llama.cpp rounds them.
             rope=gguf_rope(given, tensors, head_dim, truncate=False),
         )
+
+
+def with_rope(config: Mapping[str, object]) -> dict[str, object]:
+    """A config.json's entries with transformers' defaults for rotary frequencies, where it does not give them."""
+    given = {"rope_theta": 150000.0} | {key: value for key, value in config.items() if value is not None}
+    missing = all(given.get(key, {}) == {} for key in ("rope_parameters", "rope_scaling"))
+    return given | {"rope_scaling": _ROPE} if missing else given
 
 
 def _by_turns(count: int, window: int) -> list[int | None]:

@@ -9,7 +9,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.llama.config import LlamaConfig
 from jaxllm.models.names import GGUF_COMMON, HF_COMMON, expert_rules
-from jaxllm.models.rule import Rows, Rule
+from jaxllm.models.rule import Rows, Rule, Written, inverted
 
 
 def _attention_rows(part: str, fused: bool, half_split: bool = False) -> Rows:
@@ -83,17 +83,26 @@ def gguf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]
     return [*_GGUF, *_gguf_qk(paired=config.model_type == "llama"), *_GGUF_MLP]
 
 
+def gguf_written(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
+    """The tensors that llama.cpp has for a model of this architecture."""
+    preferred = _GGUF_FUSED if config.model_type == "phi3" else []
+    return inverted([*preferred, *gguf_rules(config, {})], shapes, config)
+
+
 _M = r"model\.layers\.(\d+)\."
 _SPARSE = _M + r"(?:mlp|block_sparse_moe)\."
 
+_HF_FUSED = [
+    *(Rule(_M + r"self_attn\.qkv_proj\.weight", _A + f"{p}_proj.weight", _attention_rows(p, True)) for p in "qkv"),
+    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.gate_proj.weight", _half(0)),
+    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.up_proj.weight", _half(1)),
+]
 _HF = [
     *HF_COMMON,
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
-    *(Rule(_M + r"self_attn\.qkv_proj\.weight", _A + f"{p}_proj.weight", _attention_rows(p, True)) for p in "qkv"),
     Rule(_M + r"mlp\.(gate|up|down)_proj\.(weight|bias)", _L + r"mlp.\2_proj.\3"),
-    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.gate_proj.weight", _half(0)),
-    Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.up_proj.weight", _half(1)),
+    *_HF_FUSED,
     Rule(_SPARSE + r"gate\.weight", _L + "mlp.gate.weight"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.w1\.weight", _L + "mlp.experts.gate_proj"),
@@ -108,3 +117,19 @@ def hf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
     if config.moe is None:
         return _HF
     return [*_HF, *expert_rules(_SPARSE, config.hidden_size, config.moe.moe_intermediate_size, tensors)]
+
+
+_MIXTRAL = _M + r"block_sparse_moe\."
+_HF_MIXTRAL = [
+    Rule(_MIXTRAL + r"gate\.weight", _L + "mlp.gate.weight"),
+    *(
+        Rule(_MIXTRAL + rf"experts\.(?P<expert>\d+)\.{w}\.weight", _L + f"mlp.experts.{name}_proj")
+        for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    ),
+]
+
+
+def hf_written(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
+    """The tensors that transformers has for a model of this type."""
+    preferred = {"mixtral": _HF_MIXTRAL, "phi3": _HF_FUSED}.get(config.model_type, [])
+    return inverted([*preferred, *_HF], shapes, config)
