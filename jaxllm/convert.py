@@ -220,7 +220,7 @@ def _calibrated(src: Path, model: Model, how: Export, text: str | os.PathLike | 
     else:
         bits, symmetric = int(how.name[4]), "asym" not in how.name
         result = with_gptq(loaded, tokens, bits, group, symmetric)
-        how = gptq(bits, symmetric, "act_order" in how.name, group)
+        how = gptq(bits, symmetric, group=group)
     changed = {name: Source(model.sources[name].name, (Dense(v),)) for name, v in result.changed.items()}
     return replace(model, sources={**model.sources, **changed}, made=result.made), how
 

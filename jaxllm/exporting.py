@@ -102,29 +102,63 @@ class Output:
 
 
 class _Values:
-    """The values of tensors that are to be written, as floats: matrices one by one."""
+    """The values of a tensor that is to be written, as floats: matrices one by one.
+
+    Attributes:
+        shape: the tensor's shape as it is encoded, `[out]`, `[out, in]` or `[count, out, in]`.
+        count: how many matrices there are; 1 for a vector.
+    """
 
     def __init__(self, model: Model, written: Written) -> None:
-        self.sources = [(model.sources[path], number) for path, number in written.parts]
-        self.shapes = [model.declared[path].shape for path, _ in written.parts]
         self.written = written
-        stacked = len(self.shapes[0]) == 3 and written.parts[0][1] is None
-        self.count = self.shapes[0][0] if stacked else 1
-        rows = sum(shape[-2:][0] for shape in self.shapes)
-        matrix = (rows,) if len(self.shapes[0]) == 1 else (rows, self.shapes[0][-1])
+        self.sources = [(model.sources[path], number) for path, number in written.parts]
+        shapes = [model.declared[path].shape for path, _ in written.parts]
+        turned = written.turned or (False,) * len(shapes)
+        sizes = [shape[-2:] if len(shape) > 1 else shape for shape in shapes]
+        sizes = [size[::-1] if turn else size for size, turn in zip(sizes, turned, strict=True)]
+        rows = sum(size[0] for size in sizes) if written.rows is None else len(written.rows)
+        matrix = (rows, *sizes[0][1:])
+        self.count = written.stack or (shapes[0][0] if len(shapes[0]) == 3 and written.parts[0][1] is None else 1)
+        if written.stack:
+            matrix = (rows // written.stack, matrix[1])
+            matrix = matrix[::-1] if written.transposed else matrix
+        stacked = written.stack or self.count > 1 or (len(shapes[0]) == 3 and written.parts[0][1] is None)
         self.shape: tuple[int, ...] = (self.count, *matrix) if stacked else matrix
+        self.is_matrix = len(matrix) > 1
+        self._joined: jax.Array | None = None
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether these are other matrices than the parameters'."""
+        return bool(self.written.stack or self.written.turned)
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape in the file, if it is stored as plain numbers."""
         if self.written.column:
             return self.shape[:-1]
-        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.written.transposed else self.shape
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self._stored_transposed else self.shape
 
-    def matrix(self, i: int) -> jnp.ndarray:
+    @property
+    def _stored_transposed(self) -> bool:
+        return self.written.transposed and not self.written.stack
+
+    def matrix(self, i: int) -> jax.Array:
         """Matrix i of a stack, or the only one, or the vector: float32, in the order of the file."""
+        if not self.written.stack:
+            return self._whole(i)
+        if self._joined is None:
+            self._joined = self._whole(0)
+        rows = len(self._joined) // self.count
+        with on_host():
+            part = self._joined[i * rows : (i + 1) * rows]
+            return part.T if self.written.transposed else part
+
+    def _whole(self, i: int) -> jax.Array:
         parts = [floats(source, i if number is None else number) for source, number in self.sources]
         with on_host():
+            if self.written.turned:
+                parts = [part.T if turn else part for part, turn in zip(parts, self.written.turned, strict=True)]
             joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
             return joined if self.written.rows is None else joined[self.written.rows]
 
@@ -133,7 +167,7 @@ class _Values:
         values = np.asarray(self.matrix(i))
         if self.written.column:
             values = values[..., 0]
-        return (values.T if self.written.transposed else values).astype(dtype)
+        return (values.T if self._stored_transposed else values).astype(dtype)
 
 
 class _Writer:
@@ -142,15 +176,19 @@ class _Writer:
     def __init__(self, model: Model, recipe: Recipe | None, pool: ThreadPoolExecutor) -> None:
         self.model, self.recipe, self.pool = model, recipe, pool
         self.rows: list[Row] = []
+        if recipe is not None:
+            recipe.check(model.sources)
 
-    def choice(self, written: Written) -> tuple[Encoding | None, str]:
+    def choice(self, written: Written, values: _Values) -> tuple[Encoding | None, str]:
         path = written.parts[0][0]
         if self.recipe is None or not self.model.is_matrix(path):
             return None, "as it is"
-        return self.recipe.choose(path, self.model.sources[path].name, self.model.declared[path].shape)
+        return self.recipe.choose(path, self.model.sources[path].name, values.shape)
 
     def importance(self, written: Written, values: _Values) -> np.ndarray | None:
         path, number = written.parts[0]
+        if values.regrouped:
+            return None
         known = None if self.recipe is None else self.recipe.importance_of(path, self.model.declared[path].shape)
         return known if known is None or number is None or known.ndim == 1 else known[number]
 
@@ -205,12 +243,12 @@ def gguf(model: Model, recipe: Recipe | None, path: Path, source: str, pool: Thr
 
 def _gguf_tensor(writer: _Writer, written: Written) -> tuple[Tensor, str]:
     """A tensor and its type. Vectors and routers are float32, as llama.cpp wants them."""
-    values, (type, why), held = _Values(writer.model, written), writer.choice(written), writer.source_of(written)
-    path = written.parts[0][0]
+    values, held, path = _Values(writer.model, written), writer.source_of(written), written.parts[0][0]
+    type, why = writer.choice(written, values)
     if not writer.model.is_matrix(path):
         return writer.plain(written.name, values, _PLAIN["F32"]), "F32"
     if type is None:  # in its own type, or as floats that hold it
-        kind = held.type if isinstance(held, GGML) else "F16"
+        kind = held.type if isinstance(held, GGML) and not values.regrouped else "F16"
         if isinstance(held, Dense):
             kind = next(name for name, dtype in _PLAIN.items() if dtype == held.values.dtype)
     else:
@@ -224,7 +262,7 @@ def _gguf_tensor(writer: _Writer, written: Written) -> tuple[Tensor, str]:
         )
     size, nbytes, _ = BLOCK_TYPES[kind]
     shape = (*values.shape[:-1], values.shape[-1] // size * nbytes)
-    same = isinstance(held, GGML) and held.type == kind and len(written.parts) == 1
+    same = isinstance(held, GGML) and held.type == kind and len(written.parts) == 1 and not values.regrouped
     importance = writer.importance(written, values)
 
     def compute(i: int) -> np.ndarray:
@@ -353,7 +391,7 @@ def _directory_tensors(
     values, path = _Values(writer.model, written), written.parts[0][0]
     module, _, kind = written.name.rpartition(".")
     module = module if kind == "weight" else written.name
-    type, why = _directory_choice(writer, written, how)
+    type, why = _directory_choice(writer, written, values, how)
     made = writer.model.made.get(path)
     if made is not None and (number := written.parts[0][1]) is not None:
         made = jax.tree.map(lambda leaf: leaf[number], made)
@@ -382,7 +420,7 @@ def _directory_tensors(
     return together(writer.pool, sizes, compute)
 
 
-def _directory_choice(writer: _Writer, written: Written, how: Export) -> tuple[Encoding | None, str]:
+def _directory_choice(writer: _Writer, written: Written, values: _Values, how: Export) -> tuple[Encoding | None, str]:
     """The type of a tensor, or why it stays plain."""
     path = written.parts[0][0]
     if not writer.model.is_matrix(path) or how.name in ("bfloat16", "float16", "float32"):
@@ -391,13 +429,13 @@ def _directory_choice(writer: _Writer, written: Written, how: Export) -> tuple[E
         return None, "embeddings and heads stay plain in such directories"
     if path in writer.model.made:
         return None, "calibrated"
-    type, why = writer.choice(written)
+    type, why = writer.choice(written, values)
     if path in SENSITIVE and how.encoding in ENCODINGS:
         type, why = ENCODINGS[how.encoding], "general type"
     if type is None or type.name != how.encoding:
         return None, why
     try:
-        planned_tensors(how, "matrix", _Values(writer.model, written).shape)
+        planned_tensors(how, "matrix", values.shape)
     except InputError as error:
         return None, str(error)
     return type, why

@@ -165,12 +165,14 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     """
     use_compilation_cache()
     begun, config, s = time.perf_counter(), checkpoint.config, settings
-    r = s.quantize
-    encode, planned = (filling.keep, filling.keep_planned) if r is None else (r.encoded, r.planned)
     arguments = model_arguments(FAMILIES, checkpoint.family, s.options)
     # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
     sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
     sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
+    encode, planned = filling.keep, filling.keep_planned
+    if s.quantize is not None:
+        s.quantize.check(sources)
+        encode, planned = s.quantize.encoded, s.quantize.planned
     model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
     weights = s.weights or default_weights(checkpoint.tensors, s.dtype, s.mesh)
     convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)

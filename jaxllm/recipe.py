@@ -6,7 +6,7 @@ biases and routers are never quantized.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +85,11 @@ class Recipe:
     organization: str = "default"
     topology: Topology | None = None
     importance: Mapping[str, Statistics] | None = None
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise InputError if this means nothing for a model with these parameters."""
+        if self.organization == "moqe" and not any(_EXPERT.search(name) for name in names):
+            raise InputError("organization moqe: the model has no routed experts")
 
     def choose(self, name: str, tensor: str, shape: Sequence[int]) -> Choice:
         """The type of a parameter.

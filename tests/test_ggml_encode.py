@@ -1,8 +1,11 @@
-"""The encoders against gguf-py where it has them, and against the error of llama.cpp's own encoders everywhere."""
+"""The encoders against gguf-py where it has them, and against the error of llama.cpp's own encoders everywhere.
 
+Most tests use arrays of one shape, [224, 768], so that each encoder is compiled twice: with importance, and without.
+"""
+
+import hashlib
 import importlib.util
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,16 +14,29 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from reference.ggml_encoder_rmse import TYPES, real, rmse, synthetic
+from reference.ggml_encoder_rmse import MIXTURE_TYPES, TYPES, costs, mixture, real, rmse, rounded, synthetic
 
 from jaxllm.errors import InputError
-from jaxllm.formats import ggml_encode
+from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
-from jaxllm.formats.ggml_encode import ENCODERS, FALLBACK, encode, fitting_type
+from jaxllm.formats.ggml_encode import (
+    CHUNK,
+    CODEBOOK_CHUNK,
+    CODEBOOKS,
+    ENCODERS,
+    FALLBACK,
+    NEEDS_IMPORTANCE,
+    encode,
+    encode_blocks,
+    fitting_type,
+)
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "ggml_encoder_rmse.json").read_text())
+GOLDENS = Path(__file__).parent / "golden"
+GOLDEN = json.loads((GOLDENS / "ggml_encoder_rmse.json").read_text())
+MIXED = json.loads((GOLDENS / "ggml_encoder_importance.json").read_text())
 SYNTHETIC = synthetic()
-EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
+MIXTURE, IMPORTANCE = mixture()
+EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 
 
 def decoded(blocks: jax.Array, type: str) -> np.ndarray:
@@ -36,7 +52,7 @@ def check_error(name: str, type: str, w: np.ndarray) -> None:
 
 def ties_and_edges() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
-    shape = (4000, 64)
+    shape = (4000, 64)  # of blocks of 32; the same weights make blocks of 256
     below = np.nextafter(np.float32([8, 64, 2**-5, 2**-20]), np.float32(0))  # where a float32 log2 rounds up
     powers = rng.uniform(-0.9, 0.9, (len(below), 64)).astype(np.float32) * below[:, None]
     powers[:, ::32] = below[:, None]
@@ -44,7 +60,7 @@ def ties_and_edges() -> dict[str, np.ndarray]:
         "many_scales": np.float32(rng.standard_normal(shape) * 2 ** rng.uniform(-20, 12, (4000, 1))),
         "ties": np.float32(rng.integers(-255, 256, shape) / 2),
         "constant": np.repeat(np.float32(rng.standard_normal((400, 1))), 64, axis=1),
-        "zeros": np.zeros((2, 64), np.float32),
+        "zeros": np.zeros((4, 64), np.float32),
         "below_a_power_of_two": powers,
     }
 
@@ -52,6 +68,7 @@ def ties_and_edges() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("type", EXACT)
 def test_equals_gguf_py_bit_for_bit(type):
     for name, w in (SYNTHETIC | ties_and_edges()).items():
+        w = w.reshape(-1, 256)
         blocks = np.asarray(encode(w, type))
         expected = quantize(w, GGMLQuantizationType[type]).reshape(blocks.shape)
         wrong = (blocks != expected).any(axis=-1)
@@ -76,30 +93,99 @@ def test_error_on_a_real_model_is_that_of_llama_cpp(type, real_weights):
         check_error(name, type, w)
 
 
+def mixture_cases():
+    return [
+        pytest.param(type, case, id=f"{type}-{case}")
+        for case in ("none", "importance")
+        for type in MIXTURE_TYPES
+        if type in MIXED[case] and not (case == "none" and type in TYPES)
+    ]
+
+
+@pytest.mark.parametrize(("type", "case"), mixture_cases())
+def test_error_on_a_mixture_is_that_of_llama_cpp(type, case):
+    assert rounded(MIXTURE.sum((1, 2))) == pytest.approx(MIXED["sums"]["weights"], rel=1e-4)
+    importance = IMPORTANCE if case == "importance" else None
+    result = decoded(encode(MIXTURE, type, importance), type)
+    ours = costs(result, MIXTURE, np.ones_like(IMPORTANCE) if importance is None else importance)
+    np.testing.assert_array_less(ours, 1.02 * np.array(MIXED[case][type]))
+
+
+@pytest.mark.parametrize("type", MIXED["digests"])
+def test_equals_llama_cpp_bit_for_bit(type):
+    blocks = np.asarray(encode(MIXTURE, type))
+    assert hashlib.sha256(blocks.tobytes()).hexdigest() == MIXED["digests"][type]
+
+
+def test_q1_0_is_signs_and_the_mean_magnitude():
+    w = MIXTURE.reshape(-1, 128)
+    means = np.abs(w).mean(axis=1, keepdims=True)
+    result = np.asarray(GGML.from_dense(MIXTURE, "Q1_0").dequantize()).reshape(w.shape)
+    np.testing.assert_allclose(result, np.where(w < 0, -means, means), rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("type", ENCODERS)
 def test_zero_blocks_decode_to_zeros(type):
-    w = SYNTHETIC["gaussian"][:4].copy()
-    w[1], w[2, :512], w[3, 256:] = 0, 0, 0
-    result = decoded(encode(w, type), type)
-    assert (result[w == 0] == 0).all()
+    w = MIXTURE.copy()
+    w[0, 1], w[1, 2, :512], w[2, 3, 256:] = 0, 0, 0
+    result = np.asarray(GGML.from_dense(w, type).dequantize())
+    assert (result[0, 1] == 0).all()
+    assert (result[1, 2, :512] == 0).all()
+    assert (result[2, 3, 256:] == 0).all()
     assert (result[w != 0] != 0).any()
 
 
-@pytest.mark.parametrize("type", ENCODERS)
-def test_chunks_and_batches_change_nothing(type, monkeypatch):
-    size, nbytes = BLOCK_TYPES[type].size, BLOCK_TYPES[type].nbytes
-    w = jnp.asarray(SYNTHETIC["gaussian"][:10].reshape(2, 5, 768), jnp.bfloat16)
-    blocks = w.astype(jnp.float32).reshape(2, 5, 768 // size, size)
-    monkeypatch.setattr(ggml_encode, "CHUNK", 7 * size)  # of 30 or 240 blocks: the last chunk overlaps
-    result = encode(w, type)
-    assert result.dtype == jnp.uint8
-    assert result.shape == (2, 5, 768 // size, nbytes)
-    whole = jax.jit(partial(ENCODERS[type], importance=None))(blocks)
-    if type in EXACT:
-        np.testing.assert_array_equal(result, whole)
-    else:  # a search sums in another order for another shape: a few blocks may differ, and be as good
-        w = np.asarray(w, np.float32)
-        assert rmse(decoded(result, type), w) == pytest.approx(rmse(decoded(whole, type), w), rel=0.01)
+@pytest.mark.parametrize("type", ["Q4_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ1_M"])
+def test_a_block_depends_on_nothing_else(type):
+    """Parts of a matrix are encoded as in the complete matrix, bit for bit: shards, padded ones and batches."""
+    size = BLOCK_TYPES[type].size
+    chunk = (CODEBOOK_CHUNK if type in CODEBOOKS else CHUNK) // size
+    assert MIXTURE.size // size % chunk, "the last chunk is to overlap"
+    whole = np.asarray(encode(MIXTURE, type, IMPORTANCE))
+    part = np.asarray(encode(MIXTURE[3:5, 7:20, 256:512], type, IMPORTANCE[3:5, 256:512]))
+    np.testing.assert_array_equal(part, whole[3:5, 7:20, 256 // size : 512 // size])
+
+
+def test_importance_of_one_row_serves_all():
+    one = np.broadcast_to(IMPORTANCE[:1], IMPORTANCE.shape)
+    np.testing.assert_array_equal(encode(MIXTURE, "Q4_K", IMPORTANCE[0]), encode(MIXTURE, "Q4_K", one))
+
+
+def test_importance_that_is_all_zero_counts_as_equal():
+    dead = IMPORTANCE.copy()
+    dead[2] = 0
+    equal = IMPORTANCE.copy()
+    equal[2] = 1
+    blocks = np.asarray(encode(MIXTURE, "Q4_K", dead))
+    np.testing.assert_array_equal(blocks, encode(MIXTURE, "Q4_K", equal))
+    assert (blocks[2] != np.asarray(encode(MIXTURE, "Q4_K", IMPORTANCE))[2]).any()
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_the_unit_of_importance_does_not_matter(factor):
+    scaled = IMPORTANCE * np.float32(factor)
+    result = decoded(encode(MIXTURE, "Q4_K", scaled), "Q4_K")
+    np.testing.assert_array_less(costs(result, MIXTURE, IMPORTANCE), 1.02 * np.array(MIXED["importance"]["Q4_K"]))
+
+
+def test_encoders_work_under_jit():
+    inside = jax.jit(lambda w, importance: encode_blocks(w, "Q4_K", importance))(MIXTURE, IMPORTANCE)
+    np.testing.assert_array_equal(inside, encode(MIXTURE, "Q4_K", IMPORTANCE))
+    assert inside.dtype == jnp.uint8
+    assert inside.shape == (7, 32, 3, 144)
+
+
+@pytest.mark.parametrize(("importance", "message"), [(-1.0, "negative"), (np.nan, "NaN"), (np.inf, "infinite")])
+def test_importance_that_makes_no_sense_is_refused(importance, message):
+    wrong = IMPORTANCE.copy()
+    wrong[1, 2] = importance
+    with pytest.raises(InputError, match=message):
+        encode(MIXTURE, "Q4_K", wrong)
+
+
+def test_importance_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"\(6, 768\).*\(7, 32, 768\).*\(768,\) or \(7, 768\)"):
+        encode(MIXTURE, "Q4_K", IMPORTANCE[:6])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 65536])
@@ -111,8 +197,8 @@ def test_weights_without_a_code_are_refused(bad):
 
 
 def test_a_type_without_an_encoder_is_refused():
-    with pytest.raises(InputError, match="IQ2_S.*Q4_K"):
-        encode(np.zeros((1, 256), np.float32), "IQ2_S")
+    with pytest.raises(InputError, match="Q2_X.*Q4_K"):
+        encode(np.zeros((1, 256), np.float32), "Q2_X")
 
 
 def test_rows_that_are_not_whole_blocks_are_refused_with_what_fits():
@@ -120,11 +206,19 @@ def test_rows_that_are_not_whole_blocks_are_refused_with_what_fits():
         encode(np.zeros((1, 576), np.float32), "Q4_K")
 
 
+def test_every_type_that_is_decoded_is_encoded():
+    assert ENCODERS.keys() == BLOCK_TYPES.keys()
+    assert set(CODEBOOKS) | NEEDS_IMPORTANCE <= ENCODERS.keys()
+
+
 def test_fitting_type():
     llama_cpp = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-    assert llama_cpp == FALLBACK
-    assert {t: fitting_type(t, 576) for t in FALLBACK} == llama_cpp
+    llama_cpp |= {"TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL"}
+    llama_cpp |= dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"), "IQ4_NL")
+    assert llama_cpp | {"Q8_K": "Q8_0"} == FALLBACK
+    assert {t: fitting_type(t, 576) for t in llama_cpp} == llama_cpp
     assert all(fitting_type(t, 768) == t for t in ENCODERS)
     assert all(fitting_type(t, 100) == "F16" for t in ENCODERS)
+    assert fitting_type("NVFP4", 96) == "F16"
     with pytest.raises(InputError, match="Q9_K"):
         fitting_type("Q9_K", 256)

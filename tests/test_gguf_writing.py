@@ -169,6 +169,9 @@ def test_tensors_are_those_of_the_converter(files, name):
     wanted = {tensor.name: tensor for tensor in theirs.tensors}
     got = {tensor.name: tensor for tensor in ours.tensors}
     assert got.keys() == wanted.keys()
+    model = golden_model(name)
+    for w in model.described(GGUF).written:
+        assert list(w.shape(model.shapes)) == wanted[w.name].shape.tolist()[::-1], w.name
     for tensor_name, tensor in wanted.items():
         assert got[tensor_name].data.shape == tensor.data.shape, tensor_name
         tolerance = 1e-6 if tensor_name.startswith("rope_") else 0
@@ -220,12 +223,14 @@ def test_latent_attention_in_one_matrix_or_in_two_stacks(tmp_path, split):
         np.testing.assert_array_equal(stored(w, values), np.asarray(wanted[w.name].values), err_msg=w.name)
 
 
-@pytest.mark.parametrize("name", ["v2", "v3_no_q_lora"])
-def test_two_stacks_that_are_written_are_read_as_themselves(tmp_path, name):
-    convert(GOLDEN / "deepseek" / name, tmp_path / "x.gguf")
+@pytest.mark.parametrize(("name", "split"), [("v2", True), ("v3_no_q_lora", False)])
+def test_a_gguf_file_of_either_form_stays_of_it(tmp_path, name, split):
+    convert(GOLDEN / "deepseek" / name, tmp_path / "x.gguf", split_kv_b=split)
     model = Model(tmp_path / "x.gguf")
     values = model.values()
-    written = model.described(GGUF).written
+    said = model.described(GGUF)
+    written, kept = said.written, model.opened.description
+    assert_near({key: said.entries.get(key) for key in kept}, kept)
     assert {w.name: w.shape(model.shapes) for w in written} == {n: t.shape for n, t in model.opened.tensors.items()}
     for w in written:
         np.testing.assert_array_equal(stored(w, values), np.asarray(model.opened.tensors[w.name].values))
@@ -322,14 +327,18 @@ def rope_file(factors, **more):
     return metadata | more, {"rope_freqs.weight": Dense(np.array(factors, np.float32))}
 
 
-def test_factors_of_llama_3_2_are_recognised():
+def factors_of_llama_3_2():
     """As llama.cpp's converter computes them."""
     factors = []
     for i in range(0, 64, 2):
         wavelength = 2 * np.pi * 500000.0 ** (i / 64)
         smooth = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
         factors.append(1 / ((1 - smooth) / 32 + smooth))
-    found = gguf_rotary(*rope_file(factors))
+    return factors
+
+
+def test_factors_of_llama_3_2_are_recognised():
+    found = gguf_rotary(*rope_file(factors_of_llama_3_2()))
     assert found == {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -340,11 +349,23 @@ def test_factors_of_llama_3_2_are_recognised():
     }
 
 
-def test_other_factors_stay_as_they_are():
-    factors = [1.0, 2.0, 1.5, 7.0, 3.0, 3.0, 8.0, 8.0]
+@pytest.mark.parametrize("factors", [[1.0, 2.0, 1.5, 7.0, 3.0, 3.0, 8.0, 8.0], [1.0, 1.5, 8.0, 8.0], None])
+def test_other_factors_stay_as_they_are(factors):
+    if factors is None:  # nearly Llama 3.2's
+        factors = np.array(factors_of_llama_3_2(), np.float32)
+        factors[len(factors) // 2] *= 1.05
+        factors = factors.tolist()
     found = gguf_rotary(*rope_file(factors))
     assert (found["rope_type"], found["short_factor"], found["long_factor"]) == ("longrope", factors, factors)
     assert found["attention_factor"] == 1.0
+
+
+def test_a_temperature_of_yarn_that_a_gguf_file_gives(tmp_path):
+    convert(GOLDEN / "checkpoints" / "llama_yarn", tmp_path / "x.gguf", more_metadata={"rope.scaling.attn_factor": 0.9})
+    entries = Model(tmp_path / "x.gguf").described(HUGGING_FACE).entries
+    assert entries["rope_scaling"]["attention_factor"] == pytest.approx(0.9 * (0.1 * np.log(4) + 1))
+    metadata = Model(tmp_path / "x.gguf").described(GGUF).entries
+    assert metadata["llama.rope.scaling.attn_factor"] == pytest.approx(0.9)
 
 
 # Headers.
@@ -363,7 +384,7 @@ VALUES = {
     "large counts": [1, 2**40],
     "numbers": [0.5, 2],
     "flags": [True, False],
-    K + "scores": [1, 2.5],
+    K + "scores": [1, 2],
     K + "token_type": [1, 3],
     K + "merges": [],
 }

@@ -3,7 +3,7 @@
 A group's smallest and largest value could be exact, as in the first papers. It is better to lose a little there: all
 other values get a finer grid. So the range is shrunk step by step, and the one with the smallest squared error is kept,
 weighted by the mean squares of inputs where these are known. (AutoAWQ weights by the products of inputs within a group:
-that takes a matrix product for each step, and saves another 5 % of the error.)
+that takes a matrix product for each step, and saves another few percent of the error.)
 
 This module, `gptq` and `awq` are numpy on the host: they walk over columns, in float64 where it matters.
 """
@@ -82,7 +82,7 @@ def _search(w: np.ndarray, bits: int, symmetric: bool, costs: np.ndarray, least:
     if symmetric:
         high = np.maximum(-low, high)
         low = -high
-    low = np.minimum(low, -high * np.float32(least / (most - least)))
+    low = np.minimum(low, -high * np.float32(least / (most - least)))  # what the codes below the zero point stand for
     best = np.full(low.shape, np.inf, np.float32)
     scales, zeros = np.ones_like(best), np.zeros_like(best)
     for share in SHARES:

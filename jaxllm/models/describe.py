@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -63,7 +62,7 @@ def described(
     settings = ours.rotary(description, tensors)
     adapted = theirs.adapted(config)
     entries = theirs.describes(adapted, settings)
-    written = (theirs.written or partial(_inverted, theirs))(adapted, shapes)
+    written = tensors_of(theirs, config, shapes)
     more: dict[str, np.ndarray] = {}
     stubs: dict[str, Weight] = {}  # a config.json has to say everything itself
     if target == GGUF:  # such files say much by their tensors
@@ -78,8 +77,20 @@ def described(
     return Described(entries, again, written, more)
 
 
-def _inverted(dialect: Dialect, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
-    return inverted(dialect.rules(config, {}), shapes, config)
+def tensors_of(dialect: Dialect, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
+    """The tensors by which files of a dialect hold a model's parameters.
+
+    Args:
+        config: the model's configuration, from any kind of file.
+        shapes: its parameters' shapes by dotted path.
+
+    Raises:
+        InputError: there are parameters that such files have no tensors for.
+    """
+    adapted = dialect.adapted(config)
+    if dialect.written is not None:
+        return dialect.written(adapted, shapes)
+    return inverted(dialect.rules(adapted, {}), shapes, adapted)
 
 
 def _unlike(a: Any, b: Any, where: str = "") -> Iterator[str]:

@@ -6,12 +6,22 @@ from typing import Any
 
 from jaxllm.entries import Entries
 from jaxllm.layers.rope import yarn_scale
-from jaxllm.models.deepseek.config import GGUF_SCORING, MODEL_TYPES, DeepseekConfig, demo_args, demo_rotary
+from jaxllm.models.deepseek.config import (
+    GGUF_ARCHITECTURES,
+    GGUF_SCORING,
+    MODEL_TYPES,
+    DeepseekConfig,
+    demo_args,
+    demo_rotary,
+)
 from jaxllm.models.rope_describing import gguf_rope_settings, hf_rope_settings
 
 
 def as_gguf(config: DeepseekConfig) -> DeepseekConfig:
-    """The same as files of architecture deepseek2 have it: rotary parts pair neighbours, and kv_b is two stacks."""
+    """The same as files of architecture deepseek2 have it: rotary parts pair neighbours, and kv_b is two stacks, except
+    in GGUF files from before April 2025."""
+    if config.model_type in GGUF_ARCHITECTURES:
+        return config
     return replace(config, model_type="deepseek2", interleaved=True, split_kv_b=True)
 
 
@@ -33,13 +43,11 @@ def gguf_metadata(config: DeepseekConfig, rotary: Mapping[str, Any]) -> dict[str
         "feed_forward_length": c.intermediate_size,
         "vocab_size": c.vocab_size,
         "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": 1,  # one head of latents serves all
+        "attention.head_count_kv": c.num_attention_heads,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "attention.kv_lora_rank": rank,
-        "attention.key_length": rank + rope,
-        "attention.value_length": rank,
-        "attention.key_length_mla": c.qk_nope_head_dim + rope,
-        "attention.value_length_mla": c.v_head_dim,
+        "attention.key_length": c.qk_nope_head_dim + rope,
+        "attention.value_length": c.v_head_dim,
         "leading_dense_block_count": c.first_k_dense_replace,
         "expert_count": c.n_routed_experts,
         "expert_used_count": c.num_experts_per_tok,
@@ -53,6 +61,9 @@ def gguf_metadata(config: DeepseekConfig, rotary: Mapping[str, Any]) -> dict[str
     }
     if c.q_lora_rank is not None:
         entries["attention.q_lora_rank"] = c.q_lora_rank
+    if c.split_kv_b:  # one head of latents serves all
+        entries |= {f"{key}_mla": entries[key] for key in ("attention.key_length", "attention.value_length")}
+        entries |= {"attention.key_length": rank + rope, "attention.value_length": rank, "attention.head_count_kv": 1}
     if mscale := rotary.get("mscale_all_dim"):
         usual = replace(c.rope, scale=yarn_scale(float(rotary["factor"])))  # the softmax has it instead
         entries |= gguf_rope_settings(rotary, usual) | {"rope.scaling.yarn_log_multiplier": 0.1 * mscale}

@@ -88,9 +88,9 @@ def hf_ignored(config: DeepseekConfig) -> list[str]:
 
 
 def gguf_written(config: DeepseekConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
-    """The tensors of a GGUF file. A kv_b becomes the two stacks that llama.cpp needs for attention on latents: a head's
-    keys, transposed, and its values."""
-    whole = [path for path in shapes if path.endswith("kv_b_proj.weight")]
+    """The tensors of a GGUF file. With `split_kv_b`, a kv_b becomes the two stacks that llama.cpp needs for attention
+    on latents: a head's keys, transposed, and its values."""
+    whole = [path for path in shapes if path.endswith("kv_b_proj.weight") and config.split_kv_b]
     written = inverted(_GGUF, {path: shape for path, shape in shapes.items() if path not in whole}, config)
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     rows = np.arange(heads * (nope + value)).reshape(heads, -1)

@@ -1,0 +1,172 @@
+"""Models written as other checkpoints: the same logits, the same bits, and files that say what they are."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny_gguf
+import tiny_hf
+from safetensors.numpy import load_file
+
+import jaxllm
+from jaxllm.convert import convert, target
+from jaxllm.errors import InputError
+from jaxllm.layers.parameter import parameters
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENS = np.array([[1, 5, 9, 2, 33, 7]])
+SOURCES = {
+    "phi3": GOLDEN / "checkpoints" / "phi3",
+    "qwen2": GOLDEN / "checkpoints" / "qwen2",
+    "mixtral": GOLDEN / "checkpoints" / "mixtral",
+    "llama3_rope": GOLDEN / "checkpoints" / "llama3_rope",
+    "gpt_oss": next((GOLDEN / "gpt_oss").glob("*/config.json")).parent,
+}
+TINY = ("llama", "qwen3_moe", "deepseek")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exporting")
+    return SOURCES | {name: tiny_hf.write(folder / name, name) for name in TINY}
+
+
+def load(path, **options):
+    return jaxllm.load(path, dtype="float32", weights="packed", progress=False, **options)
+
+
+def matrices(model):
+    """Every parameter by name, dequantized, in the checkpoint's order."""
+    return {
+        name: np.asarray(p.declared.restore(w.dequantize() if hasattr(w := p.get_value(), "dequantize") else w))
+        for name, p in parameters(model.model).items()
+    }
+
+
+def same(model, other):
+    theirs = matrices(other)
+    for name, values in matrices(model).items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *TINY])
+def test_to_gguf_and_back_is_the_same_model(sources, tmp_path, name):
+    model = load(sources[name])
+    convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)
+    there = load(tmp_path / "a.gguf")
+    np.testing.assert_allclose(there.logits(TOKENS), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    convert(tmp_path / "a.gguf", tmp_path / "b", to="float32", progress=False)
+    back = load(tmp_path / "b")
+    same(model, back)
+    np.testing.assert_allclose(back.logits(TOKENS), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("a.gguf", "b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "type"),
+    [("llama", "q8_0"), ("qwen3_moe", "q4_0"), ("deepseek", "iq4_nl"), ("llama", "mxfp4"), ("phi3", "q4_k")],
+)
+def test_a_gguf_file_holds_what_quantizing_while_loading_makes(sources, tmp_path, name, type):
+    plan = convert(sources[name], tmp_path / "a.gguf", to=type, container="gguf", progress=False)
+    there = matrices(load(tmp_path / "a.gguf"))
+    for path, values in matrices(load(sources[name], quantize=type)).items():
+        if path.endswith("kv_b_proj.weight"):  # GGUF files have two stacks in its place
+            assert path not in there
+        else:
+            np.testing.assert_array_equal(values, there[path], err_msg=path)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert all(types[row.name] == {"float16": "F16"}.get(row.result.format, row.result.format) for row in plan.rows)
+    assert {kind for tensor, kind in types.items() if "norm" in tensor or "ffn_gate_inp" in tensor} == {"F32"}
+
+
+HELD = ["fp8_block", "fp8", "int4", "int8", "mxfp4", "nf4", "nvfp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "type"), [("llama", t) for t in HELD] + [("qwen3_moe", "int4"), ("deepseek", "fp8_block")]
+)
+def test_a_directory_holds_what_quantizing_makes(sources, tmp_path, name, type):
+    convert(sources[name], tmp_path / "a", to=type, progress=False)
+    said = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert said["quantization_config"]["quant_method"]
+    there, ours, plain = (
+        matrices(load(path, **o))
+        for path, o in ((tmp_path / "a", {}), (sources[name], {"quantize": type}), (sources[name], {}))
+    )
+    kept = 0
+    for path, values in there.items():
+        expected = ours if path.startswith("layers.") else plain
+        if np.array_equal(values, plain[path]):
+            kept += 1
+        np.testing.assert_allclose(values, expected[path], rtol=1e-6, err_msg=path)
+    assert kept < len(there) / 2 + 3
+
+
+@pytest.mark.parametrize("type", ["afq4", "afq8", "mxfp8"])
+def test_a_directory_of_mlx(sources, tmp_path, type):
+    convert(sources["llama"], tmp_path / "a", to=type, container="mlx", progress=False)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization"]["bits"] == int(type[-1])
+    load(tmp_path / "a").logits(TOKENS)
+
+
+def test_what_is_in_its_type_already_keeps_its_bits(tmp_path):
+    tiny_gguf.write(tmp_path / "a.gguf", tiny_gguf.Tiny())
+    convert(tmp_path / "a.gguf", tmp_path / "b.gguf", to="q8_0", progress=False)
+    before, after = ({t.name: t for t in gguf.GGUFReader(tmp_path / f).tensors} for f in ("a.gguf", "b.gguf"))
+    assert before.keys() == after.keys()
+    unchanged = [n for n, t in before.items() if t.tensor_type == after[n].tensor_type]
+    assert unchanged
+    for name in unchanged:
+        np.testing.assert_array_equal(before[name].data, after[name].data)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(sources, tmp_path):
+    plan = convert(sources["llama"], tmp_path / "a.gguf", to="q4_k", dry_run=True, progress=False)
+    assert not list(tmp_path.iterdir())
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["matrix", "from", "to", "why", "bits"]
+    assert any("rows of 64 are not whole blocks of 256 (q4_k)" in line and "Q5_0" in line for line in lines)
+    assert lines[-1].endswith("bits per weight")
+
+
+@pytest.mark.parametrize(
+    ("to", "container", "found"),
+    [
+        ("Q4K", None, ("q4_k", "gguf")),
+        (4, None, ("q4_k", "gguf")),
+        ("afq4", None, ("afq4", "mlx")),
+        ("mxfp4", None, ("mxfp4", "huggingface")),
+        ("mxfp4", "gguf", ("mxfp4", "gguf")),
+        ("bf16", "gguf", ("bf16", "gguf")),
+        ("gptq4", None, ("gptq4", "huggingface")),
+    ],
+)
+def test_the_container_of_a_type(to, container, found):
+    assert target(to, container) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "hqq4"}, "no container holds hqq4"),
+        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf can"),
+        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of gguf, huggingface, mlx"),
+        ({"to": "gptq4"}, r"gptq4 calibrates on a text: give one \(--text\)"),
+        ({"to": "int4", "text": "a"}, "text 'a': int4 is not calibrated"),
+        ({"to": "q4_k", "organization": "moqe"}, "moqe: the model has no routed experts"),
+    ],
+)
+def test_what_cannot_be_written(sources, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        convert(sources["llama"], tmp_path / "a", progress=False, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_have_an_index(sources, tmp_path):
+    convert(sources["llama"], tmp_path / "a", to="int8", max_shard_size="40KB", progress=False)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
+    there = {name: file.name for file in (tmp_path / "a").glob("*.safetensors") for name in load_file(file)}
+    assert there == index
+    assert len(set(index.values())) > 2
