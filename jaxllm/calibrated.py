@@ -4,8 +4,9 @@ give, and only one layer's statistics are in memory.
 Only the matrices of the blocks are encoded. Embedding tables and heads stay as they are, as such checkpoints have it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,15 +69,31 @@ def with_gptq(model: LanguageModel, tokens: np.ndarray, bits: int, group: int, s
     """
     result = Calibrated()
     for i, layer, statistics in _by_layer(model, tokens):
-        for name, param in parameters(layer).items():
-            if name not in statistics or param.declared.keep:
-                continue
-            products = statistics[name].products
+        params = {name: p for name, p in parameters(layer).items() if name in statistics and not p.declared.keep}
+        for names in _with_same_inputs(params, statistics):
+            values = [np.asarray(dequantized(params[name])) for name in names]
+            products = statistics[names[0]].products
             assert products is not None
-            weight = gptq(np.asarray(dequantized(param)), np.asarray(products), bits, group, symmetric)
-            result.made[f"layers.{i}.{name}"] = weight
-            _replace(param, weight, model)
+            weight = gptq(np.concatenate(values, axis=-2), np.asarray(products), bits, group, symmetric)
+            ends = np.cumsum([w.shape[-2] for w in values])
+            for name, end, w in zip(names, ends, values, strict=True):
+                own = slice(end - w.shape[-2], end)
+                result.made[f"layers.{i}.{name}"] = part = weight.arrange(rows=np.arange(own.start, own.stop))
+                _replace(params[name], part, model)
     return result
+
+
+def _with_same_inputs(names: Iterable[str], statistics: Mapping[str, Statistics]) -> list[list[str]]:
+    """The matrices in groups that take the same input, as queries, keys and values do: GPTQ then inverts once."""
+    groups: list[list[str]] = []
+    for name in names:
+        for group in groups:
+            if np.array_equal(statistics[group[0]].squares, statistics[name].squares):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated:
@@ -137,8 +154,8 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
         empty = decoder.cache(1, length, model.dtype, model.mesh).zeros()
         empty = replace(empty, limits=empty.limits + length)
         positions = jnp.arange(length, dtype=jnp.int32)[None]
-        scale = jnp.asarray(decoder.embedding_scale, model.dtype)
-        states = [np.asarray(decoder.embed_tokens(row[None], model.dtype) * scale) for row in tokens]
+        states = [np.asarray(_embed(decoder.embed_tokens, row[None], model.dtype)) for row in tokens]
+        states = [x * x.dtype.type(decoder.embedding_scale) for x in states]
         own = [i for i, layer in enumerate(decoder.layers) if layer.cache_of is None]
         if len(own) < len(decoder.layers):
             raise InputError("layers that share another's cache cannot be calibrated one by one")
@@ -152,6 +169,11 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
             declared = {name: param.declared for name, param in parameters(layer).items()}
             yield i, layer, {name: each.restored(declared[name]) for name, each in seen.items()}
             states = [np.asarray(apply(layer, jnp.asarray(x), _cache(empty, i), context, None)[0]) for x in states]
+
+
+@partial(jax.jit, static_argnums=2)
+def _embed(table: Any, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return table(ids, dtype)
 
 
 def _cache(empty: KVCache, i: int) -> tuple[jax.Array, jax.Array]:

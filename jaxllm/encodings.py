@@ -121,9 +121,10 @@ def _dense(name: str, dtype: jax.typing.DTypeLike) -> Encoding:
 def _listed() -> tuple[Encoding, ...]:
     own = (
         *map(_hqq, (2, 3, 4, 8)),
-        *map(_afq, (2, 3, 4, 6, 8)),
+        *map(_afq, (2, 3, 4, 5, 6, 8)),
         _plain("mxfp4", 32, MXFP4.encoded, "q6_k", FAR),
         _plain("nvfp4", 16, NVFP4.from_dense, "q8_0", FAR),
+        _plain("nvfp4_mlx", 16, partial(NVFP4.from_dense, overall=False), "q8_0", 6 * 448.0),
         _plain("mxfp8", 32, Scaled.mxfp8, "q8_0", FAR),
         _fp8("fp8", (None, None)),
         _fp8("fp8_block", (128, 128)),

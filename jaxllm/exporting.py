@@ -40,7 +40,7 @@ from jaxllm.parallel import make_mesh
 from jaxllm.placing import Source
 from jaxllm.recipe import SENSITIVE, Plan, Recipe, Row
 from jaxllm.requantize import encoded, floats, on_host
-from jaxllm.tokenizer.gguf_writing import gguf_tokenizer, huggingface_tokenizer
+from jaxllm.tokenizer.gguf_writing import gguf_tokenizer, huggingface_tokenizer, special_ids
 
 CONTAINERS = ("gguf", "huggingface", "mlx")
 WORKERS = 2  # matrices that are encoded at the same time; each uses several cores in part
@@ -303,9 +303,12 @@ def _gguf_metadata(model: Model, entries: Mapping[str, Any], recipe: Recipe | No
         kept = {key: value for key, value in given.items() if not key.startswith("split.")}
         return kept | file_type | {"general.quantization_version": 2}
     architecture = entries["general.architecture"]
-    texts = {}
+    texts = {"tokenizer.ggml.model": "none"}  # llama.cpp wants to be told
     if (model.path / "tokenizer.json").is_file():
-        texts = gguf_tokenizer(_json(model.path / "tokenizer.json"), _json(model.path / "tokenizer_config.json"), given)
+        said = _json(model.path / "tokenizer_config.json")
+        if (template := model.path / "chat_template.jinja").is_file():
+            said["chat_template"] = template.read_text(encoding="utf-8")
+        texts = gguf_tokenizer(_json(model.path / "tokenizer.json"), said, given)
     named = {"general.architecture": architecture, "general.type": "model", "general.name": checkpoint.name}
     return named | dict(entries) | file_type | {"general.quantization_version": 2} | texts
 
@@ -351,8 +354,9 @@ def directory(
             checkpoint.config, model.shapes,
         )  # fmt: skip
         entries, wanted = said.entries, said.written
-        if checkpoint.dialect == GGUF and "tokenizer.ggml.model" in checkpoint.description:
+        if checkpoint.dialect == GGUF and checkpoint.texts.tokenizer is not None:
             files |= huggingface_tokenizer(checkpoint.description)
+            entries = entries | special_ids(checkpoint.description)
     dtype = _other_dtype(model, how)
     tensors: list[Tensor] = []
     left_out: list[str] = []

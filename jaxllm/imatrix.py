@@ -16,8 +16,8 @@ from jaxllm.checkpoint.opening import Checkpoint
 from jaxllm.errors import InputError, located
 from jaxllm.importance import read_importance
 from jaxllm.layers.parameter import parameters
-from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect
-from jaxllm.models.rule import inverted
+from jaxllm.models.describe import tensors_of
+from jaxllm.models.family import Dialect
 from jaxllm.parallel import make_mesh
 from jaxllm.tracking import Statistics
 
@@ -135,9 +135,7 @@ def _checked(found: dict[str, Statistics], shapes: Shapes) -> dict[str, Statisti
 
 def named(statistics: Mapping[str, Statistics], checkpoint: Checkpoint, dialect: str) -> dict[str, Statistics]:
     """Statistics by the names of tensors in one kind of file (GGUF or HUGGING_FACE)."""
-    written = inverted(
-        _dialect(checkpoint, dialect).rules(checkpoint.config, {}), parameter_shapes(checkpoint), checkpoint.config
-    )
+    written = tensors_of(_dialect(checkpoint, dialect), checkpoint.config, parameter_shapes(checkpoint))
     out = {}
     for tensor in written:
         path, expert = tensor.parts[0]
@@ -152,5 +150,3 @@ def _dialect(checkpoint: Checkpoint, name: str) -> Dialect:
         raise InputError(f"there are no {name} files of models like {checkpoint.family.name}")
     return checkpoint.family.dialects[name]
 
-
-__all__ = ["GGUF", "HUGGING_FACE", "importance_for", "named", "parameter_shapes"]

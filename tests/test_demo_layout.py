@@ -464,7 +464,6 @@ CONVERT = {
     "a number too many": (hf, ["--to", "bfloat16", "--model-parallel", 2], "nothing else takes it"),
     "a config too many": (hf, ["--to", "bfloat16", "--config", "x"], "only to 'huggingface' takes one"),
     "not the demo's": (hf, ["--to", "huggingface"], "no file of the demo's model"),
-    "the demo's": (made, ["--to", "bfloat16"], "convert them to 'huggingface' first"),
     "an expert too many": (
         lambda p: hf(p, change=lambda t: t.update({EXPERT: np.ones(2)})),
         ["--model-parallel", 2],

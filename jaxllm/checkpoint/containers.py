@@ -96,7 +96,8 @@ def _open_gguf(path: Path) -> Opened:
 
 
 def _as_gguf(file: GGUFFile | GGMLFile) -> Opened:
-    tokenizer = Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None
+    has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") != "none"
+    tokenizer = Tokenizer.from_gguf(file.metadata) if has_tokenizer else None
     eos = frozenset() if tokenizer is None else tokenizer.eos_ids
     texts = Texts(tokenizer, eos)
     return Opened(file.path.name, GGUF, file.architecture, file.metadata, file.tensors, texts)

@@ -150,7 +150,7 @@ EXPORTS: dict[tuple[str, str], Export] = dict(
         *(_of("mlx", n, e, partial(floats.dense, stacks=".weight"), said.nothing) for n, e in _PLAIN),
         *(_of("mlx", f"afq{b}", f"afq{b}", integers.mlx, said.mlx(b, "affine", None)) for b in (2, 3, 4, 5, 6, 8)),
         _of("mlx", "mxfp4", "mxfp4", floats.mxfp4_mlx, said.mlx(4, "mxfp4", 32)),
-        _of("mlx", "nvfp4", "nvfp4", floats.nvfp4_mlx, said.mlx(4, "nvfp4", 16)),
+        _of("mlx", "nvfp4", "nvfp4_mlx", floats.nvfp4_mlx, said.mlx(4, "nvfp4", 16)),
         _of("mlx", "mxfp8", "mxfp8", floats.mxfp8_mlx, said.mlx(8, "mxfp8", 32)),
     )
 )

@@ -23,10 +23,10 @@ from jax import lax
 
 from jaxllm.formats.ggml_encode_bits import F32, U8, f16, flat, join, shaped, stream, words
 from jaxllm.formats.ggml_grids import grid
-from jaxllm.formats.ggml_search import TINY, divide, fit_scale, total, weigh
+from jaxllm.formats.ggml_search import divide, fit_scale, total, weigh
 
 U16, U32 = jnp.uint16, jnp.uint32
-ROUNDS = 3  # of choosing entries and fitting scales
+ROUNDS = 2  # of choosing entries and fitting scales
 CELLS = 32  # groups of entries, see `choose`
 
 
@@ -118,16 +118,14 @@ def _encode(
 
 
 def _lattice_scale(x: jax.Array, weights: jax.Array, values: np.ndarray) -> jax.Array:
-    """The best scale if every weight could have each of `values`."""
+    """The best scale if every weight could have each of `values`. A negative magnitude counts as 0."""
     rises, midpoints = np.diff(values), (values[1:] + values[:-1]) / 2
 
     def snap(v: jax.Array) -> jax.Array:
         steps = zip(midpoints, rises, strict=True)
         return sum((jnp.where(v >= F32(t), F32(rise), F32(0)) for t, rise in steps), F32(values[0]))
 
-    top = jnp.max(x, axis=-1, keepdims=True)
-    scale = fit_scale(x, weights, values[-1] * np.arange(0.7, 1.3, 0.05), snap)
-    return jnp.where(top < TINY, F32(0), jnp.abs(scale))
+    return fit_scale(jnp.maximum(x, F32(0)), weights, values[-1] * np.arange(0.7, 1.3, 0.05), snap)
 
 
 def _sign_bytes(signs: jax.Array) -> jax.Array:

@@ -51,17 +51,26 @@ class NVFP4(Weight):
         return (values * jnp.repeat(scales, BLOCK, axis=-1)).astype(dtype)
 
     @classmethod
-    def from_dense(cls, w: jax.Array) -> Self:
-        """Encode floats `[*batch, out, in]`: the matrix's largest value becomes 6 * 448, each group's becomes 6."""
+    def from_dense(cls, w: jax.Array, overall: bool = True) -> Self:
+        """Encode floats `[*batch, out, in]`: the matrix's largest value becomes 6 * 448, each group's becomes 6.
+
+        Args:
+            overall: whether there is a scale of the entire matrix, which MLX's layers do not know.
+        """
         w = jnp.asarray(w, jnp.float32)
         grid = w.reshape(*w.shape[:-1], -1, BLOCK)
         peaks = jnp.max(jnp.abs(grid), axis=-1)
-        overall = jnp.max(peaks, axis=(-2, -1), keepdims=True)[..., 0] / np.float32(6 * 448)
-        overall = jnp.where(overall == 0, 1.0, overall)
-        scales = (peaks / 6 / overall[..., None]).astype(jnp.float8_e4m3fn)
-        steps = scales.astype(jnp.float32) * overall[..., None]
+        if not overall:
+            scales = (peaks / 6).astype(jnp.float8_e4m3fn)
+            steps = scales.astype(jnp.float32)[..., None]
+            codes = e2m1.rounded(grid / jnp.where(steps == 0, 1, steps))
+            return cls(e2m1.pack(codes.reshape(w.shape)), scales, None)
+        whole = jnp.max(peaks, axis=(-2, -1), keepdims=True)[..., 0] / np.float32(6 * 448)
+        whole = jnp.where(whole == 0, 1.0, whole)
+        scales = (peaks / 6 / whole[..., None]).astype(jnp.float8_e4m3fn)
+        steps = scales.astype(jnp.float32) * whole[..., None]
         codes = e2m1.rounded(grid / jnp.where(steps == 0, 1, steps)[..., None])
-        return cls(e2m1.pack(codes.reshape(w.shape)), scales, overall)
+        return cls(e2m1.pack(codes.reshape(w.shape)), scales, whole)
 
     def like(self, w: jax.Array) -> Self:
-        return self.from_dense(w)
+        return self.from_dense(w, self.global_scale is not None)
