@@ -1,5 +1,7 @@
 """How encoders of block types put codes into bytes: the mirror of `ggml_bits`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,8 +12,7 @@ U8 = jnp.uint8
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """uint8 codes `[..., 8 / bits, n]` into `[..., n]` bytes: row k is field k of every byte, lowest bits first."""
-    shifts = jnp.arange(0, 8, bits, dtype=U8)[:, None]
-    return jnp.bitwise_or.reduce(codes << shifts, axis=-2)
+    return functools.reduce(jnp.bitwise_or, (codes[..., k, :] << U8(bits * k) for k in range(8 // bits)))
 
 
 def stream(codes: jax.Array, bits: int) -> jax.Array:

@@ -81,8 +81,8 @@ def fit_block[Choice](
     `scale`, `[..., n]`, is where the search starts.
     """
 
-    def improve(_: int, scale: jax.Array) -> jax.Array:
-        _, xq, q2 = fit(scale)
+    def improve(_: jax.Array, scale: jax.Array) -> jax.Array:
+        _entries, xq, q2 = fit(scale)
         return jnp.where(xq > 0, divide(xq, q2), scale)
 
     scale = lax.fori_loop(0, ROUNDS, improve, scale)

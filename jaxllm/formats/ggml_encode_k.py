@@ -19,14 +19,18 @@ def _codes(x: jax.Array, scale: jax.Array, low: int, high: int) -> jax.Array:
     return (q - F32(low)).astype(U8)
 
 
+def _spread(x: jax.Array) -> jax.Array:
+    """The root of the mean square."""
+    return jnp.sqrt(total(x * x) * F32(1 / x.shape[-1]))
+
+
 def q2_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     groups = shaped(x, 16, 16)
     if importance is None:
-        weights = jnp.abs(groups)
-        scales, minima = fit_affine(groups, weights, 3, start=-0.5, step=0.2, steps=8, absolute=True)
+        weights, start, steps = jnp.abs(groups) + F32(0.25) * _spread(groups), -0.5, 8
     else:
-        weights = shaped(weigh(x, importance, 1), 16, 16)
-        scales, minima = fit_affine(groups, weights, 3, start=-0.9, step=0.2, steps=9)
+        weights, start, steps = shaped(weigh(x, importance, 1), 16, 16), -0.9, 9
+    scales, minima = fit_affine(groups, weights, 3, start, steps)
     sums = total(weights)[..., 0]
     d_bytes, d, scale = fit_unit(scales[..., 0], sums, 0, 15)
     m_bytes, dm, minimum = fit_unit(minima[..., 0], sums, 0, 15)
@@ -54,10 +58,10 @@ def _k_affine(
     """The first 16 bytes of Q4_K and Q5_K, and codes `[..., 8, 32]`."""
     groups = shaped(x, 8, 32)
     if importance is None:
-        weights = jnp.sqrt(total(groups * groups) * F32(1 / 32)) + jnp.abs(groups)
+        weights = jnp.abs(groups) + _spread(groups)
     else:
         weights, start, steps = shaped(weigh(x, importance, 2), 8, 32), -0.9, 9
-    scales, minima = fit_affine(groups, weights, levels, start, 0.2, steps)
+    scales, minima = fit_affine(groups, weights, levels, start, steps)
     sums = total(weights)[..., 0]
     d_bytes, d, scale = fit_unit(scales[..., 0], sums, 0, 63)
     m_bytes, dm, minimum = fit_unit(minima[..., 0], sums, 0, 63)

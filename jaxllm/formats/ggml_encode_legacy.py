@@ -66,7 +66,7 @@ def _from_minimum(x: jax.Array, importance: jax.Array | None, levels: int) -> tu
         d = _over(jnp.max(x, axis=-1, keepdims=True) - low, levels)
         q = jnp.trunc(_apart((x - low) * divide(F32(1), d), 64) + F32(0.5))
         return join(f16(d)[0], f16(low)[0]), jnp.minimum(q, F32(levels)).astype(U8)
-    scale, minimum = fit_affine(x, weigh(x, importance, 1), levels, start=-0.9, step=0.2, steps=9)
+    scale, minimum = fit_affine(x, weigh(x, importance, 1), levels, start=-0.9, steps=9)
     (d_bytes, d), (m_bytes, m) = f16(scale), f16(-minimum)
     q = jnp.round(jnp.clip(divide(x - m, d), F32(0), F32(levels)))
     return join(d_bytes, m_bytes), q.astype(U8)

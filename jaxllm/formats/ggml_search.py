@@ -56,19 +56,11 @@ def weigh(x: jax.Array, importance: jax.Array, squares: float) -> jax.Array:
     return importance * jnp.sqrt(F32(squares / x.shape[-1]) * total(square) + square)
 
 
-def fit_affine(
-    x: jax.Array,
-    weights: jax.Array,
-    levels: int,
-    start: float,
-    step: float,
-    steps: int,
-    absolute: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+def fit_affine(x: jax.Array, weights: jax.Array, levels: int, start: float, steps: int) -> tuple[jax.Array, jax.Array]:
     """`scale >= 0` and `minimum >= 0` such that `scale * q - minimum`, q in `0 .. levels`, is near `x`.
 
-    Tries the codes that result from stretching the range to `levels + start + k * step` for k in `0 .. steps`. Each
-    time it fits a line by least squares. It keeps the smallest weighted error, squared or `absolute`.
+    Tries the codes that result from stretching the range to `levels + start + k / 5` for k in `0 .. steps`. Each time
+    it fits a line by least squares. It keeps the smallest weighted error.
     """
     low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), F32(0))
     high = jnp.max(x, axis=-1, keepdims=True)
@@ -78,13 +70,9 @@ def fit_affine(
     def code(stretch: jax.Array, low: jax.Array) -> jax.Array:
         return jnp.round(jnp.clip(divide(stretch, high - low) * (x - low), F32(0), F32(levels)))
 
-    def error(scale: jax.Array, low: jax.Array, q: jax.Array) -> jax.Array:
-        off = scale * q + low - x
-        return total(weights * (jnp.abs(off) if absolute else off * off))
-
     def attempt(k: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        best_error, best_scale, best_low = best
-        q = code(F32(levels + start) + F32(step) * k.astype(F32), best_low)  # starting at the best minimum so far
+        best_gain, best_scale, best_low = best
+        q = code(F32(levels + start) + F32(0.2) * k.astype(F32), best_low)  # starting at the best minimum so far
         wq = weights * q
         sum_q, sum_q2, sum_xq = total(wq), total(wq * q), total(wx * q)
         det = sum_w * sum_q2 - sum_q * sum_q
@@ -92,18 +80,17 @@ def fit_affine(
         line = divide(sum_q2 * sum_x - sum_q * sum_xq, det)
         scale = jnp.where(line > 0, divide(sum_xq, sum_q2), scale)  # a minimum above 0 has no code: fit through 0
         line = jnp.minimum(line, F32(0))
-        now = error(scale, line, q) if absolute else -(scale * sum_xq + line * sum_x)
-        better = (det > 0) & (now < best_error)
+        now = scale * sum_xq + line * sum_x
+        better = (det > 0) & (now > best_gain)
         return (
-            jnp.where(better, now, best_error),
+            jnp.where(better, now, best_gain),
             jnp.where(better, scale, best_scale),
             jnp.where(better, line, best_low),
         )
 
     scale = (high - low) * F32(1 / levels)
-    first = error(scale, low, code(F32(levels), low))
-    if not absolute:
-        first = first - total(wx * x)
+    off = scale * code(F32(levels), low) + low - x
+    first = total(wx * x) - total(weights * off * off)
     _, scale, low = lax.fori_loop(0, steps + 1, attempt, (first, scale, low))
     return scale, -low
 
@@ -134,7 +121,7 @@ def fit_scale(
 
 
 def fit_integers(x: jax.Array, weights: jax.Array, half: int) -> jax.Array:
-    """`fit_scale` for q in `-half .. half - 1`: the largest weight becomes -half or up to 0.9 more or less."""
+    """`fit_scale` for q in `-half .. half - 1`: the largest weight becomes -half, or up to 0.9 more or less."""
     return fit_scale(x, weights, -(half + 0.3 * np.array([0, -3, -2, -1, 1, 2, 3])), snap(-half, half - 1))
 
 
@@ -145,7 +132,7 @@ def fit_unit(scales: jax.Array, weights: jax.Array, low: int, high: int) -> tupl
     free by 2 of 15 to 63 is worth 2 to 10 % of the error.)
     """
     end = high if low == 0 else low
-    tries = np.copysign(abs(end) + 0.1 * np.arange(-20, 11), end)
+    tries = np.copysign(abs(end) + 0.2 * np.arange(-10, 6), end)
     unit_bytes, unit = f16(fit_scale(scales, weights, tries, snap(low, high)))
     return unit_bytes, unit, snap(low, high)(divide(scales, unit))
 
