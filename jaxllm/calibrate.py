@@ -5,6 +5,7 @@ llama.cpp's tools read the result. The text should resemble what the model will 
 usual.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,7 +68,7 @@ def tracked[T](items: Iterable[T], progress: bool, what: str = "calibrating") ->
     return tqdm(items, what, disable=not (progress and sys.stderr.isatty()), leave=False, file=sys.stderr)
 
 
-def read_text(path: str) -> str:
+def read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

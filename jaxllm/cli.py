@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Never
+from typing import Any, Never
 
 from jaxllm.errors import InputError
 
@@ -48,7 +48,7 @@ def add_quantizing(p: argparse.ArgumentParser) -> None:
     p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
 
 
-def quantizing(args: argparse.Namespace) -> dict[str, str | None]:
+def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `load`."""
     return {name: getattr(args, name) for name in ("quantize", "organization", "topology", "imatrix")}
 

@@ -24,8 +24,7 @@ from jaxllm.tracking import Statistics
 Shapes = Mapping[str, tuple[int, ...]]
 
 # The order of mistral.rs's old files, after the head.
-_IN_ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_IN_ORDER += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_IN_ORDER = [f"self_attn.{each}_proj" for each in "qkvo"] + [f"mlp.{each}_proj" for each in ("gate", "up", "down")]
 
 
 def importance_for(

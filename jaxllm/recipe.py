@@ -5,6 +5,7 @@ biases and routers are never quantized.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Recipe:
 def recipe(
     type: str | int | None,
     organization: str | None = None,
-    topology: str | Topology | None = None,
+    topology: str | os.PathLike | Topology | None = None,
     importance: Mapping[str, Statistics] | None = None,
 ) -> Recipe | None:
     """The recipe for what users write; None if nothing is to be quantized.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def floats(source: Source, number: int = 0) -> jax.Array:
     Args:
         number: which matrix of a stack.
     """
-    part, index = source.parts[0], ()
+    part, index = source.parts[0], tuple[Any, ...]()
     if source.stacked:
         part = source.parts[number]
     elif len(part.shape) > 2:

@@ -13,6 +13,7 @@ later is used, or else the one that was declared later. An entry without `isq` l
 Source: `Topology::immediate_overrides` in mistral.rs's `mistralrs-core/src/topology/mod.rs`.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ class Topology:
     ranges: tuple[tuple[str, range, Encoding | None], ...]
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | os.PathLike) -> Self:
         """Read a topology file. Raises InputError if there is none, or it makes no sense."""
         try:
             text = Path(path).read_text(encoding="utf-8")

@@ -76,7 +76,7 @@ CODEBOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 # Weights encoded at a time: what a search needs stays in the processor's caches. A chunk is never smaller. So XLA
 # compiles the same loop for every matrix, and a block's encoding depends on nothing but the block: not on the order of
 # a sum that suits the shape of a matrix, or of a shard.
-CHUNK, CODEBOOK_CHUNK = 2**16, 2**12
+CHUNK, CODEBOOK_CHUNK = 2**16, 2**11
 
 
 def fitting_type(type: str, in_features: int) -> str:
