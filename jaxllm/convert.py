@@ -26,17 +26,20 @@ from jaxllm.calibrated import common_group, with_awq, with_gptq
 from jaxllm.checkpoint.demo import is_demo
 from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
 from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
-from jaxllm.checkpoint.exports import EXPORTS, Export, awq, export, gptq
+from jaxllm.checkpoint.exports import Export, awq, export, gptq
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.unfinished import GB
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
 from jaxllm.cli import Parser, execute
-from jaxllm.encodings import ENCODINGS, encoding
+from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
-from jaxllm.exporting import CONTAINERS, WORKERS, Model, Output, directory, gguf, read_model
+from jaxllm.exporting.directory import directory
+from jaxllm.exporting.gguf import gguf
+from jaxllm.exporting.model import Model, read_model
+from jaxllm.exporting.target import CONTAINERS, made_by, target
+from jaxllm.exporting.writer import WORKERS, Output
 from jaxllm.formats.dense import Dense
-from jaxllm.formats.ggml_encode import ENCODERS
 from jaxllm.imatrix import importance_for
 from jaxllm.loading import find_checkpoint, load
 from jaxllm.placing import Source
@@ -223,38 +226,6 @@ def _calibrated(src: Path, model: Model, how: Export, text: str | os.PathLike | 
         how = gptq(bits, symmetric, group=group)
     changed = {name: Source(model.sources[name].name, (Dense(v),)) for name, v in result.changed.items()}
     return replace(model, sources={**model.sources, **changed}, made=result.made), how
-
-
-def target(to: str | int, container: str | None) -> tuple[str, str]:
-    """The type's name and the container, from what users write.
-
-    Raises:
-        InputError: no container holds this type, or not this one.
-    """
-    names = {name.replace("_", ""): name for _, name in EXPORTS}
-    squeezed = str(to).lower().replace("_", "").replace("-", "")
-    name = names.get(squeezed) or encoding(to).name
-    if container is not None and container not in CONTAINERS:
-        raise InputError(f"container '{container}': choose one of {', '.join(CONTAINERS)}")
-    holders = [c for c in CONTAINERS if (c, name) in EXPORTS]
-    holders += ["gguf"] if _in_gguf(name) else []
-    if not holders:
-        raise InputError(f"no container holds {name}; these do: {', '.join(sorted({n for _, n in EXPORTS}))}")
-    if container is None:
-        container = holders[0]
-    elif container not in holders:
-        raise InputError(f"{container} cannot hold {name}; {', '.join(holders)} can")
-    return name, container
-
-
-def _in_gguf(name: str) -> bool:
-    return name.upper() in ENCODERS or name in ("f16", "bf16", "f32", "bfloat16", "float16", "float32")
-
-
-def made_by(name: str, container: str) -> str | None:
-    """The encoding that makes a type's weights; None: its own calibration does."""
-    made = name if container == "gguf" else export(container, name).encoding
-    return made if container == "gguf" or made in ENCODINGS else None
 
 
 def _others(src: Path) -> dict[str, Path | bytes]:

@@ -148,4 +148,3 @@ def _dialect(checkpoint: Checkpoint, name: str) -> Dialect:
     if name not in checkpoint.family.dialects:
         raise InputError(f"there are no {name} files of models like {checkpoint.family.name}")
     return checkpoint.family.dialects[name]
-

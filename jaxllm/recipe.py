@@ -15,8 +15,9 @@ import numpy as np
 from tabulate import tabulate
 
 from jaxllm.encodings import ENCODINGS, Encoding, encoding, fitting
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
+from jaxllm.formats.ggml import GGML
 from jaxllm.placing import Source
 from jaxllm.requantize import encode_source, planned
 from jaxllm.topology import Topology
@@ -104,6 +105,9 @@ class Recipe:
             return Choice(None, why)
         if (fits := fitting(type, shape[-1])) != type:
             why += f"; rows of {shape[-1]} are not whole blocks of {type.block} ({type.name})"
+        if fits.needs_importance and (self.importance is None or name not in self.importance):
+            missing = "give an importance matrix (--imatrix)" if self.importance is None else "the one given has none"
+            raise InputError(f"{fits.name} needs to know which inputs of {name} matter: {missing}; jaxllm calibrate")
         return Choice(fits, why)
 
     def _wanted(self, name: str, tensor: str) -> Choice:
@@ -121,9 +125,10 @@ class Recipe:
     def encoded(self, name: str, source: Source) -> Source:
         """A parameter's matrices as this recipe wants them. Raises InputError if they have no such encoding."""
         type = self.choose(name, source.name, source.shape).type
-        if type is None:
+        if type is None or is_in(source.parts[0], type):
             return source
-        return encode_source(source, type, self.importance_of(name, source.shape) if type.uses_importance else None)
+        with located(name):
+            return encode_source(source, type, self.importance_of(name, source.shape) if type.uses_importance else None)
 
     def planned(self, name: str, source: Source) -> Weight:
         """The shapes of one of the results' matrices, without computing it."""
@@ -138,6 +143,11 @@ class Recipe:
         if importance.shape[-1] != shape[-1] or (importance.ndim == 2 and importance.shape[0] != shape[0]):
             raise InputError(f"the importance of {name} has shape {[*importance.shape]}, but its matrix {[*shape]}")
         return importance
+
+
+def is_in(weight: Weight, type: Encoding) -> bool:
+    """Whether a weight is in this type already, so that its bits can stay."""
+    return isinstance(weight, GGML) and weight.type == type.name.upper()
 
 
 def recipe(

@@ -43,7 +43,7 @@ def quantize(w: np.ndarray | jax.Array | Weight, type: str | int, importance: np
 def encoded(values: jax.Array, type: Encoding, importance: np.ndarray | None = None) -> Weight:
     """A float matrix `[*batch, out, in]` whose rows are whole blocks, encoded. Raises InputError as `quantize` does."""
     if type.needs_importance and importance is None:
-        raise InputError(f"{type.name} needs an importance matrix: jaxllm calibrate makes one")
+        raise InputError(f"{type.name} needs an importance matrix; jaxllm calibrate makes one")
     check(values, type)
     return _encode(values, None if importance is None else jnp.asarray(importance, jnp.float32), type)
 

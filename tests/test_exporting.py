@@ -11,8 +11,9 @@ import tiny_hf
 from safetensors.numpy import load_file
 
 import jaxllm
-from jaxllm.convert import convert, target
+from jaxllm.convert import convert
 from jaxllm.errors import InputError
+from jaxllm.exporting.target import target
 from jaxllm.layers.parameter import parameters
 
 GOLDEN = Path(__file__).parent / "golden"

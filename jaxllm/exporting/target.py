@@ -1,0 +1,41 @@
+"""What users name, a type and perhaps a container, as something that can be written."""
+
+from jaxllm.checkpoint.exports import EXPORTS, export
+from jaxllm.encodings import ENCODINGS, encoding
+from jaxllm.errors import InputError
+from jaxllm.formats.ggml_encode import ENCODERS
+
+CONTAINERS = ("gguf", "huggingface", "mlx")
+_PLAIN = ("f16", "bf16", "f32", "float16", "bfloat16", "float32")
+
+
+def target(to: str | int, container: str | None) -> tuple[str, str]:
+    """The type's name and the container, from what users write.
+
+    Raises:
+        InputError: no container holds this type, or not this one.
+    """
+    names = {name.replace("_", ""): name for _, name in EXPORTS}
+    squeezed = str(to).lower().replace("_", "").replace("-", "")
+    name = names.get(squeezed) or encoding(to).name
+    if container is not None and container not in CONTAINERS:
+        raise InputError(f"container '{container}': choose one of {', '.join(CONTAINERS)}")
+    holders = [c for c in CONTAINERS if (c, name) in EXPORTS]
+    holders += ["gguf"] if _in_gguf(name) else []
+    if not holders:
+        raise InputError(f"no container holds {name}; these do: {', '.join(sorted({n for _, n in EXPORTS}))}")
+    if container is None:
+        container = holders[0]
+    elif container not in holders:
+        raise InputError(f"{container} cannot hold {name}; {', '.join(holders)} can")
+    return name, container
+
+
+def _in_gguf(name: str) -> bool:
+    return name.upper() in ENCODERS or name in _PLAIN
+
+
+def made_by(name: str, container: str) -> str | None:
+    """The encoding that makes a type's weights; None: its own calibration does."""
+    made = name if container == "gguf" else export(container, name).encoding
+    return made if container == "gguf" or made in ENCODINGS else None

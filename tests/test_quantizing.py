@@ -1,0 +1,134 @@
+"""Quantizing while loading and afterwards: the same bits on every mesh."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_hf
+from covering import in_turn
+from safetensors.numpy import load_file, save_file
+
+import jaxllm
+from jaxllm.encodings import ENCODINGS
+from jaxllm.errors import InputError
+from jaxllm.layers.parameter import parameters
+from jaxllm.loading import load
+from jaxllm.recipe import recipe
+from jaxllm.requantize import planned
+from jaxllm.tracking import Statistics
+
+MODELS = ("llama", "qwen3_moe", "deepseek")
+MESHES = ("tp=2", "tp=8", "tp=2,ep=2", "tp=4,ep=2")
+# One of each kind of groups: along rows, across rows, by matrix, by blocks of both, by rows.
+TYPES = ("q8_0", "q4_0", "hqq4", "hqq8", "fp8", "fp8_block", "nf4", "nvfp4", "mxfp4", "mxfp8", "int8", "afq4", "f8q8")
+CASES = [(type, MODELS[i % 3], mesh) for i, (type, mesh) in enumerate(in_turn(TYPES, *MESHES))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantizing")
+    return {name: tiny_hf.write(folder / name, name) for name in MODELS}
+
+
+def matrices(model):
+    """Every matrix by name, dequantized, in the checkpoint's order."""
+    found = {name: (p.declared, p.get_value()) for name, p in parameters(model.model).items()}
+    return {name: np.asarray(d.restore(w.dequantize())) for name, (d, w) in found.items() if len(d.shape) > 1}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(folders):
+    made = {}
+
+    def loaded(type, name):
+        if (type, name) not in made:
+            made[type, name] = matrices(load(folders[name], dtype="float32", quantize=type, weights="packed"))
+        return made[type, name]
+
+    return loaded
+
+
+@pytest.mark.parametrize(("type", "name", "mesh"), CASES)
+def test_a_mesh_does_not_change_the_bits(folders, on_one_device, type, name, mesh):
+    there = load(folders[name], dtype="float32", quantize=type, mesh=mesh, weights="packed", progress=False)
+    assert_same(matrices(there), on_one_device(type, name))
+    for p in there.placed:
+        leaves = jax.tree.leaves(p.weight)
+        assert all(len(leaf.addressable_shards) == there.mesh.devices.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(("type", "name", "mesh"), CASES[::2])
+def test_a_loaded_model_is_quantized_where_it_lies(folders, on_one_device, type, name, mesh):
+    model = load(folders[name], dtype="float32", mesh=mesh, weights="packed", progress=False)
+    tokens = [[1, 2, 3]]
+    before = np.asarray(model.logits(tokens))
+    plan = model.quantize(type, progress=False)
+    expected = on_one_device(type, name)
+    assert [row.name for row in plan.rows] == [
+        p.name for p in model.placed if p.name in expected and not p.declaration.keep
+    ]
+    exact = {row.name for row in plan.rows if row.result.format == planned_format(type, row)}
+    found = matrices(model)
+    assert exact
+    assert_same({n: found[n] for n in exact}, {n: expected[n] for n in exact})
+    after = np.asarray(model.logits(tokens))
+    assert np.abs(after - before).max() < 1.5 * np.abs(before).max()
+    assert not np.array_equal(after, before)
+
+
+def planned_format(type, row):
+    """What loading makes of this matrix; a live one falls back where the shards that are there would split blocks."""
+    return planned(row.result.shape, recipe(type).choose(row.name, row.name, row.result.shape).type).format
+
+
+def test_a_topology_and_an_organization_while_loading(folders, tmp_path):
+    (tmp_path / "t.yml").write_text("'/q_proj/': {isq: q8_0}\n0-1: {isq: hqq4}\n")
+    model = load(folders["llama"], quantize="q4_0", topology=tmp_path / "t.yml", progress=False)
+    formats = {p.name: p.encoded.format for p in model.placed}
+    assert formats["layers.0.self_attn.q_proj.weight"] == "Q8_0"
+    assert formats["layers.0.mlp.up_proj.weight"] == "HQQ 4-bit"
+    assert formats["embed_tokens.weight"] == "Q8_0" or formats["embed_tokens.weight"] == "Q6_K"
+    model = load(folders["qwen3_moe"], quantize=4, organization="moqe", progress=False)
+    formats = {p.name: p.encoded.format for p in model.placed if len(p.declaration.shape) > 1}
+    assert {("experts" in name) for name, format in formats.items() if format != "float32"} == {True}
+
+
+def test_every_type_is_taken_and_the_number_of_bits(folders):
+    for type in (2, 3, 4, 5, 6, 8):
+        jaxllm.load(folders["llama"], quantize=type, progress=False)
+    with pytest.raises(InputError, match="cannot quantize to 'q9'; known are .*q4_k.*hqq4.*nf4"):
+        jaxllm.load(folders["llama"], quantize="q9")
+    assert {"q4_k", "hqq4", "hqq8", "fp8", "afq2", "afq3", "afq4", "afq6", "afq8", "f8q8", "mxfp4"} <= ENCODINGS.keys()
+
+
+def test_a_type_that_needs_importance_says_so(folders):
+    model = jaxllm.initialize(
+        {"model_type": "llama", "vocab_size": 8, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8},
+        dtype="float32",
+    )
+    with pytest.raises(
+        InputError, match=r"iq2_xs needs to know which inputs of layers\.0.* matter: give an importance"
+    ):
+        model.quantize("iq2_xs")
+    known = {p.name: Statistics(np.ones(p.declaration.shape[-1], np.float32), np.int32(1)) for p in model.placed}
+    plan = model.quantize("iq2_xs", importance=known, progress=False)
+    assert {row.result.format for row in plan.rows if row.name.startswith("layers.")} == {"IQ2_XS"}
+    with pytest.raises(InputError, match="nothing to do: give a type or a topology"):
+        model.quantize(None)
+
+
+def test_values_that_are_not_finite_are_named(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.inf
+    save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    with pytest.raises(InputError, match=r"bad: layers\.0\.mlp\.up_proj\.weight: values that are NaN"):
+        jaxllm.load(tmp_path / "bad", quantize="q4_0", progress=False)
