@@ -162,7 +162,7 @@ class RandomMatrix:
 
     def __getitem__(self, index: tuple[Any, ...]) -> "RandomMatrix":
         """Rows, or rows and columns; nothing is computed."""
-        row, col = (*index, slice(None))[:2]
+        row, col = (*index, slice(None), slice(None))[:2]
         return replace(self, rows=self.rows[row], cols=self.cols[col])
 
     def take(self, positions: np.ndarray, axis: int) -> "RandomMatrix":

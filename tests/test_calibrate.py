@@ -119,8 +119,8 @@ def test_the_command_writes_what_loading_reads(tmp_path, capsys):
         (["--out", "a.txt"], r"a\.txt: name it \.gguf"),
         (["--out", "b/a.gguf"], "b is not a directory"),
         (
-            ["--out", "a.gguf", "--chunk", "4000"],
-            "chunk 4000, chunks None: must be 1 or above, and a chunk at most 2048",
+            ["--out", "a.gguf", "--chunk", "40000"],
+            "chunk 40000, chunks None: must be 1 or above, and a chunk at most 8192",
         ),
         (["--out", "a.gguf", "--text", "none"], "none: .*No such file"),
         (["--out", "a.gguf"], "a text of 5 tokens is shorter than a chunk of 512"),
@@ -165,7 +165,7 @@ def test_awq_folds_its_factors_into_norms_and_rows(folders):
     result = with_awq(model, TOKENS, 64)
     assert result.changed.keys() == {f"layers.0.{n}_layernorm.weight" for n in ("input", "post_attention")}
     model.programs = Programs(model.model, model.mesh, model.dtype)
-    assert error(model, expected) < 0.02 * np.square(expected).mean()
+    assert error(model, expected) < 0.08 * np.square(expected).mean()  # 4 bits; factors that do not cancel give 1
 
 
 def test_awq_is_refused_where_no_norm_can_take_it_up(folders):

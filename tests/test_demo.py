@@ -102,8 +102,8 @@ def test_a_model_that_is_not_installed_says_how_to_install_it(monkeypatch):
 
 
 def test_a_type_that_cannot_be_encoded():
-    with pytest.raises(jaxllm.InputError, match="cannot quantize to 'iq2_s'; known are q4_0, "):
-        jaxllm.load("demo", quantize="iq2_s")
+    with pytest.raises(jaxllm.InputError, match="cannot quantize to 'q9'; known are .*q4_0, "):
+        jaxllm.load("demo", quantize="q9")
 
 
 def test_loading_needs_little_more_memory_than_the_file():

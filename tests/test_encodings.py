@@ -25,9 +25,9 @@ GOLDEN = Path(__file__).parent / "golden" / "encodings"
 ERRORS = json.loads((GOLDEN / "errors.json").read_text())
 EXACT = dict(np.load(GOLDEN / "exact.npz"))
 W = matrix()
-NAMES = "hqq2 hqq3 hqq4 hqq8 afq2 afq3 afq4 afq6 afq8 mxfp4 nvfp4 mxfp8 fp8 fp8_block f8q8 nf4 fp4 int8 int4"
+NAMES = "hqq2 hqq3 hqq4 hqq8 afq2 afq3 afq4 afq5 afq6 afq8 mxfp4 nvfp4 nvfp4_mlx mxfp8 fp8 fp8_block f8q8 nf4 fp4 int8 int4"
 NAMES = [*NAMES.split(), "f16", "bf16", "f32"]
-DISTINCT = [name for name in NAMES if name not in ("hqq2", "hqq3", "hqq8", "afq2", "afq3", "afq8")]
+DISTINCT = [name for name in NAMES if name not in ("hqq2", "hqq3", "hqq8", "afq2", "afq3", "afq5", "afq8")]
 
 
 pytestmark = pytest.mark.optimized
@@ -86,6 +86,19 @@ def test_nvfp4_of_compressed_tensors():
     # Theirs have no scale of zero: they put a small number in its place.
     scales = np.asarray(whole("nvfp4").scales, np.float32)[FEW]
     np.testing.assert_array_equal(scales, np.where(scales == 0, 0, EXACT["nvfp4.scales"]))
+
+
+def test_nvfp4_of_mlx():
+    """Theirs has no code for -0, and rounds ties down."""
+    weight = whole("nvfp4_mlx")
+    assert weight.global_scale is None
+    same(weight.scales[FEW], "nvfp4_mlx.1")
+    theirs = e2m1.VALUES[np.asarray(e2m1.unpack(EXACT["nvfp4_mlx.0"].view(np.uint8)))]
+    ours = e2m1.VALUES[np.asarray(e2m1.unpack(weight.blocks))][FEW]
+    scales = np.repeat(np.asarray(weight.scales, np.float32), 16, axis=-1)[FEW]
+    exact = W[FEW] / np.where(scales == 0, 1, scales)
+    np.testing.assert_array_equal(np.abs(ours - exact), np.abs(theirs - exact))
+    assert np.mean(ours != theirs) < 0.01
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])

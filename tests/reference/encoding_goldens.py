@@ -60,6 +60,7 @@ def mlx(w: np.ndarray, exact: Arrays) -> dict[str, float]:
         made = mx.dequantize(*parts, group_size=group, bits=bits, mode=mode).astype(mx.float32)
         errors[mode] = error(w, np.array(made))
     arrays("mxfp8", mx.array(w), group_size=32, bits=8, mode="mxfp8")
+    arrays("nvfp4_mlx", mx.array(w), group_size=16, bits=4, mode="nvfp4")
     return errors
 
 
