@@ -25,7 +25,9 @@ GOLDEN = Path(__file__).parent / "golden" / "encodings"
 ERRORS = json.loads((GOLDEN / "errors.json").read_text())
 EXACT = dict(np.load(GOLDEN / "exact.npz"))
 W = matrix()
-NAMES = "hqq2 hqq3 hqq4 hqq8 afq2 afq3 afq4 afq5 afq6 afq8 mxfp4 nvfp4 nvfp4_mlx mxfp8 fp8 fp8_block f8q8 nf4 fp4 int8 int4"
+NAMES = (
+    "hqq2 hqq3 hqq4 hqq8 afq2 afq3 afq4 afq5 afq6 afq8 mxfp4 nvfp4 nvfp4_mlx mxfp8 fp8 fp8_block f8q8 nf4 fp4 int8 int4"
+)
 NAMES = [*NAMES.split(), "f16", "bf16", "f32"]
 DISTINCT = [name for name in NAMES if name not in ("hqq2", "hqq3", "hqq8", "afq2", "afq3", "afq5", "afq8")]
 
