@@ -1,6 +1,10 @@
 """Quantizing while loading and afterwards: the same bits on every mesh."""
 
+import json
+import math
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -132,3 +136,59 @@ def test_values_that_are_not_finite_are_named(folders, tmp_path):
     save_file(tensors, tmp_path / "bad" / "model.safetensors")
     with pytest.raises(InputError, match=r"bad: layers\.0\.mlp\.up_proj\.weight: values that are NaN"):
         jaxllm.load(tmp_path / "bad", quantize="q4_0", progress=False)
+
+
+HIDDEN, INNER, VOCABULARY, LAYERS = 2048, 8192, 32000, 8
+LARGEST = 4 * VOCABULARY * HIDDEN  # the embedding table as float32
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """550 million weights of zero, in a file that takes no space."""
+    folder = tmp_path_factory.mktemp("large")
+    config = (
+        tiny_hf.COMMON | tiny_hf.LLAMA | {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": VOCABULARY}
+    )
+    config |= {"num_attention_heads": 16, "head_dim": 128, "num_key_value_heads": 4, "num_hidden_layers": LAYERS}
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    shapes = {"embed_tokens": (VOCABULARY, HIDDEN), "norm": (HIDDEN,)}
+    for at in (f"layers.{i}" for i in range(LAYERS)):
+        shapes |= {f"{at}.self_attn.{n}_proj": (512 if n in "kv" else HIDDEN, HIDDEN) for n in "qkvo"}
+        shapes |= {f"{at}.mlp.{n}_proj": (INNER, HIDDEN) for n in ("gate", "up")}
+        shapes |= {f"{at}.mlp.down_proj": (HIDDEN, INNER)}
+        shapes |= {f"{at}.{n}_layernorm": (HIDDEN,) for n in ("input", "post_attention")}
+    ends = np.cumsum([0, *(2 * math.prod(shape) for shape in shapes.values())]).tolist()
+    header = {
+        f"model.{name}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": ends[i : i + 2]}
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + ends[-1])
+    return folder
+
+
+STREAMED = {
+    "loaded": (
+        "made = jaxllm.load({source!r}, quantize='q8_0', progress=False).placed",
+        "sum(p.encoded.nbytes for p in made)",
+    ),
+    "written": ("jaxllm.convert.convert({source!r}, {out!r}, to='q8_0', progress=False)", "0"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_memory_is_bounded_while_quantizing(large, tmp_path, name):
+    """By what is placed, two of the largest matrix as floats, and 500 MB with Python itself; the file is 1.1 GB."""
+    action, placed = STREAMED[name]
+    code = f"""if True:
+        import pathlib, re, jaxllm.convert
+        {action.format(source=str(large), out=str(tmp_path / "a.gguf"))}
+        peak = re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
+        print(1024 * int(peak), {placed})"""
+    peak, nbytes = map(
+        int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    (tmp_path / "a.gguf").unlink(missing_ok=True)
+    assert peak < nbytes + 2 * LARGEST + 500e6
