@@ -12,6 +12,7 @@ and where jaxllm is installed:
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def calibration_text() -> str:
 
 
 def quantize(directory: str, text: str, out: str) -> None:
+    os.cpu_count = lambda: 4  # of two cores it leaves itself one thread, and then asks for two
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 
