@@ -25,7 +25,7 @@ SOURCES = {
     "qwen2": GOLDEN / "checkpoints" / "qwen2",
     "mixtral": GOLDEN / "checkpoints" / "mixtral",
     "llama3_rope": GOLDEN / "checkpoints" / "llama3_rope",
-    "gpt_oss": next((GOLDEN / "gpt_oss").glob("*/config.json")).parent,
+    "gpt_oss": GOLDEN / "gpt_oss" / "bf16",
 }
 TINY = ("llama", "qwen3_moe", "deepseek")
 
@@ -105,6 +105,16 @@ def test_a_directory_holds_what_quantizing_makes(sources, tmp_path, name, type):
             kept += 1
         np.testing.assert_allclose(values, expected[path], rtol=1e-6, err_msg=path)
     assert kept < len(there) / 2 + 3
+
+
+def test_gpt_oss_has_its_experts_in_mxfp4(sources, tmp_path):
+    convert(sources["gpt_oss"], tmp_path / "a", to="mxfp4", progress=False)
+    there = load(tmp_path / "a")
+    formats = {p.source.format for p in there.placed if ".experts." in p.name and p.name.endswith("proj")}
+    assert formats == {"MXFP4"}
+    expected = matrices(load(sources["gpt_oss"], quantize="mxfp4", organization="moqe"))
+    for path, values in matrices(there).items():
+        np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
 @pytest.mark.parametrize("type", ["afq4", "afq8", "mxfp8"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.checkpoint.computed import together
-from jaxllm.checkpoint.exports import Export, planned
+from jaxllm.checkpoint.exports import Export, export, planned
 from jaxllm.checkpoint.writing import Advance, Tensor, write_directory
 from jaxllm.encodings import ENCODINGS, Encoding
 from jaxllm.errors import InputError, located
@@ -65,6 +65,8 @@ def directory(
         if checkpoint.dialect == GGUF and checkpoint.texts.tokenizer is not None:
             files |= huggingface_tokenizer(checkpoint.description)
             entries = entries | special_ids(checkpoint.description)
+    if how == export("huggingface", "mxfp4") and any(_is_stack(model, written) for written in wanted):
+        how = export("huggingface", "mxfp4_experts")  # as GPT-OSS has them, beside plain matrices
     dtype = _other_dtype(model, how)
     tensors: list[Tensor] = []
     left_out: list[str] = []
@@ -79,6 +81,11 @@ def directory(
         write_directory(path, tensors, files, limit, advance, source)
 
     return Output(Plan(writer.rows), tensors, write)
+
+
+def _is_stack(model: Model, written: Written) -> bool:
+    path, number = written.parts[0]
+    return number is None and len(model.declared[path].shape) == 3 and model.is_matrix(path)
 
 
 def _other_dtype(model: Model, how: Export) -> np.dtype:
