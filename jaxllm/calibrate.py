@@ -5,6 +5,7 @@ llama.cpp's tools read the result. The text should resemble what the model will 
 usual.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable
@@ -92,7 +93,7 @@ def parser() -> Parser:
     return p
 
 
-def run(args) -> None:  # noqa: ANN001
+def run(args: argparse.Namespace) -> None:
     out, text = Path(args.out), read_text(args.text)
     if out.suffix not in (".gguf", ".cimatrix"):
         raise InputError(f"{out}: name it .gguf (llama.cpp's form) or .cimatrix (mistral.rs's)")

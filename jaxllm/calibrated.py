@@ -31,10 +31,11 @@ from jaxllm.tracking import Statistics
 GROUPS = 128, 64, 32
 # AWQ: matrices that take the same input, and the norm or the matrix that makes it.
 _AWQ = (
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm.weight"),
-    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm.weight"),
-    (("mlp.down_proj",), "mlp.up_proj.weight"),
+    (tuple(f"self_attn.{each}_proj.weight" for each in "qkv"), "input_layernorm.weight"),
+    (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "post_attention_layernorm.weight"),
+    (("mlp.down_proj.weight",), "mlp.up_proj.weight"),
 )
+_DENSE = {name for names, _ in _AWQ for name in names} | {"self_attn.o_proj.weight"}
 
 
 @dataclass
@@ -106,25 +107,21 @@ def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated
     for i, layer, statistics in _by_layer(model, tokens):
         params = parameters(layer)
         values = {name: np.asarray(dequantized(p)) for name, p in params.items() if len(p.declared.shape) > 1}
-        if unknown := sorted(
-            {*values} - {f"{n}.weight" for names, _ in (*_AWQ, (("self_attn.o_proj",), "")) for n in names}
-        ):
+        if unknown := sorted({*values} - _DENSE):
             raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
-        vectors = {}
-        for modules, before in _AWQ:
-            names = [f"{module}.weight" for module in modules]
+        vectors, factors = {}, {name: np.ones(w.shape[1], np.float32) for name, w in values.items()}
+        for names, before in _AWQ:
             products = statistics[names[0]].products
             s = awq_scales([values[name] for name in names], np.asarray(products), 4, group)
-            values |= {name: values[name] * s for name in names}
+            factors |= dict.fromkeys(names, s)
             if before in values:
                 values[before] = values[before] / s[:, None]
             else:
-                vectors[before] = np.asarray(dequantized_vector(params[before])) / s
+                vectors[before] = np.asarray(_vector(params[before])) / s
             if (bias := before.removesuffix("weight") + "bias") in params:
-                vectors[bias] = np.asarray(dequantized_vector(params[bias])) / s
-        ones = {name: np.ones(w.shape[1], np.float32) for name, w in values.items()}
+                vectors[bias] = np.asarray(_vector(params[bias])) / s
         for name, w in values.items():
-            weight = awq(w, ones[name], _importance(statistics.get(name)), 4, group)
+            weight = awq(w, factors[name], statistics[name].importance, 4, group)
             result.made[f"layers.{i}.{name}"] = weight
             _replace(params[name], weight, model)
         for name, vector in vectors.items():
@@ -133,11 +130,7 @@ def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated
     return result
 
 
-def _importance(statistics: Statistics | None) -> np.ndarray | None:
-    return None if statistics is None else statistics.importance
-
-
-def dequantized_vector(param: nnx.Param) -> jax.Array:
+def _vector(param: nnx.Param) -> jax.Array:
     """A vector in the order and size of the checkpoint."""
     return param.declared.restore(param.get_value())
 
