@@ -42,8 +42,9 @@ def calibrate(
     Raises:
         InputError: the model has no tokenizer, or the text is shorter than one piece.
     """
+    pieces = text_chunks(model, text, chunk, chunks)
     model.begin_track_stats()
-    for tokens in tracked(text_chunks(model, text, chunk, chunks), progress):
+    for tokens in with_progress(pieces, progress):
         for _ in hidden_states(model.programs, tokens[None], cache_for(model.programs, 1, len(tokens)), 0):
             pass
     return model.end_track_stats()
@@ -64,9 +65,9 @@ def text_chunks(model: LanguageModel, text: str, chunk: int = CHUNK, chunks: int
     return np.array(ids[: count * chunk], np.int32).reshape(count, chunk)[:chunks]
 
 
-def tracked[T](items: Iterable[T], progress: bool, what: str = "calibrating") -> Iterable[T]:
+def with_progress[T](items: Iterable[T], progress: bool) -> Iterable[T]:
     """The items, with progress on stderr."""
-    return tqdm(items, what, disable=not (progress and sys.stderr.isatty()), leave=False, file=sys.stderr)
+    return tqdm(items, "calibrating", disable=not (progress and sys.stderr.isatty()), leave=False, file=sys.stderr)
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -99,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{out}: name it .gguf (llama.cpp's form) or .cimatrix (mistral.rs's)")
     if not out.resolve().parent.is_dir():
         raise InputError(f"{out}: {out.resolve().parent} is not a directory; make it first")
-    checkpoint = open_checkpoint(find_checkpoint(args.model))
     emulate_devices(args.tp * args.ep)
+    checkpoint = open_checkpoint(find_checkpoint(args.model))
     model = load(args.model, mesh=f"tp={args.tp},ep={args.ep}", dtype="float32")
     statistics = calibrate(model, text, chunk=args.chunk, chunks=args.chunks)
     tokens = max(int(np.max(s.counts)) for s in statistics.values())

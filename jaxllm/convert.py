@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxllm.calibrate import read_text, text_chunks
@@ -29,7 +31,7 @@ from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
 from jaxllm.checkpoint.exports import Export, awq, export, gptq
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
-from jaxllm.checkpoint.unfinished import GB
+from jaxllm.checkpoint.unfinished import GB, check_target
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
 from jaxllm.cli import Parser, execute
 from jaxllm.encodings import ENCODINGS
@@ -39,6 +41,7 @@ from jaxllm.exporting.gguf import gguf
 from jaxllm.exporting.model import Model, read_model
 from jaxllm.exporting.target import CONTAINERS, made_by, target
 from jaxllm.exporting.writer import WORKERS, Output
+from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.imatrix import importance_for
 from jaxllm.loading import find_checkpoint, load
@@ -108,21 +111,29 @@ def convert(
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(WORKERS) as pool:
+    begun, pool = time.perf_counter(), ThreadPoolExecutor(WORKERS)
+    try:
         if to in LAYOUTS:
+            check_target(dst, False)
             output = _layout(src, dst, str(to), limit, model_parallel, n_experts, config)
         else:
-            types = partial(_types, src, dst, to, container, organization, topology, imatrix, text, limit, pool)
-            dtype_only = to in TARGETS and container in (None, "huggingface") and _is_directory(src)
-            output = _dtype(src, dst, str(to), limit, types) if dtype_only else types()
+            name, kind = target(to, container)
+            check_target(dst, kind == "gguf")
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, dry_run)
+            types = partial(_types, src, dst, wanted, limit, pool)
+            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src)
+            output = _dtype(src, dst, name, limit, types) if dtype_only else types()
         plan = output.plan if output.plan.rows else None
         if dry_run:
+            if progress:
+                print(f"{dst}: would be {len(output.tensors)} tensors, {output.nbytes} bytes", file=sys.stderr)
             return plan
         hide = None if progress else True  # None: where stderr is not a terminal
         options: Any = {"unit": "B", "unit_scale": True, "disable": hide, "leave": False}
         with tqdm(desc="converting", total=output.nbytes, **options) as bar:
             output.write(bar.update)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if progress:
         seconds = time.perf_counter() - begun
         rate = f"{seconds:.1f} s, {output.nbytes / GB / seconds:.2f} GB/s"
@@ -181,51 +192,74 @@ def _written(dst: Path, tensors: list[Tensor], files: Mapping[str, Path | bytes]
     return Output(Plan(()), tensors, write)
 
 
-def _types(
-    src: Path,
-    dst: Path,
-    to: str | int,
-    container: str | None,
-    organization: str | None,
-    topology: str | os.PathLike | None,
-    imatrix: str | os.PathLike | None,
-    text: str | os.PathLike | None,
-    limit: int,
-    pool: ThreadPoolExecutor,
-) -> Output:
-    """Matrices in other types."""
-    name, container = target(to, container)
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `convert` for matrices in another type, which is `name` in the `container`."""
+
+    name: str
+    container: str
+    organization: str | None
+    topology: str | os.PathLike | None
+    imatrix: str | os.PathLike | None
+    text: str | os.PathLike | None
+    dry_run: bool
+
+    def check(self) -> None:
+        """Raise InputError for what means nothing together."""
+        calibrates = self.container != "gguf" and made_by(self.name, self.container) is None
+        if self.text is not None and not calibrates:
+            raise InputError(f"text '{self.text}': {self.name} is not calibrated; give an imatrix if the type uses one")
+        if self.text is None and calibrates:
+            raise InputError(f"{self.name} calibrates on a text: give one (--text)")
+        if self.topology is not None and self.container != "gguf":
+            raise InputError(f"topology '{self.topology}': a directory has one type; only a GGUF file mixes them")
+        for option, value in (("organization", self.organization), ("imatrix", self.imatrix)):
+            if value is not None and calibrates:
+                raise InputError(f"{option} '{value}': {self.name} takes none")
+
+
+def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolExecutor) -> Output:
+    """Matrices in another type."""
+    wanted.check()
     checkpoint = open_checkpoint(src)
+    known = importance_for(wanted.imatrix, checkpoint)
+    chosen = recipe(made_by(wanted.name, wanted.container), wanted.organization, wanted.topology, known)
+    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:6])
     with located(src):
-        chosen = recipe(made_by(name, container), organization, topology, importance_for(imatrix, checkpoint))
         model = read_model(checkpoint, src)
-        if container != "gguf":
-            how = export(container, name)
-            if how.encoding not in ENCODINGS:
-                model, how = _calibrated(src, model, how, text)
-            elif text is not None:
-                raise InputError(f"text '{text}': {name} is not calibrated; give an imatrix if the type uses one")
-            others = _others(src) if src.is_dir() else {}
-            source = _fingerprint(src, f"{container} {name}", organization, topology, imatrix, text)
-            return directory(model, chosen, how, dst, others, limit, source, pool)
-        return gguf(model, chosen, dst, _fingerprint(src, f"gguf {name}", organization, topology, imatrix), pool)
+        if wanted.container == "gguf":
+            return gguf(model, chosen, dst, source, pool)
+        how = export(wanted.container, wanted.name)
+        if how.encoding not in ENCODINGS:
+            model, how = _calibrated(src, model, how, wanted)
+        return directory(model, chosen, how, dst, _others(src) if src.is_dir() else {}, limit, source, pool)
 
 
-def _calibrated(src: Path, model: Model, how: Export, text: str | os.PathLike | None) -> tuple[Model, Export]:
+def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[Model, Export]:
     """The model with the weights and values that GPTQ or AWQ make, and how they are written."""
-    if text is None:
-        raise InputError(f"{how.name} calibrates on a text: give one (--text)")
-    group = common_group(model.shapes)
+    assert wanted.text is not None
+    text, group = read_text(wanted.text), common_group(model.shapes)
+    bits, symmetric = (4, False) if how.name == "awq" else (int(how.name[4]), "asym" not in how.name)
+    how = awq(group) if how.name == "awq" else gptq(bits, symmetric, group=group)
+    if wanted.dry_run:  # all that is written about are the shapes
+        names = (name for name in model.shapes if name.startswith("layers.") and model.is_matrix(name))
+        return replace(model, made={name: _blank(how, model.shapes[name]) for name in names}), how
     loaded = load(src, dtype="float32", progress=False)
-    tokens = text_chunks(loaded, read_text(text))
-    if how.name == "awq":
-        result, how = with_awq(loaded, tokens, group), awq(group)
-    else:
-        bits, symmetric = int(how.name[4]), "asym" not in how.name
-        result = with_gptq(loaded, tokens, bits, group, symmetric)
-        how = gptq(bits, symmetric, group=group)
+    tokens = text_chunks(loaded, text)
+    calibrated = with_awq if how.name == "awq" else partial(with_gptq, bits=bits, symmetric=symmetric)
+    result = calibrated(loaded, tokens, group=group)
     changed = {name: Source(model.sources[name].name, (Dense(v),)) for name, v in result.changed.items()}
     return replace(model, sources={**model.sources, **changed}, made=result.made), how
+
+
+def _blank(how: Export, shape: tuple[int, ...]) -> Weight:
+    """A weight of zeros that take no space."""
+    *lead, out, in_ = shape
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), leaf.dtype), (*lead, *leaf.shape))
+
+    return jax.tree.map(zeros, how.takes((out, in_)))
 
 
 def _others(src: Path) -> dict[str, Path | bytes]:
@@ -322,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "dry_run")}
     try:
         plan = convert(*paths, to=to, **options)
-        if args.dry_run:
+        if args.dry_run and plan is not None:
             print(plan)
     except OSError as error:
         raise InputError(str(error)) from error

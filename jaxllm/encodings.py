@@ -23,7 +23,7 @@ from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
-from jaxllm.formats.ggml_encode import ENCODERS, FALLBACK, NEEDS_IMPORTANCE, encode_blocks
+from jaxllm.formats.ggml_encode import ENCODERS, FALLBACK, NEEDS_IMPORTANCE, encode_blocks, within
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.nvfp4 import NVFP4
 from jaxllm.formats.scaled import Scaled
@@ -174,10 +174,5 @@ def fitting(e: Encoding, in_features: int) -> Encoding:
 
 def check(values: jax.Array, e: Encoding) -> None:
     """Raises InputError if a value is NaN, infinite or larger than `e` can hold. Not for use under `jit`."""
-    if not _peak(values) <= e.limit:
+    if not within(values, e.limit):
         raise InputError(f"values that are NaN, or beyond {e.limit:.5g}, cannot be encoded as {e.name}")
-
-
-@jax.jit
-def _peak(values: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(values)).astype(jnp.float32)

@@ -81,7 +81,7 @@ def _by_name(entries: Mapping[str, Statistics], shapes: Shapes, checkpoint: Chec
                 of_experts.setdefault(target, {})[int(expert)] = statistics
     if complaints:
         raise InputError("; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if complaints[8:] else ""))
-    return found | {target: _stack(each, shapes[target]) for target, each in of_experts.items()}
+    return found | {target: _stack(target, each, shapes[target]) for target, each in of_experts.items()}
 
 
 def _same_layer(target: str, shapes: Shapes) -> bool:
@@ -90,11 +90,14 @@ def _same_layer(target: str, shapes: Shapes) -> bool:
     return layer is not None and any(name.startswith(layer[0]) for name in shapes)
 
 
-def _stack(experts: Mapping[int, Statistics], shape: tuple[int, ...]) -> Statistics:
+def _stack(name: str, experts: Mapping[int, Statistics], shape: tuple[int, ...]) -> Statistics:
+    """One entry from those of single experts. An expert without one met no token."""
     squares, counts = np.zeros((shape[0], shape[-1]), np.float32), np.zeros(shape[0], np.int64)
     for i, statistics in experts.items():
-        if i < shape[0] and statistics.squares.size == shape[-1]:
-            squares[i], counts[i] = statistics.squares, statistics.counts
+        if i >= shape[0] or statistics.squares.size != shape[-1]:
+            size = statistics.squares.size
+            raise InputError(f"of another model: expert {i} of {name} has {size} values, but the stack is {[*shape]}")
+        squares[i], counts[i] = statistics.squares, statistics.counts
     return Statistics(squares, counts)
 
 
@@ -138,7 +141,7 @@ def named(statistics: Mapping[str, Statistics], checkpoint: Checkpoint, dialect:
     out = {}
     for tensor in written:
         path, expert = tensor.parts[0]
-        if path in statistics:
+        if path in statistics and not (tensor.stack or tensor.turned):  # those are other matrices, with other inputs
             entry = statistics[path]
             out[tensor.name] = entry if expert is None else Statistics(entry.squares[expert], entry.counts[expert])
     return out

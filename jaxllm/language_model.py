@@ -21,7 +21,7 @@ from jaxllm.errors import InputError
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.programs import Programs
-from jaxllm.recipe import Plan, Row, recipe
+from jaxllm.recipe import Plan, Row, is_in, recipe
 from jaxllm.requantize import fitting_shards
 from jaxllm.sampling import Sampler, Sampling, SamplingOptions
 from jaxllm.summary import Summary, summarize
@@ -276,11 +276,12 @@ class LanguageModel:
         chosen = recipe(type, organization, topology, importance)
         if chosen is None:
             raise InputError("nothing to do: give a type or a topology")
+        chosen.check(p.name for p in self.placed)
         before = {p.name: p.encoded for p in self.placed}
 
         def choose(name: str, declared: Declaration) -> tuple[Encoding, np.ndarray | None] | None:
             wanted = chosen.choose(name, name, declared.shape).type
-            if wanted is None:
+            if wanted is None or is_in(before[name], wanted):
                 return None
             return fitting_shards(wanted, declared, self.mesh), chosen.importance_of(name, declared.shape)
 
@@ -289,8 +290,12 @@ class LanguageModel:
         def track(results: Iterable, count: int) -> Iterable:
             return tqdm(results, "quantizing", count, unit=" tensors", disable=not show, leave=False, file=sys.stderr)
 
-        self.placed = refill(self.model, self.placed, choose, self.dtype, track)
-        self.programs = Programs(self.model, self.mesh, self.dtype, self.programs.int8_blocks)
+        int8_blocks = self.programs.int8_blocks
+        del self.programs  # holds all the old matrices
+        try:
+            refill(self.model, self.placed, choose, self.dtype, track)
+        finally:
+            self.programs = Programs(self.model, self.mesh, self.dtype, int8_blocks)
         rows = [
             Row(p.name, before[p.name], p.encoded, chosen.choose(p.name, p.name, p.declaration.shape).why)
             for p in self.placed
@@ -299,7 +304,8 @@ class LanguageModel:
         return Plan(rows)
 
     def begin_track_stats(self, products: bool = False) -> None:
-        """From now on, collect statistics of the activations that every matrix but the head is multiplied by.
+        """From now on, collect statistics of the activations that every matrix but the head is multiplied by, while
+        tokens are given to the model (those that it generates do not count).
 
         Args:
             products: also the sums of outer products, which GPTQ and AWQ need: for each matrix as much memory as a

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ class Programs:
     Attributes:
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
         runs_ahead: whether calls may return before their results are computed, see the function `runs_ahead`.
-        tracks: which statistics of activations programs collect; None: none.
+        tracks: which statistics of the activations of prompts are collected; None: none.
         seen: the statistics so far, by the parameters' names; on the mesh, as they lie there.
         compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
         compiled: the programs by key: what they were compiled for.
@@ -76,25 +75,23 @@ class Programs:
         def merge(leaves: list[jax.Array]) -> Decoder:
             return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
-        def tracked(model: Decoder, *args: Any) -> tuple[Any, dict[str, tracking.Statistics]]:
-            with tracking.collecting(model, self.tracks) as seen:
-                return model(*args), seen
-
         def extend(
             leaves: list[jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, window: int
         ) -> tuple[tuple[jax.Array, KVCache], dict[str, tracking.Statistics]]:
-            return tracked(merge(leaves), tokens, cache, counts, window, self.dtype)
+            model = merge(leaves)
+            with tracking.collecting(model, self.tracks) as seen:
+                return model(tokens, cache, counts, window, self.dtype), seen
 
         def head(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
             return merge(leaves).logits(hidden)
 
         def decode_step(
             leaves: list[jax.Array], cache: KVCache, state: State, sampler: Sampler
-        ) -> tuple[tuple[KVCache, State], dict[str, tracking.Statistics]]:
+        ) -> tuple[KVCache, State]:
             model = merge(leaves)
-            args = state.token[:, None], cache, jnp.ones_like(cache.lengths), cache.capacity, self.dtype
-            (hidden, cache), seen = tracked(model, *args)
-            return (cache, _draw(model.logits(hidden[:, 0]), state, sampler)), seen
+            ones = jnp.ones_like(cache.lengths)
+            hidden, cache = model(state.token[:, None], cache, ones, cache.capacity, self.dtype)
+            return cache, _draw(model.logits(hidden[:, 0]), state, sampler)
 
         self._extend, self._head, self._decode_step = extend, head, decode_step
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -117,7 +114,10 @@ class Programs:
         args = self.leaves, cache, self.replicate(tokens), self.replicate(counts)
         extend = partial(self._extend, window=window)
         shardings = (self._replicated, cache.shardings), self._replicated
-        return self._noted(self._run(key, extend, *args, outputs=lambda: shardings, donated=1))
+        result, seen = self._run(key, extend, *args, outputs=lambda: shardings, donated=1)
+        for name, statistics in seen.items():
+            self.seen[name] = self.seen[name] + statistics if name in self.seen else statistics
+        return result
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]`."""
@@ -125,17 +125,10 @@ class Programs:
 
     def decode_step(self, cache: KVCache, state: State, sampler: Sampler) -> tuple[KVCache, State]:
         """Add the newest token to the cache (which is donated) and draw the next one."""
-        key = "decode_step", state.token.shape, cache.capacity, sampler.kind, self.tracks
+        key = "decode_step", state.token.shape, cache.capacity, sampler.kind
         # The state is not donated: its token is read while the next step runs.
-        args = self.leaves, cache, state, sampler
-        shardings = (cache.shardings, self._replicated), self._replicated
-        return self._noted(self._run(key, self._decode_step, *args, outputs=lambda: shardings, donated=1))
-
-    def _noted[T](self, result: tuple[T, dict[str, tracking.Statistics]]) -> T:
-        """The result of a program, whose statistics join those that were collected before."""
-        for name, statistics in result[1].items():
-            self.seen[name] = self.seen[name] + statistics if name in self.seen else statistics
-        return result[0]
+        outputs, args = (lambda: (cache.shardings, self._replicated)), (self.leaves, cache, state, sampler)
+        return self._run(key, self._decode_step, *args, outputs=outputs, donated=1)
 
     def start(
         self, logits: jax.Array, prompts: Sequence[Sequence[int]], seed: int, first_stream: int, sampler: Sampler

@@ -145,7 +145,7 @@ def record_stack(param: nnx.Param, statistics: Statistics) -> None:
 
 def _tracker_of(param: nnx.Param) -> Tracker | None:
     tracker = _tracker.get()
-    return tracker if tracker is not None and id(param) in tracker.names else _begun.get(id(param))
+    return tracker if tracker is not None and id(param) in tracker.names else _begun.get(id(param), (None, None))[1]
 
 
 def real_tokens() -> jax.Array | None:
@@ -183,14 +183,13 @@ class Tracked:
 
 
 # Layers on their own, outside models: what is collected from `begin` to `end`, by the identity of each parameter.
-_begun: dict[int, Tracker] = {}
+_begun: dict[int, tuple[nnx.Param, Tracker]] = {}  # which holds the parameter, so that no other gets its identity
 
 
 def begin(module: nnx.Module, products: bool = False) -> None:
     """Collect statistics of a layer's calls outside `jit` from now on."""
-    names = _names(module)
-    tracker = Tracker("products" if products else "squares", names)
-    _begun.update(dict.fromkeys(names, tracker))
+    tracker = Tracker("products" if products else "squares", _names(module))
+    _begun.update({id(param): (param, tracker) for _, param in _parameters(module)})
 
 
 def end(module: nnx.Module) -> dict[str, Statistics]:
@@ -200,9 +199,9 @@ def end(module: nnx.Module) -> dict[str, Statistics]:
         InputError: it was not begun, or the layer was called under `jit`.
     """
     params = dict(_parameters(module))
-    trackers = [_begun.pop(id(param), None) for param in params.values()]
-    if not trackers or (tracker := trackers[0]) is None:
-        raise InputError("no statistics: call begin_track_stats() first")
+    trackers = [_begun.pop(id(param), (None, None))[1] for param in params.values()]
+    if not trackers or (tracker := trackers[0]) is None or not tracker.seen:
+        raise InputError("no statistics: call begin_track_stats(), then the layer, outside jit")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tracker.seen)):
         raise InputError("statistics of a single layer are collected outside jit only, but it was called under jit")
     return {name: tracker.seen[name].restored(p.declared) for name, p in params.items() if name in tracker.seen}

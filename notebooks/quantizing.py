@@ -77,7 +77,7 @@ print(f"{(folder / 'small.gguf').stat().st_size / 1e6:.0f} MB:", small.generate(
 # %% [markdown]
 # ## Bits against perplexity
 #
-# Measured by `tests/reference/encoding_table.py`, which took some 25 minutes: the demo's matrices in every type, and
+# Measured by `tests/reference/encoding_table.py`, which took some 15 minutes: the demo's matrices in every type, and
 # the perplexity of a text that the importance matrix does not come from. Lines show what knowing the inputs changes.
 
 # %%

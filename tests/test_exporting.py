@@ -1,6 +1,7 @@
 """Models written as other checkpoints: the same logits, the same bits, and files that say what they are."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -10,9 +11,11 @@ import pytest
 import tiny_gguf
 import tiny_hf
 from covering import some
+from quantized_writers import write_safetensors
 from safetensors.numpy import load_file
 
 import jaxllm
+from jaxllm.checkpoint.exports import EXPORTS
 from jaxllm.convert import convert
 from jaxllm.errors import InputError
 from jaxllm.exporting.target import target
@@ -167,7 +170,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(sources, tmp_path):
         ("afq4", None, ("afq4", "mlx")),
         ("mxfp4", None, ("mxfp4", "huggingface")),
         ("mxfp4", "gguf", ("mxfp4", "gguf")),
-        ("bf16", "gguf", ("bf16", "gguf")),
+        ("bf16", "gguf", ("bfloat16", "gguf")),
         ("gptq4", None, ("gptq4", "huggingface")),
     ],
 )
@@ -180,7 +183,7 @@ def test_the_container_of_a_type(to, container, found):
     [
         ({"to": "hqq4"}, "no container holds hqq4"),
         ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf can"),
-        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of gguf, huggingface, mlx"),
+        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf"),
         ({"to": "gptq4"}, r"gptq4 calibrates on a text: give one \(--text\)"),
         ({"to": "int4", "text": "a"}, "text 'a': int4 is not calibrated"),
         ({"to": "q4_k", "organization": "moqe"}, "moqe: the model has no routed experts"),
@@ -198,3 +201,68 @@ def test_shards_have_an_index(sources, tmp_path):
     there = {name: file.name for file in (tmp_path / "a").glob("*.safetensors") for name in load_file(file)}
     assert there == index
     assert len(set(index.values())) > 2
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "mixtral_transposed", "mixtral_stacked", "qwen3_moe", "odd"])
+def test_a_directory_keeps_the_names_of_its_source(tmp_path, name):
+    source = GOLDEN / "checkpoints" / name
+    convert(source, tmp_path / "a", to="float16", progress=False)
+    before, after = ({n for file in p.glob("*.safetensors") for n in load_file(file)} for p in (source, tmp_path / "a"))
+    assert after == before
+    plan = convert(source, tmp_path / "b", to="int8", progress=False)
+    assert {row.name for row in plan.rows} <= before
+    load(tmp_path / "b").logits(TOKENS)
+
+
+EVERYWHERE = [(c, t) for c, t in EXPORTS if "gptq" not in t and t not in ("awq", "mxfp4_experts")]
+FEW = [("huggingface", "fp8_block"), ("mlx", "afq4"), ("mlx", "mxfp4"), ("huggingface", "int4")]
+
+
+@pytest.mark.parametrize(("container", "type"), some(EVERYWHERE, FEW))
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek"])
+def test_every_directory_of_experts_is_read_again(sources, tmp_path, name, container, type):
+    convert(sources[name], tmp_path / "a", to=type, container=container, progress=False)
+    there, ours = load(tmp_path / "a"), load(sources[name])
+    found, expected = np.asarray(there.logits(TOKENS)), np.asarray(ours.logits(TOKENS))
+    assert np.square(found - expected).mean() < 0.3 * np.square(expected).mean()
+    if container == "mlx" and name != "gpt_oss":
+        assert any("switch_mlp" in n for n in load_file(tmp_path / "a" / "model.safetensors"))
+
+
+def test_gptq_of_fused_matrices(tmp_path, monkeypatch):
+    """Phi-3 has queries, keys and values in one tensor; each was calibrated on its own."""
+    monkeypatch.setattr(jaxllm.convert, "text_chunks", lambda model, text: np.repeat(TOKENS, 4, axis=0))
+    (tmp_path / "text").write_text("text")
+    source = tiny_hf_of_64(tmp_path)
+    plan = convert(source, tmp_path / "a", to="gptq4", text=tmp_path / "text", dry_run=True, progress=False)
+    assert {row.result.format for row in plan.rows if ".layers." in row.name} == {"GPTQ 4-bit"}
+    convert(source, tmp_path / "a", to="gptq4", text=tmp_path / "text", progress=False)
+    found, expected = (np.asarray(load(path).logits(TOKENS)) for path in (tmp_path / "a", source))
+    assert np.square(found - expected).mean() < 0.1 * np.square(expected).mean()
+
+
+def tiny_hf_of_64(folder):
+    """The tiny Llama as Phi-3 has it."""
+    llama = tiny_hf.write(folder / "llama", "llama")
+    tensors, config = load_file(llama / "model.safetensors"), json.loads((llama / "config.json").read_text())
+    at = "model.layers.0."
+    fused = {
+        f"{at}self_attn.qkv_proj.weight": [tensors.pop(f"{at}self_attn.{n}_proj.weight") for n in "qkv"],
+        f"{at}mlp.gate_up_proj.weight": [tensors.pop(f"{at}mlp.{n}_proj.weight") for n in ("gate", "up")],
+    }
+    (folder / "phi3").mkdir()
+    write_safetensors(folder / "phi3" / "model.safetensors", tensors | {n: np.concatenate(p) for n, p in fused.items()})
+    (folder / "phi3" / "config.json").write_text(json.dumps(config | {"model_type": "phi3", "pad_token_id": 0}))
+    return folder / "phi3"
+
+
+def test_a_value_beyond_float16_is_named(sources, tmp_path):
+    shutil.copytree(sources["llama"], tmp_path / "big")
+    tensors = load_file(tmp_path / "big" / "model.safetensors")
+    wrong = (1e6, "float16", "up_proj.weight: values over 65504"), (np.nan, "q8_0", "ffn_up.weight: .*NaN")
+    for value, to, message in wrong:
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = value
+        write_safetensors(tmp_path / "big" / "model.safetensors", tensors)
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / "big", tmp_path / "a", to=to, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]

@@ -106,6 +106,8 @@ def _encoded(name: str, shape: tuple[int, ...]) -> Weight:
 
 def integer_shapes(bits: int, group: int, shape: tuple[int, ...]) -> Affine:
     """What encoders that are calibrated make: float16 scales and integer zero points."""
+    if len(shape) != 2:
+        raise InputError(f"a stack {[*shape]}, where such files hold single matrices")
     out, in_ = shape
     grid = out, -(-in_ // group)
     codes = jax.ShapeDtypeStruct(words_shape(out, in_, bits), jnp.uint32)

@@ -1,6 +1,6 @@
 """Fill a model with weights: each device's part of a tensor is read, encoded, placed, and perhaps dequantized."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -112,30 +112,30 @@ def as_packed(weight: Weight, sharding: NamedSharding) -> Weight:
 
 def refill(
     model: nnx.Module,
-    placed: Sequence[Placed],
+    placed: list[Placed],
     choose: Callable[[str, Declaration], tuple[Encoding, np.ndarray | None] | None],
     dtype: jax.typing.DTypeLike,
     track: Callable[[Iterable, int], Iterable],
-) -> list[Placed]:
+) -> None:
     """Encode the matrices of a filled model anew, one after the other, where they lie.
 
     Args:
+        placed: from `fill`; entries are replaced as their matrices are.
         choose: given a parameter's name and declaration, its new type and importance; None: it stays as it is.
         dtype, track: see `fill`.
     """
     held = parameters(model)
 
-    def anew(old: Placed) -> Placed:
+    for i in track(range(len(placed)), len(placed)):
+        old = placed[i]
         chosen = None if old.declaration.keep or len(old.declaration.shape) == 1 else choose(old.name, old.declaration)
         if chosen is None:
-            return old
+            continue
         weight = encoded_anew(held[old.name], *chosen)
         sharding = NamedSharding(jax.tree.leaves(weight)[0].sharding.mesh, old.declaration.spec)
         new = replace(old, encoded=planned(old.declaration.shape, chosen[0]), weight=_repacked(weight, sharding, dtype))
         held[old.name].set_value(new.weight)
-        return new
-
-    return list(track(map(anew, placed), len(placed)))
+        placed[i] = new
 
 
 def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:

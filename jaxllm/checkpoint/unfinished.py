@@ -64,7 +64,7 @@ def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = Non
     go_on = ""
     try:
         final = path.resolve()
-        _check(path, final, file is not None)
+        check_target(path, file is not None)
         hidden = final.with_name(f".{final.name}.partial")
         hidden.mkdir(exist_ok=True)
         try:
@@ -73,27 +73,37 @@ def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = Non
                 there = sum(each.stat().st_blocks * 512 for each in begun.folder.iterdir())
                 if (free := shutil.disk_usage(final.parent).free + there) < nbytes:
                     needed = f"{nbytes / GB:.2f} GB are needed, but {free / GB:.2f} GB are free on that disk"
-                    raise InputError(f"{path}: {needed}")
+                    if not begun.done:
+                        shutil.rmtree(hidden)
+                    raise NoSpace(f"{path}: {needed}")
                 yield begun
                 made = [*begun.folder.rglob("*"), begun.folder] if file is None else [begun.folder / file]
                 for each in made:
                     _sync(each)
                 made[-1].rename(final)
                 _sync(final.parent)
+                shutil.rmtree(hidden)
         except Timeout as error:
             raise InputError(f"{path}: another process is writing it") from error
+        except NoSpace:
+            raise
         except (OSError, KeyboardInterrupt):
             go_on = "; what was written is kept, and the same command goes on from there"
             raise
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
-        shutil.rmtree(hidden)
     except OSError as error:
         raise InputError(f"{path}: not written: {error}{go_on}") from error
 
 
-def _check(path: Path, final: Path, is_file: bool) -> None:
+class NoSpace(InputError):
+    """The disk is too small for the rest. What is there stays."""
+
+
+def check_target(path: Path, is_file: bool) -> None:
+    """Raise InputError if nothing can be written under this name."""
+    final = path.resolve()
     if final.is_mount():
         raise InputError(f"{path}: a file system is mounted here; name a directory inside it")
     if is_file and final.exists():

@@ -22,7 +22,7 @@ from jaxllm.errors import InputError
 from jaxllm.placing import FileArray, JoinedArray
 
 PIECE = 1 << 18  # about how many values are in memory at a time
-AHEAD = 8  # tensors whose computation is begun before it is their turn
+AHEAD = 4  # tensors whose computation is begun before it is their turn
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 Advance = Callable[[int], object]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from jaxllm.checkpoint.exports import Export, export, planned
 from jaxllm.checkpoint.writing import Advance, Tensor, write_directory
 from jaxllm.encodings import ENCODINGS, Encoding
 from jaxllm.errors import InputError, located
-from jaxllm.exporting.model import Model, Values
+from jaxllm.exporting.model import Model, Values, as_in_the_source
 from jaxllm.exporting.writer import PLAIN, Output, Writer, dense_shapes
+from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.models.describe import described
 from jaxllm.models.family import GGUF, HUGGING_FACE
-from jaxllm.models.rule import Written, inverted
+from jaxllm.models.rule import Written
 from jaxllm.recipe import SENSITIVE, Plan, Recipe
 from jaxllm.requantize import encoded, on_host
 from jaxllm.tokenizer.gguf_writing import huggingface_tokenizer, special_ids
@@ -53,9 +54,7 @@ def directory(
     files = dict(others)
     if checkpoint.dialect == HUGGING_FACE:
         entries = {k: v for k, v in checkpoint.description.items() if k not in ("quantization_config", "quantization")}
-        names = [*checkpoint.tensors]
-        rules = [rule for rule in checkpoint.rules if any(re.fullmatch(rule.pattern, name) for name in names)]
-        wanted = inverted(rules, model.shapes, checkpoint.config)
+        wanted = as_in_the_source(checkpoint)
     else:
         said = described(
             checkpoint.family, checkpoint.dialect, HUGGING_FACE, checkpoint.description, checkpoint.tensors,
@@ -65,6 +64,8 @@ def directory(
         if checkpoint.dialect == GGUF and checkpoint.texts.tokenizer is not None:
             files |= huggingface_tokenizer(checkpoint.description)
             entries = entries | special_ids(checkpoint.description)
+    if how.container == "mlx":
+        wanted = _stacked(wanted)
     if how == export("huggingface", "mxfp4") and any(_is_stack(model, written) for written in wanted):
         how = export("huggingface", "mxfp4_experts")  # as GPT-OSS has them, beside plain matrices
     dtype = _other_dtype(model, how)
@@ -81,6 +82,16 @@ def directory(
         write_directory(path, tensors, files, limit, advance, source)
 
     return Output(Plan(writer.rows), tensors, write)
+
+
+def _stacked(wanted: Sequence[Written]) -> list[Written]:
+    """Single experts as the stacks that MLX has in their place."""
+    stacks = {}
+    for written in wanted:
+        path, number = written.parts[0]
+        name = re.sub(r"experts\.\d+\.\w+\.weight$", f"switch_mlp.{path.rpartition('.')[2]}.weight", written.name)
+        stacks[name] = written if number is None else Written(name, ((path, None),), None)
+    return list(stacks.values())
 
 
 def _is_stack(model: Model, written: Written) -> bool:
@@ -106,13 +117,11 @@ def _other_dtype(model: Model, how: Export) -> np.dtype:
 def _tensors(
     writer: Writer, written: Written, how: Export, dtype: np.dtype, left_out: list[str], groups: dict[str, int]
 ) -> list[Tensor]:
-    values, path = Values(writer.model, written), written.parts[0][0]
+    values = Values(writer.model, written)
     module, _, kind = written.name.rpartition(".")
     module = module if kind == "weight" else written.name
     type, why = _choice(writer, written, values, how)
-    made = writer.model.made.get(path)
-    if made is not None and (number := written.parts[0][1]) is not None:
-        made = jax.tree.map(lambda leaf: leaf[number], made)
+    made = _made(writer.model, written)
     if type is None and made is None:
         if len(values.shape) > 1 and kind != "bias":
             writer.note(written, dense_shapes(values, dtype), why)
@@ -138,17 +147,31 @@ def _tensors(
     return together(writer.pool, sizes, compute)
 
 
+def _made(model: Model, written: Written) -> Weight | None:
+    """What calibration made of a tensor; None: nothing."""
+    if any(path not in model.made for path, _ in written.parts):
+        return None
+    parts = [
+        model.made[path] if number is None else jax.tree.map(lambda leaf, n=number: leaf[n], model.made[path])
+        for path, number in written.parts
+    ]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) if len(parts) > 1 else parts[0]
+    return joined if written.rows is None else joined.arrange(rows=written.rows)
+
+
 def _choice(writer: Writer, written: Written, values: Values, how: Export) -> tuple[Encoding | None, str]:
     """The type of a tensor, or why it stays plain."""
     path = written.parts[0][0]
     if not writer.model.is_matrix(path) or how.name in DTYPES:
         return None, f"as {how.name}"
+    if written.transposed and how.name != "mxfp4_experts":
+        return None, f"a stack of transposed matrices, which {how.name} has no form for"
     if how.container != "mlx" and path in SENSITIVE:
         return None, "embeddings and heads stay plain in such directories"
     if path in writer.model.made:
         return None, "calibrated"
     type, why = writer.choice(written, values)
-    if path in SENSITIVE and how.encoding in ENCODINGS:
+    if path in SENSITIVE and type is not None and how.encoding in ENCODINGS:
         type, why = ENCODINGS[how.encoding], "general type"
     if type is None or type.name != how.encoding:
         return None, why

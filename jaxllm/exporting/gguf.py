@@ -1,6 +1,6 @@
 """A model as a GGUF file, as llama.cpp reads it."""
 
-import json
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxllm.checkpoint.computed import in_parts
 from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
+from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.checkpoint.writing import File, Tensor, write_file
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.model import Model, Values
@@ -55,8 +56,9 @@ def gguf(model: Model, recipe: Recipe | None, path: Path, source: str, pool: Thr
     for name, array in said.tensors.items():
         tensors.append(Tensor(name, array.dtype, array.shape, [array]))
         types.append((name, array.shape, "F32"))
-    text, offsets = header(_metadata(model, said.entries, recipe), types)
-    file = File(path.name, text, tensors, offsets, ALIGNMENT)
+    metadata = _metadata(model, said.entries, recipe)
+    text, offsets = header(metadata, types)
+    file = File(path.name, text, tensors, offsets, metadata.get("general.alignment", ALIGNMENT))
     return Output(Plan(writer.rows), tensors, lambda advance: write_file(path, file, advance, source))
 
 
@@ -69,7 +71,7 @@ def _tensor(writer: Writer, written: Written) -> tuple[Tensor, str]:
     if type is None:  # in its own type, or as floats that hold it
         kind = held.type if isinstance(held, GGML) and not values.regrouped else "F16"
         if isinstance(held, Dense):
-            kind = next(name for name, dtype in PLAIN.items() if dtype == held.values.dtype)
+            kind = next((name for name, dtype in PLAIN.items() if dtype == held.values.dtype), "F32")
     else:
         kind = type.name.upper()
     if kind in PLAIN:
@@ -113,18 +115,17 @@ def _metadata(model: Model, entries: Mapping[str, Any], recipe: Recipe | None) -
     kind = None if recipe is None or recipe.type is None else FILE_TYPES.get(recipe.type.name.upper())
     file_type = {} if kind is None else {"general.file_type": kind}
     if checkpoint.dialect == GGUF:
-        kept = {key: value for key, value in given.items() if not key.startswith("split.")}
+        stale = ("split.", "quantize.", "general.file_type")
+        kept = {key: value for key, value in given.items() if not key.startswith(stale)}
         return kept | file_type | {"general.quantization_version": 2}
     architecture = entries["general.architecture"]
     texts = {"tokenizer.ggml.model": "none"}  # llama.cpp wants to be told
     if (model.path / "tokenizer.json").is_file():
-        said = _json(model.path / "tokenizer_config.json")
+        said = dict(optional_json(model.path, "tokenizer_config.json").values)
         if (template := model.path / "chat_template.jinja").is_file():
-            said["chat_template"] = template.read_text(encoding="utf-8")
-        texts = gguf_tokenizer(_json(model.path / "tokenizer.json"), said, given)
+            said["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+        texts = gguf_tokenizer(dict(optional_json(model.path, "tokenizer.json").values), said, given)
+    elif (model.path / "tokenizer.model").is_file():
+        warnings.warn(f"{model.path}: tokenizer.model is not written; make a tokenizer.json of it first", stacklevel=4)
     named = {"general.architecture": architecture, "general.type": "model", "general.name": checkpoint.name}
     return named | dict(entries) | file_type | {"general.quantization_version": 2} | texts
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

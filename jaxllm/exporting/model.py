@@ -4,9 +4,11 @@ The rules by which a family's files are read, inverted, say which tensors a file
 are read and decoded matrix by matrix when they are asked for.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,15 @@ import numpy as np
 from jaxllm.checkpoint import matching
 from jaxllm.checkpoint.opening import Checkpoint
 from jaxllm.declaration import Declaration
+from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.rule import Written
 from jaxllm.parallel import make_mesh
 from jaxllm.placing import Source
 from jaxllm.requantize import floats, on_host
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,29 @@ def read_model(checkpoint: Checkpoint, path: Path) -> Model:
     return Model(checkpoint, path, sources, declared)
 
 
+def as_in_the_source(checkpoint: Checkpoint) -> list[Written]:
+    """The tensors that the source itself has for the model's parameters."""
+    found = []
+    for name, weight in checkpoint.tensors.items():
+        if any(re.fullmatch(pattern, name) for pattern in checkpoint.ignored):
+            continue
+        hits = [(rule, m) for rule in checkpoint.rules if (m := re.fullmatch(rule.pattern, name))]
+        shown = [weight if rule.present is None else rule.present(weight, m) for rule, m in hits]
+        rows = [
+            np.arange(part.shape[-2:][0]) if rule.rows is None else rule.rows(checkpoint.config, m)
+            for (rule, m), part in zip(hits, shown, strict=True)
+        ]
+        experts = (m.groupdict().get("expert") for _, m in hits)
+        paths = (m.expand(rule.target) for rule, m in hits)
+        parts = tuple((path, None if e is None else int(e)) for path, e in zip(paths, experts, strict=True))
+        order = np.argsort(np.concatenate(rows))
+        in_order = np.array_equal(order, np.arange(len(order)))
+        column = len(shown[0].shape) > len(weight.shape)
+        transposed = shown[0] is not weight and not column
+        found.append(Written(name, parts, None if in_order else order, transposed, column))
+    return found
+
+
 class Values:
     """The values of a tensor that is to be written, as floats: matrices one by one.
 
@@ -80,7 +108,9 @@ class Values:
             matrix = (rows // written.stack, matrix[1])
             matrix = matrix[::-1] if written.transposed else matrix
         self.shape: tuple[int, ...] = (self.count, *matrix) if written.stack or whole_stack else matrix
-        self._joined: jax.Array | None = None  # what a new stack is cut from, which would otherwise be read for each
+        # What a new stack is cut from, which would otherwise be read for each of its matrices.
+        self._joined: jax.Array | None = None
+        self._left, self._lock = self.count, Lock()
 
     @property
     def regrouped(self) -> bool:
@@ -102,11 +132,13 @@ class Values:
         """Matrix i of a stack, or the only one, or the vector: float32, in the order of the file."""
         if not self.written.stack:
             return self._whole(i)
-        if self._joined is None:
-            self._joined = self._whole(0)
-        rows = len(self._joined) // self.count
+        with self._lock:
+            joined = self._whole(0) if self._joined is None else self._joined
+            self._left -= 1
+            self._joined = joined if self._left else None
+        rows = len(joined) // self.count
         with on_host():
-            part = self._joined[i * rows : (i + 1) * rows]
+            part = joined[i * rows : (i + 1) * rows]
             return part.T if self.written.transposed else part
 
     def _whole(self, i: int) -> jax.Array:
@@ -118,8 +150,14 @@ class Values:
             return joined if self.written.rows is None else joined[self.written.rows]
 
     def plain(self, i: int, dtype: np.dtype) -> np.ndarray:
-        """The same as plain numbers, as they are stored."""
+        """The same as plain numbers, as they are stored.
+
+        Raises:
+            InputError: a value is beyond the dtype.
+        """
         values = np.asarray(self.matrix(i))
         if self.written.column:
             values = values[..., 0]
+        if dtype == np.float16 and np.abs(values).max(initial=0) > FLOAT16_MAX:
+            raise InputError(f"{self.written.name}: values over {FLOAT16_MAX:.0f} are beyond float16; use bfloat16")
         return (values.T if self._stored_transposed else values).astype(dtype)

@@ -1,12 +1,12 @@
 """What users name, a type and perhaps a container, as something that can be written."""
 
 from jaxllm.checkpoint.exports import EXPORTS, export
-from jaxllm.encodings import ENCODINGS, encoding
+from jaxllm.encodings import ENCODINGS, NUMBERS
 from jaxllm.errors import InputError
 from jaxllm.formats.ggml_encode import ENCODERS
 
-CONTAINERS = ("gguf", "huggingface", "mlx")
-_PLAIN = ("f16", "bf16", "f32", "float16", "bfloat16", "float32")
+CONTAINERS = ("huggingface", "mlx", "gguf")  # of several that hold a type, the first is used
+_PLAIN = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
 def target(to: str | int, container: str | None) -> tuple[str, str]:
@@ -15,13 +15,15 @@ def target(to: str | int, container: str | None) -> tuple[str, str]:
     Raises:
         InputError: no container holds this type, or not this one.
     """
-    names = {name.replace("_", ""): name for _, name in EXPORTS}
+    known = {name.replace("_", ""): name for name in (*ENCODINGS, *(name for _, name in EXPORTS))} | _PLAIN
     squeezed = str(to).lower().replace("_", "").replace("-", "")
-    name = names.get(squeezed) or encoding(to).name
+    if squeezed not in known and squeezed not in NUMBERS:
+        names = ", ".join((*sorted({*known.values()}), *NUMBERS))
+        raise InputError(f"cannot write '{to}'; known are {names}")
+    name = known.get(squeezed) or NUMBERS[squeezed]
     if container is not None and container not in CONTAINERS:
         raise InputError(f"container '{container}': choose one of {', '.join(CONTAINERS)}")
-    holders = [c for c in CONTAINERS if (c, name) in EXPORTS]
-    holders += ["gguf"] if _in_gguf(name) else []
+    holders = [c for c in CONTAINERS if (c, name) in EXPORTS or (c == "gguf" and _in_gguf(name))]
     if not holders:
         raise InputError(f"no container holds {name}; these do: {', '.join(sorted({n for _, n in EXPORTS}))}")
     if container is None:
@@ -32,7 +34,7 @@ def target(to: str | int, container: str | None) -> tuple[str, str]:
 
 
 def _in_gguf(name: str) -> bool:
-    return name.upper() in ENCODERS or name in _PLAIN
+    return name.upper() in ENCODERS or name in _PLAIN.values()
 
 
 def made_by(name: str, container: str) -> str | None:

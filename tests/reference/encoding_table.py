@@ -2,7 +2,7 @@
 
 The demo's matrices, encoded once more in each type: bits per weight, seconds to encode them all, and the perplexity of
 a text that the importance matrix does not come from, without it and with it. Both are prose that every Python has; some
-25 minutes on two cores:
+15 minutes on two cores:
 
     python tests/reference/encoding_table.py
 """
@@ -27,7 +27,7 @@ def texts() -> tuple[str, str]:
     from pydoc_data.topics import topics
 
     prose = "\n\n".join(topics[name] for name in sorted(topics))
-    return prose[:150_000], prose[300_000:315_000]
+    return prose[:100_000], prose[300_000:310_000]
 
 
 def main() -> None:
