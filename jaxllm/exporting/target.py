@@ -18,12 +18,12 @@ def target(to: str | int, container: str | None) -> tuple[str, str]:
     known = {name.replace("_", ""): name for name in (*ENCODINGS, *(name for _, name in EXPORTS))} | _PLAIN
     squeezed = str(to).lower().replace("_", "").replace("-", "")
     if squeezed not in known and squeezed not in NUMBERS:
-        names = ", ".join((*sorted({*known.values()}), *NUMBERS))
+        names = ", ".join((*(n for n in sorted({*known.values()}) if _holders(n)), *NUMBERS))
         raise InputError(f"cannot write '{to}'; known are {names}")
     name = known.get(squeezed) or NUMBERS[squeezed]
     if container is not None and container not in CONTAINERS:
         raise InputError(f"container '{container}': choose one of {', '.join(CONTAINERS)}")
-    holders = [c for c in CONTAINERS if (c, name) in EXPORTS or (c == "gguf" and _in_gguf(name))]
+    holders = _holders(name)
     if not holders:
         raise InputError(f"no container holds {name}; these do: {', '.join(sorted({n for _, n in EXPORTS}))}")
     if container is None:
@@ -33,8 +33,9 @@ def target(to: str | int, container: str | None) -> tuple[str, str]:
     return name, container
 
 
-def _in_gguf(name: str) -> bool:
-    return name.upper() in ENCODERS or name in _PLAIN.values()
+def _holders(name: str) -> list[str]:
+    in_gguf = name.upper() in ENCODERS or name in _PLAIN.values()
+    return [c for c in CONTAINERS if (c, name) in EXPORTS or (c == "gguf" and in_gguf)]
 
 
 def made_by(name: str, container: str) -> str | None:
