@@ -15,7 +15,7 @@ from jaxllm.formats.ggml_search import divide, fit_affine, fit_integers, fit_uni
 
 def _codes(x: jax.Array, scale: jax.Array, low: int, high: int) -> jax.Array:
     """x `[..., groups, n]` / scale `[..., groups]` to the nearest of `low .. high`, as uint8 from 0."""
-    q = jnp.round(jnp.clip(divide(x, scale[..., None]), F32(low), F32(high)))
+    q = jnp.round(jnp.clip(x * divide(F32(1), scale[..., None]), F32(low), F32(high)))
     return (q - F32(low)).astype(U8)
 
 
@@ -42,9 +42,10 @@ def q3_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     groups = shaped(x, 16, 16)
     if importance is None:  # llama.cpp's x^2 would be enough for its way of searching
         weights = groups * groups + total(groups * groups) * F32(1 / 64)
+        scales = fit_integers(groups, weights, 4, 0.5, 1)[..., 0]
     else:
         weights = shaped(weigh(x, importance, 2), 16, 16)
-    scales = fit_integers(groups, weights, 4)[..., 0]
+        scales = fit_integers(groups, weights, 4)[..., 0]
     d_bytes, d, scale = fit_unit(scales, total(weights)[..., 0], -32, 31)
     q = flat(_codes(groups, d * scale, -4, 3))
     six = (scale + F32(32)).astype(U8)

@@ -103,26 +103,35 @@ def fit_scale(
     Tries the codes that result from mapping the largest weight to each of `targets` in turn, each with its
     least-squares scale. The first target wins unless another is strictly better.
     """
-    top = largest(x)
-    wx = weights * x
+    shape = (*x.shape[:-1], 1)
+    # A group's weights stand below each other meanwhile, so that sums are taken of many groups at once.
+    x, weights = lax.optimization_barrier((_upright(x), _upright(weights)))
+    high, low = jnp.max(x, axis=0), jnp.min(x, axis=0)
+    top, wx = jnp.where(high >= -low, high, low), weights * x
     choices = jnp.asarray(targets, F32)
 
     def attempt(k: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         best_gain, best_scale = best
         q = snap(divide(choices[k], top) * x)
-        sum_xq, sum_q2 = total(wx * q), total(weights * q * q)
+        sum_xq, sum_q2 = jnp.sum(wx * q, axis=0), jnp.sum(weights * q * q, axis=0)
         scale = divide(sum_xq, sum_q2)
         better = sum_xq * sum_xq > best_gain * sum_q2
         return jnp.where(better, scale * sum_xq, best_gain), jnp.where(better, scale, best_scale)
 
     zero = jnp.zeros_like(top)
     _, scale = lax.fori_loop(0, len(targets), attempt, (zero, zero))
-    return jnp.where(jnp.abs(top) < TINY, F32(0), scale)
+    return jnp.where(jnp.abs(top) < TINY, F32(0), scale).reshape(shape)
 
 
-def fit_integers(x: jax.Array, weights: jax.Array, half: int) -> jax.Array:
-    """`fit_scale` for q in `-half .. half - 1`: the largest weight becomes -half, or up to 0.9 more or less."""
-    return fit_scale(x, weights, -(half + 0.3 * np.array([0, -3, -2, -1, 1, 2, 3])), snap(-half, half - 1))
+def _upright(x: jax.Array) -> jax.Array:
+    """`[..., n]` as `[n, groups]`."""
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def fit_integers(x: jax.Array, weights: jax.Array, half: int, step: float = 0.3, steps: int = 3) -> jax.Array:
+    """`fit_scale` for q in `-half .. half - 1`: the largest weight becomes -half, or some steps more or less."""
+    tries = np.array([0, *range(-steps, 0), *range(1, steps + 1)])
+    return fit_scale(x, weights, -(half + step * tries), snap(-half, half - 1))
 
 
 def fit_unit(scales: jax.Array, weights: jax.Array, low: int, high: int) -> tuple[jax.Array, jax.Array, jax.Array]:
