@@ -6,7 +6,6 @@ the number of chunks, no experts), and mistral.rs in `.cimatrix` (means times th
 positions once). Only the first keeps enough to join two files; so it is what we write, beside mistral.rs's newer form.
 """
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,22 +23,6 @@ from jaxllm.tracking import Statistics
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 Importance = dict[str, Statistics]
-
-
-def fitted(importance: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Importance for a matrix `[out, in]`, as `[in]`, or for a stack `[experts, out, in]`, as `[experts, in]`.
-
-    Some files have the values of all experts in one row. What is known of one matrix only serves every expert.
-
-    Raises:
-        InputError: the numbers do not fit this shape.
-    """
-    *lead, _, in_ = shape
-    if importance.size == in_:
-        return np.broadcast_to(importance.reshape(in_), (*lead, in_))
-    if importance.size != math.prod(lead) * in_:
-        raise InputError(f"importance of {importance.size} inputs for a matrix {[*shape]}: made for another model?")
-    return importance.reshape(*lead, in_)
 
 
 def read_importance(path: Path) -> Importance:

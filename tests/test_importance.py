@@ -8,7 +8,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from jaxllm.errors import InputError
-from jaxllm.importance import Statistics, fitted, read_importance, write_cimatrix, write_gguf
+from jaxllm.importance import Statistics, read_importance, write_cimatrix, write_gguf
 
 RNG = np.random.default_rng(0)
 MEANS = {  # by tensor, few bits each, so that sums are exact; the last is of a stack of three experts
@@ -136,15 +136,6 @@ def test_cimatrix_files_are_written_as_mistral_rs_writes_them(tmp_path):
     write_cimatrix(path, STATS | {"unseen": Statistics(np.zeros(4, np.float32), np.array(0))})
     assert path.read_bytes() == keyed()
     check(read_importance(path))
-
-
-def test_importance_is_fitted_to_the_matrix():
-    dense, experts = MEANS.values()
-    np.testing.assert_array_equal(fitted(experts.ravel(), (3, 5, 6)), experts)
-    np.testing.assert_array_equal(fitted(dense, (4, 8)), dense)
-    np.testing.assert_array_equal(fitted(dense, (2, 4, 8)), np.stack([dense, dense]))
-    with pytest.raises(InputError, match=r"importance of 8 inputs for a matrix \[4, 16\]: made for another model\?"):
-        fitted(dense, (4, 16))
 
 
 def refused(path) -> str:
