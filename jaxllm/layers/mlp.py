@@ -18,6 +18,11 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gemma's activation, with the tanh approximation of GELU."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
 @dataclass(frozen=True)
 class ClampedSwiGLU:
     """GPT-OSS's activation: `(up + 1) * gate * sigmoid(alpha * gate)`. `limit` bounds the gate from above and `up` on
