@@ -61,7 +61,7 @@ def convert(
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
-        add[type(value)](f"{writer.arch}.{key}", value)
+        add[type(value)](key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
     def put(name: str, tensor: np.ndarray) -> None:
         if tensor.dtype == np.uint8:  # blocks of GPT-OSS
