@@ -18,9 +18,13 @@ from jaxllm.cli import Parser, adapters, add_adapters, add_quantizing, execute, 
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
-from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, load
+from jaxllm.leading import Leader, follow
+from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, find_checkpoint, load
+from jaxllm.processes import Group, add_processes, fingerprint, joined
 from jaxllm.sampling import Sampling
 
+# Options of `load` with the same names here.
+LOADING = ("merge_adapters", "dtype", "weights", "max_seq_len", "matmul", "attention", "gqa", "config")
 TYPES = {"top_k": int}  # of sampling options; the others are float
 
 
@@ -47,6 +51,7 @@ def parser() -> Parser:
 
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
+    add_processes(p)
     add_quantizing(p)
     add_adapters(p)
     p.add_argument("--merge-adapters", action="store_true", help="add adapters to the matrices themselves")
@@ -85,25 +90,34 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     if min(args.tp, args.ep) < 1:
         raise InputError("--tp and --ep must be 1 or above")
+    with joined(args) as group:
+        answer(args, group)
+
+
+def answer(args: argparse.Namespace, group: Group) -> None:
+    """Load the model, and answer what the options ask for, together with the other processes."""
     sampling = Sampling(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)})
     lines = _read_lines(args.input_file) if args.input_file else []
     ids = None if args.prompt_ids is None else _parse_ids(args.prompt_ids, "--prompt-ids")
-    emulate_devices(args.tp * args.ep)
-    model = load(
-        args.model,
-        mesh=f"tp={args.tp},ep={args.ep}",
+    count, rest = divmod(args.tp * args.ep, group.count)
+    if rest:
+        raise InputError(f"{args.tp * args.ep} devices (--tp, --ep) are not equally many for {group.count} processes")
+    emulate_devices(count)
+    options = {
+        "mesh": f"tp={args.tp},ep={args.ep}",
         **quantizing(args),
-        adapters=adapters(args),
-        merge_adapters=args.merge_adapters,
-        dtype=args.dtype,
-        weights=args.weights,
-        max_seq_len=args.max_seq_len,
-        matmul=args.matmul,
-        attention=args.attention,
-        gqa=args.gqa,
-        config=args.config,
-    )
-    session = Session(model, args.raw, args.json, args.max_new_tokens, args.seed, sampling)
+        "adapters": adapters(args),
+        **{name: getattr(args, name) for name in LOADING},
+    }
+    if group.count > 1:
+        group.agree("the option", {name: str(value) for name, value in options.items()})
+        group.agree("the file", fingerprint(find_checkpoint(args.model)))
+    model = load(args.model, **options, progress=group.leads)
+    if not group.leads:
+        follow(model, group)
+        return
+    leader = Leader(model, group, args.max_new_tokens, args.seed, sampling)
+    session = Session(leader, args.raw, args.json)
     if args.interactive:
         session.converse()
     elif args.input_file:
@@ -114,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{model.name} has no tokenizer: give --prompt-ids, or lines of token ids in --input-file")
     else:
         session.answer(session.prompt(args.prompt), args.prompt)
+    leader.end()
 
 
 def emulate_devices(count: int) -> None:
@@ -148,12 +163,13 @@ def _parse_ids(text: str, where: str) -> list[int]:
 class Session:
     """A model, with what the command line needs to prompt it and print its answers."""
 
-    model: LanguageModel
+    leader: Leader
     raw: bool
     json: bool
-    max_new_tokens: int
-    seed: int
-    sampling: Sampling
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.leader.model
 
     def prompt(self, line: str, where: str = "stdin", before: list[dict[str, str]] | None = None) -> Prompt:
         """The prompt that a line of input stands for, after the turns `before` if there is a chat template."""
@@ -166,14 +182,7 @@ class Session:
     def answer(self, prompt: Prompt, line: str | None = None, memory: Memory | None = None) -> Completion:
         """Answer one prompt, printing the text as it comes. `line` is the prompt as it was typed, None for ids."""
         completion = Completion(prompt)
-        for text in self.model.stream(
-            prompt,
-            self.max_new_tokens,
-            seed=self.seed,
-            memory=memory,
-            completion=completion,
-            sampling=self.sampling,
-        ):
+        for text in self.leader.stream(prompt, memory, completion):
             if not self.json:
                 print(text, end="", flush=True)
         if not self.json:
@@ -184,8 +193,7 @@ class Session:
     def answer_lines(self, lines: list[str], where: str) -> None:
         """Answer many prompts in batches, then print them."""
         prompts = [self.prompt(line, where) for line in lines]
-        completions = self.model.generate(prompts, self.max_new_tokens, seed=self.seed, sampling=self.sampling)
-        assert isinstance(completions, list)
+        completions = self.leader.generate(prompts)
         for line, completion in zip(lines, completions, strict=True):
             if not self.json:
                 print(f"> {line}\n{completion.text}{self._ids(completion)}\n", flush=True)

@@ -106,8 +106,16 @@ class Programs:
         self.version = object()
 
     def replicate(self, value: jax.typing.ArrayLike) -> jax.Array:
-        """An array with a copy on every device."""
-        return jax.device_put(value, self._replicated)
+        """An array with a copy on every device, from one that every process has."""
+        if self._replicated.is_fully_addressable:
+            return jax.device_put(value, self._replicated)
+        if isinstance(value, jax.Array):
+            if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(self.replicate(jax.random.key_data(value)))
+            if not value.is_fully_addressable:
+                return jax.jit(lambda x: x, out_shardings=self._replicated)(value)
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, self._replicated, lambda index: host[index])
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
