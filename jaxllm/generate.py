@@ -51,6 +51,7 @@ def parser() -> Parser:
 
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
+    p.add_argument("--dp", type=int, default=1, metavar="N", help="distribute the prompts of a batch over N copies")
     add_processes(p)
     add_quantizing(p)
     add_adapters(p)
@@ -88,8 +89,8 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.tp, args.ep) < 1:
-        raise InputError("--tp and --ep must be 1 or above")
+    if min(args.tp, args.ep, args.dp) < 1:
+        raise InputError("--tp, --ep and --dp must be 1 or above")
     with joined(args) as group:
         answer(args, group)
 
@@ -99,12 +100,12 @@ def answer(args: argparse.Namespace, group: Group) -> None:
     sampling = Sampling(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)})
     lines = _read_lines(args.input_file) if args.input_file else []
     ids = None if args.prompt_ids is None else _parse_ids(args.prompt_ids, "--prompt-ids")
-    count, rest = divmod(args.tp * args.ep, group.count)
-    if rest:
-        raise InputError(f"{args.tp * args.ep} devices (--tp, --ep) are not equally many for {group.count} processes")
-    emulate_devices(count)
+    devices = args.tp * args.ep * args.dp
+    if devices % group.count:
+        raise InputError(f"{devices} devices (--tp, --ep, --dp) cannot be shared out among {group.count} processes")
+    emulate_devices(devices // group.count)
     options = {
-        "mesh": f"tp={args.tp},ep={args.ep}",
+        "mesh": f"tp={args.tp},ep={args.ep},dp={args.dp}",
         **quantizing(args),
         "adapters": adapters(args),
         **{name: getattr(args, name) for name in LOADING},

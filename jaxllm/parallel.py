@@ -8,7 +8,7 @@ Functions here use the ambient mesh (`jax.set_mesh`), so that neither layers nor
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,14 +18,17 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, shards
 from jaxllm.kernels.activations import Peak, unchanged
 from jaxllm.kernels.adapted import products
 from jaxllm.kernels.dispatch import few_rows
 from jaxllm.kernels.experts import Activation, Gated, Tiles, grouped_mlp, hidden, tile_size
 
+DP = "dp"  # data parallelism: rows of a batch on different devices
 TP = "tp"  # tensor parallelism: one matrix over several devices
 EP = "ep"  # expert parallelism: different experts on different devices
+
+AXES = DP, EP, TP
 
 COLUMN = PartitionSpec(TP, None)  # outputs are sharded; nothing is communicated
 ROW = PartitionSpec(None, TP)  # inputs are sharded; partial products are summed over tp
@@ -38,21 +41,22 @@ EXPERT_REPLICATED = PartitionSpec(EP, None, None)  # each expert's matrix is com
 SHARED_COLUMN = PartitionSpec((EP, TP), None)  # a block beside the experts, sharded over all devices
 SHARED_ROW = PartitionSpec(None, (EP, TP))
 
-HEADS = PartitionSpec(None, None, TP, None)  # activations [batch, time, heads, head_dim]
-CACHE = PartitionSpec(None, TP, None, None)  # cached keys and values [batch, kv_heads, capacity, head_dim]
+HEADS = PartitionSpec(DP, None, TP, None)  # activations [batch, time, heads, head_dim]
+CACHE = PartitionSpec(DP, TP, None, None)  # cached keys and values [batch, kv_heads, capacity, head_dim]
+ROWS = PartitionSpec(DP)  # whatever has rows of a batch
 
 
 def make_mesh(mesh: Mesh | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes (ep, tp) from text such as "tp=4,ep=2"; axes left out have size 1.
+    """A mesh with the axes (dp, ep, tp) from text such as "tp=4,ep=2"; axes left out have size 1.
 
     Raises:
         InputError: the text is not `axis=size` pairs, or asks for more devices than there are.
     """
     if isinstance(mesh, Mesh):
-        if not set(mesh.axis_names) <= {TP, EP}:
-            raise InputError(f"mesh axes {mesh.axis_names}: only '{EP}' and '{TP}' have a meaning here")
-        grid = mesh.devices.T if mesh.axis_names == (TP, EP) else mesh.devices
-        return _mesh(grid.reshape(mesh.shape.get(EP, 1), mesh.shape.get(TP, 1)))
+        if not set(mesh.axis_names) <= set(AXES):
+            raise InputError(f"mesh axes {mesh.axis_names}: only {', '.join(map(repr, AXES))} have a meaning here")
+        order = sorted(range(len(mesh.axis_names)), key=lambda i: AXES.index(mesh.axis_names[i]))
+        return _mesh(mesh.devices.transpose(order), {axis: mesh.shape.get(axis, 1) for axis in AXES})
     sizes = parse_mesh(mesh or "")
     devices = jax.devices() if devices is None else devices
     count = math.prod(sizes.values())
@@ -61,16 +65,16 @@ def make_mesh(mesh: Mesh | str | None = None, devices: Sequence[jax.Device] | No
             f"mesh {mesh} needs {count} devices, but there are {len(devices)}; on a CPU set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before Python starts"
         )
-    return _mesh(np.array(devices[:count]).reshape(sizes[EP], sizes[TP]))
+    return _mesh(np.array(devices[:count]), sizes)
 
 
-def _mesh(grid: np.ndarray) -> Mesh:
-    return Mesh(grid, (EP, TP), axis_types=(AxisType.Auto, AxisType.Auto))
+def _mesh(devices: np.ndarray, sizes: Mapping[str, int]) -> Mesh:
+    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"tp=4,ep=2"` as `{"ep": 2, "tp": 4}`."""
-    sizes = {EP: 1, TP: 1}
+    """`"tp=4,ep=2"` as `{"dp": 1, "ep": 2, "tp": 4}`."""
+    sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.isdecimal() or int(size) < 1:
@@ -88,7 +92,7 @@ def ambient_mesh() -> AbstractMesh:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise InputError("no mesh is set: call jax.set_mesh(jaxllm.make_mesh('tp=8')) first, or use it in a with block")
-    if set(mesh.axis_names) != {EP, TP} or AxisType.Explicit in mesh.axis_types:
+    if set(mesh.axis_names) != set(AXES) or AxisType.Explicit in mesh.axis_types:
         raise InputError(f"the mesh {mesh} is not for this: set jaxllm.make_mesh('tp=8'), or make_mesh(your_mesh)")
     return mesh
 
@@ -109,6 +113,13 @@ def local_specs(weight: Weight, spec: PartitionSpec) -> Weight:
     return weight.shard_specs(spec, ambient_mesh())
 
 
+def of_batch(spec: PartitionSpec, rows: int, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+    """How something is sharded whose first axis is the rows of a batch, if there are this many: over dp as `spec` says,
+    or, where dp does not divide them, complete on every device."""
+    divides = rows % (mesh or ambient_mesh()).shape[DP] == 0
+    return spec if divides else PartitionSpec(None, *spec[1:])
+
+
 def linear(x: jax.Array, weight: Weight, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> `[..., out]` in `dtype` (x's by default), for a weight sharded by `spec`.
 
@@ -123,7 +134,7 @@ def linears(
 ) -> tuple[jax.Array, ...]:
     """`linear` with several weights that take the same x and are sharded alike."""
     out_axis, in_axis = spec
-    lead = (None,) * (x.ndim - 1)
+    lead = of_batch(PartitionSpec(DP, *(None,) * (x.ndim - 2)), x.shape[0]) if x.ndim > 1 else ()
 
     def shard(x: jax.Array, weights: list[Weight]) -> tuple[jax.Array, ...]:
         ys = products(x, weights, _whole_rows(in_axis))
@@ -155,8 +166,8 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
         rows = weight.take(jnp.clip(here, 0, held - 1)).dequantize(dtype)
         return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), dtype)), TP)
 
-    specs = local_specs(weight, COLUMN)
-    return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
+    rows = of_batch(ROWS, ids.shape[0]) if ids.ndim else PartitionSpec()
+    return local(shard, (rows, local_specs(weight, COLUMN)), rows)(ids, weight)
 
 
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
@@ -188,7 +199,9 @@ def experts(
     Returns:
         `[tokens, hidden]` in x's dtype.
     """
-    tile = tile_size(chosen.size, num_experts, few_rows(x, stack.gate))
+    rows, uncut = of_batch(ROWS, len(x)), PartitionSpec()
+    here = chosen.size // shards(rows[0], ambient_mesh())
+    tile = tile_size(here, num_experts, few_rows(x, stack.gate))
 
     def shard(
         x: jax.Array, scores: jax.Array, chosen: jax.Array, stack: Gated, shared: tuple[Gated, jax.Array] | None
@@ -201,11 +214,12 @@ def experts(
             y = y + score * products(h, (block.down,), _whole_rows((EP, TP)))[0]
         return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
 
-    uncut = PartitionSpec()
-    shared_specs = None if shared is None else (gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), uncut)
-    specs = uncut, uncut, uncut, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
+    shared_specs = None
+    if shared is not None:
+        shared_specs = gated_specs(shared[0], SHARED_COLUMN, SHARED_ROW), rows if shared[1].ndim else uncut
+    specs = rows, rows, rows, gated_specs(stack, EXPERT_COLUMN, EXPERT_ROW), shared_specs
     # check_vma cannot follow a loop whose number of rounds depends on how much work the device has.
-    return local(shard, specs, uncut, check_vma=False)(x, scores, chosen, stack, shared)
+    return local(shard, specs, rows, check_vma=False)(x, scores, chosen, stack, shared)
 
 
 def expert_sums(

@@ -388,7 +388,7 @@ def _only_python_prints() -> None:
     """Keep what libraries in C++ print (gloo does, on CPUs) out of stdout, where answers go."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
-    with open(os.devnull, "wb") as nothing:
+    with Path(os.devnull).open("wb") as nothing:
         os.dup2(nothing.fileno(), 1)
 
 

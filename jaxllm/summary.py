@@ -13,7 +13,7 @@ from tabulate import tabulate
 from jaxllm.checkpoint.filling import Placed
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import dispatch
-from jaxllm.parallel import COLUMN, ROW
+from jaxllm.parallel import COLUMN, DP, ROW
 
 HEADERS = (
     "parameter",
@@ -59,7 +59,7 @@ def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing
     parameters = sum(math.prod(p.declaration.shape) for p in placed)
     source = sum(p.source.nbytes for p in placed)
     held = sum(_device_bytes(p) for p in placed)
-    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != DP or size > 1)
     title = (
         f"{name}: {parameters:,} parameters, {source / 2**20:.1f} MiB in the file, "
         f"{held / 2**20:.1f} MiB on each device of the mesh {axes}"

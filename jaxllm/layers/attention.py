@@ -17,7 +17,7 @@ from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear, together
 from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
-from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, TP, local
+from jaxllm.parallel import CACHE, COLUMN, HEADS, ROW, ROWS, TP, local, of_batch
 
 Operand = Any  # an array or a pytree of arrays; or their PartitionSpecs
 
@@ -33,9 +33,6 @@ class _Operands(NamedTuple):
     positions: Operand
     counts: Operand
     sinks: Operand
-
-
-_SPECS = _Operands(HEADS, HEADS, HEADS, CACHE, CACHE, PartitionSpec(), PartitionSpec(), PartitionSpec(TP))
 
 
 class Attention(nnx.Module):
@@ -111,7 +108,9 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks.get_value()
         operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
         attend = partial(self._attend, window=context.window)
-        y, keys, values = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
+        heads, kept, rows = (of_batch(spec, len(x)) for spec in (HEADS, CACHE, ROWS))
+        specs = _Operands(heads, heads, heads, kept, kept, rows, rows, PartitionSpec(TP))
+        y, keys, values = local(attend, (specs,), (heads, kept, kept))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
     def _placed(self, x: jax.Array, norm: nnx.Module | None, context: Context) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.parallel import CACHE
+from jaxllm.parallel import CACHE, of_batch
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [batch, heads, length, dim]
 
@@ -64,7 +64,7 @@ class KVCache:
         spec: PartitionSpec = CACHE,
     ) -> Self:
         """The cache of these layers as shapes with shardings; `zeros` allocates it."""
-        sharded, copied = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec())
+        sharded, copied = NamedSharding(mesh, of_batch(spec, batch, mesh)), NamedSharding(mesh, PartitionSpec())
 
         def buffer(shape: CacheShape, dim: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((batch, shape.heads, shape.length(capacity), dim), dtype, sharding=sharded)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.formats.base import Weight
@@ -31,7 +30,7 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.parameter import declare
 from jaxllm.layers.rope import rotate
-from jaxllm.parallel import CACHE, COLUMN, HEAD_STACK, HEADS, REPLICATED, ROW, local, local_specs
+from jaxllm.parallel import CACHE, COLUMN, HEAD_STACK, HEADS, REPLICATED, ROW, ROWS, local, local_specs, of_batch
 
 Up = tuple[jax.Array, jax.Array]  # latents to keys [heads, nope, rank] and to values [heads, value, rank]
 Attended = tuple[jax.Array, jax.Array, jax.Array]  # the output, and the two updated buffers of the cache
@@ -126,12 +125,13 @@ class LatentAttention(nnx.Module):
         if not self.split_kv_b:
             tracking.record(self.kv_b_proj.weight, latent)
         kv_b, cut = [param.get_value() for param in params], HEAD_STACK if self.split_kv_b else COLUMN
-        spec, copied = CACHE if self.per_head_cache else PartitionSpec(), PartitionSpec()
+        heads, rows = of_batch(HEADS, len(x)), of_batch(ROWS, len(x))
+        spec = of_batch(CACHE, len(x)) if self.per_head_cache else rows
         kv_specs = [local_specs(w, cut) for w in kv_b]
-        specs = _Operands(HEADS, HEADS, copied, copied, kv_specs, (spec, spec), copied)
+        specs = _Operands(heads, heads, rows, rows, kv_specs, (spec, spec), rows)
         attend = partial(self._per_head if self.per_head_cache else self._latent, window=context.window)
         operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions)
-        y, first, second = local(attend, (specs,), (HEADS, spec, spec))(operands)
+        y, first, second = local(attend, (specs,), (heads, spec, spec))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (first, second)
 
     def _queries(self, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm.layers.cache import LayerCache
 from jaxllm.layers.context import Context
@@ -13,7 +13,7 @@ from jaxllm.layers.mla import LatentAttention, LatentSizes
 from jaxllm.layers.mlp import MLP
 from jaxllm.layers.norm import RMSNorm
 from jaxllm.models.deepseek.config import DeepseekConfig
-from jaxllm.parallel import CACHE, EP, TP
+from jaxllm.parallel import CACHE, EP, ROWS, TP
 
 
 def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache: bool = False) -> Decoder:
@@ -25,7 +25,7 @@ def deepseek(config: DeepseekConfig, mesh: Mesh, block: int = 1, per_head_cache:
         per_head_cache: whether the cache holds every head's keys and values instead of latents.
     """
     blocks = [DeepseekBlock(config, i, mesh, block, per_head_cache) for i in range(config.num_hidden_layers)]
-    spec = CACHE if per_head_cache else PartitionSpec()
+    spec = CACHE if per_head_cache else ROWS
     return Decoder(config, blocks, RMSNorm(config.hidden_size, config.rms_norm_eps), mesh, cache_spec=spec)
 
 
