@@ -25,6 +25,14 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+}
+PAIRED = ("llama", "granite")  # architectures whose converters reorder q and k to pair neighbours
+SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
 }
 
 
@@ -79,7 +87,7 @@ def convert(
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in (tensors | rope_tensors(config)).items():
         part = name.split(".")[-2]
-        if writer.arch == "llama" and part in heads:
+        if writer.arch in PAIRED and part in heads:
             tensor = neighbours(tensor, heads[part])
         if re.search(r"\.experts\.\d+\..*weight$", name):
             before, _, rest = name.partition(".experts.")
@@ -137,6 +145,7 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
         if config.get("norm_topk_prob") is False and config["model_type"] == "qwen3_moe":
             values["expert_weights_norm"] = False  # otherwise each architecture has its own way
         values["expert_feed_forward_length"] = config.get("moe_intermediate_size") or config["intermediate_size"]
+    values |= {key: float(config[name]) for name, key in SCALES.items() if name in config}
     if rope["rope_type"] in ("linear", "yarn"):
         values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] in ("yarn", "longrope"):

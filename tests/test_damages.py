@@ -61,6 +61,7 @@ UNREAD_BY = {
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
     "gpt-oss": {"attention.value_length", "feed_forward_length"},
+    **dict.fromkeys(("granite",), {"attention.value_length"}),
 }
 
 
@@ -113,6 +114,7 @@ CASES = {
             "qwen3_moe",
             "mixtral",
             "mistral",
+            "granite",
         )
     },
     "hf deepseek v2": lambda: hugging_face("deepseek/v2"),
@@ -127,6 +129,7 @@ CASES = {
     "gguf deepseek v2": lambda: gguf("deepseek/v2", split=False),
     "gguf deepseek v3": lambda: gguf("deepseek/v3"),
     "gguf gpt_oss": lambda: gguf("gpt_oss/bf16"),
+    "gguf granite": lambda: gguf("checkpoints/granite"),
     "demo v2": lambda: demo("v2"),
     "demo v3": lambda: demo("v3"),
 }

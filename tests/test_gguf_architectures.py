@@ -25,6 +25,7 @@ FILES = {
     "qwen3_moe_b": {},
     "phi3": {},
     "phi3_longrope": {},
+    "granite": {},
 }
 
 

@@ -3,6 +3,7 @@
 from jaxllm.models.deepseek.family import DEEPSEEK
 from jaxllm.models.family import Family
 from jaxllm.models.gpt_oss.family import GPT_OSS
+from jaxllm.models.granite.family import GRANITE
 from jaxllm.models.llama.family import LLAMA
 
-FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS]
+FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS, GRANITE]

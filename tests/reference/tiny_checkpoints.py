@@ -1,8 +1,8 @@
 """Writes tests/golden/checkpoints: tiny random Hugging Face models, and what transformers computes with them.
 
 Run with a Python that has torch, transformers and safetensors (README.md beside the checkpoints names the versions).
-Without arguments the directories and the README are written anew; with --check nothing is written, and every
-directory is loaded again and compared with its golden.npz.
+Without arguments the directories and the README are written anew, with names these directories only; with --check
+nothing is written, and every directory is loaded again and compared with its golden.npz.
 
 Each directory is what `save_pretrained` writes, plus golden.npz:
 
@@ -177,6 +177,19 @@ def cases() -> dict[str, Case]:
             "4 experts, 2 used, not renormalised; a shared expert with a gate; biases on q, k, v",
             t.Qwen2MoeConfig(**moe, **rope(), num_experts=4, shared_expert_intermediate_size=40, norm_topk_prob=False),
             27,
+        ),
+        "granite": Case(
+            "embedding, residual and attention multipliers, logits divided",
+            t.GraniteConfig(
+                **SMALL,
+                **rope(),
+                embedding_multiplier=3.0,
+                residual_multiplier=0.6,
+                attention_multiplier=0.2,
+                logits_scaling=0.5,
+            ),
+            3,
+            old={},
         ),
     }
 
@@ -375,17 +388,19 @@ def check() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; compare what is there")
+    parser.add_argument("names", nargs="*", help="write these only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     if args.check:
         sys.exit(1 if check() else 0)
     all_cases = cases()
-    for name, case in all_cases.items():
+    for name in args.names or all_cases:
         print(name)
-        make(name, case)
-    rewrite(ROOT / "mixtral", ROOT / "mixtral_stacked", stack_experts)
-    rewrite(ROOT / "mixtral_stacked", ROOT / "mixtral_transposed", transpose_experts)
+        make(name, all_cases[name])
+    if not args.names or "mixtral" in args.names:
+        rewrite(ROOT / "mixtral", ROOT / "mixtral_stacked", stack_experts)
+        rewrite(ROOT / "mixtral_stacked", ROOT / "mixtral_transposed", transpose_experts)
     write_readme(all_cases)
 
 
