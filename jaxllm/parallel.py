@@ -158,6 +158,20 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
 
 
+def sums_of_squares(*heads: jax.Array) -> jax.Array:
+    """The sum of squares over all heads of each array `[batch, time, heads, head_dim]`, sharded by HEADS.
+
+    Returns:
+        float32 `[batch, time, arrays]`, replicated. All of them take one sum over devices.
+    """
+
+    def shard(*heads: jax.Array) -> jax.Array:
+        sums = [jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)) for x in heads]
+        return jax.lax.psum(jnp.stack(sums, axis=-1), TP)
+
+    return local(shard, (HEADS,) * len(heads), PartitionSpec())(*heads)
+
+
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
     """How each leaf of a gated block is sharded when its matrices are sharded by `column` and `row`."""
     bias = None

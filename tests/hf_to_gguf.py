@@ -26,8 +26,10 @@ ARCHITECTURES = {
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "granite": gguf.MODEL_ARCH.GRANITE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
 }
-PAIRED = ("llama", "granite")  # architectures whose converters reorder q and k to pair neighbours
+PAIRED = ("llama", "granite", "smollm3")  # architectures whose converters reorder q and k to pair neighbours
 SCALES = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",

@@ -61,7 +61,8 @@ UNREAD_BY = {
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
     "gpt-oss": {"attention.value_length", "feed_forward_length"},
-    **dict.fromkeys(("granite",), {"attention.value_length"}),
+    **dict.fromkeys(("granite", "olmo2"), {"attention.value_length"}),
+    "smollm3": {"attention.value_length", "layer_types", "no_rope_layer_interval"},
 }
 
 
@@ -115,6 +116,8 @@ CASES = {
             "mixtral",
             "mistral",
             "granite",
+            "smollm3_listed",
+            "olmo2",
         )
     },
     "hf deepseek v2": lambda: hugging_face("deepseek/v2"),
@@ -129,7 +132,7 @@ CASES = {
     "gguf deepseek v2": lambda: gguf("deepseek/v2", split=False),
     "gguf deepseek v3": lambda: gguf("deepseek/v3"),
     "gguf gpt_oss": lambda: gguf("gpt_oss/bf16"),
-    "gguf granite": lambda: gguf("checkpoints/granite"),
+    **{f"gguf {n}": lambda n=n: gguf(f"checkpoints/{n}") for n in ("granite", "smollm3", "olmo2")},
     "demo v2": lambda: demo("v2"),
     "demo v3": lambda: demo("v3"),
 }

@@ -26,6 +26,8 @@ FILES = {
     "phi3": {},
     "phi3_longrope": {},
     "granite": {},
+    "smollm3": {},
+    "olmo2": {},
 }
 
 

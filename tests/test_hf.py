@@ -10,9 +10,11 @@ from covering import in_turn, some
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
-CASES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2")]
+WIDE = [("olmo2", mesh) for mesh in ("tp=2", "tp=8")]  # heads padded or copied, and a norm over all of them
+SAMPLES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2"), *WIDE]
+CASES = [*dict.fromkeys(SAMPLES)]
 # mixtral_stacked and _transposed are one tensor for all experts, as in GGUF files.
-NOT_IN_GGUF = ["mixtral_stacked", "odd", "qwen2_window", "qwen3_moe"]
+NOT_IN_GGUF = ["mixtral_stacked", "odd", "qwen2_window", "qwen3_moe", "smollm3_listed"]
 
 
 def golden(name):

@@ -5,5 +5,7 @@ from jaxllm.models.family import Family
 from jaxllm.models.gpt_oss.family import GPT_OSS
 from jaxllm.models.granite.family import GRANITE
 from jaxllm.models.llama.family import LLAMA
+from jaxllm.models.olmo2.family import OLMO2
+from jaxllm.models.smollm3.family import SMOLLM3
 
-FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS, GRANITE]
+FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS, GRANITE, SMOLLM3, OLMO2]

@@ -36,12 +36,8 @@ class Sizes:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    mlp_bias: bool
     rope: Rope
-
-
-def with_defaults(config: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
-    """A config.json's entries, and those that a model type has where the file does not give them."""
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
 
 
 def hf_sizes(config: Entries, kinds: Sequence[str], tensors: Collection[str]) -> dict[str, Any]:
@@ -73,6 +69,7 @@ def hf_sizes(config: Entries, kinds: Sequence[str], tensors: Collection[str]) ->
         "max_position_embeddings": config.integer("max_position_embeddings", 2048, most=POSITIONS),
         "tie_word_embeddings": config.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
         "attention_bias": config.flag("attention_bias"),
+        "mlp_bias": config.flag("mlp_bias"),
         "rope": hf_rope(config, head_dim),
     }
 
@@ -100,6 +97,7 @@ def gguf_sizes(arch: str, given: Entries, tensors: Mapping[str, Weight]) -> dict
         "max_position_embeddings": given.integer("context_length", most=POSITIONS),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "rope": gguf_rope(given, tensors, head_dim),
     }
 
@@ -150,6 +148,7 @@ def hf_config(sizes: Sizes, rotary: Mapping[str, Any], name: str, more: Mapping[
         "head_dim": c.head_dim,
         "hidden_act": "silu",
         "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
         "rms_norm_eps": c.rms_norm_eps,
         "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings,

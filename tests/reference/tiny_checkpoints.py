@@ -191,6 +191,30 @@ def cases() -> dict[str, Case]:
             3,
             old={},
         ),
+        "smollm3": Case(
+            "of 4 layers the last has no rotary positions (no_rope_layers, in config_old.json no_rope_layer_interval)",
+            t.SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, **rope(), tie_word_embeddings=False),
+            1,
+            old={},
+            old_drops=("no_rope_layers", "layer_types"),
+        ),
+        "smollm3_listed": Case(
+            "no_rope_layers says that of 2 layers the first has no rotary positions; biases everywhere",
+            t.SmolLM3Config(
+                **SMALL,
+                **rope(),
+                no_rope_layers=[0, 1],
+                attention_bias=True,
+                mlp_bias=True,
+                tie_word_embeddings=False,
+            ),
+            3,
+        ),
+        "olmo2": Case(
+            "norms after blocks, q and k normalised over all heads together; 6 heads, 3 KV heads",
+            t.Olmo2Config(**{**SMALL, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, **rope()),
+            1,
+        ),
     }
 
 

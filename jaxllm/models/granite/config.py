@@ -24,7 +24,6 @@ _GGUF_NAMES = {
 class GraniteConfig(Sizes):
     """`attention_multiplier` is what scores are multiplied by, `logits_scaling` what logits are divided by."""
 
-    mlp_bias: bool
     embedding_multiplier: float
     residual_multiplier: float
     attention_multiplier: float
@@ -34,19 +33,18 @@ class GraniteConfig(Sizes):
     def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json. Raises InputError as `hf_sizes` does."""
         given = Entries(config, "config.json")
-        multipliers = {name: given.number(name, 1.0) for name in _GGUF_NAMES}
-        return cls(**hf_sizes(given, MODEL_TYPES, tensors), mlp_bias=given.flag("mlp_bias"), **multipliers)
+        return cls(**hf_sizes(given, MODEL_TYPES, tensors), **{name: given.number(name, 1.0) for name in _GGUF_NAMES})
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
         """The configuration of a GGUF file. Raises InputError as `gguf_sizes` does."""
         arch, given = gguf_entries(metadata, GGUF_ARCHITECTURES)
         usual = gguf_sizes(arch, given, tensors)
-        multipliers = {
+        multipliers: dict[str, Any] = {
             name: given.number(key, usual["head_dim"] ** -0.5 if key == "attention.scale" else 1.0)
             for name, key in _GGUF_NAMES.items()
         }
-        return cls(**usual, mlp_bias="blk.0.ffn_down.bias" in tensors, **multipliers)
+        return cls(**usual, **multipliers)
 
 
 def gguf_metadata(config: GraniteConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,4 +53,4 @@ def gguf_metadata(config: GraniteConfig, rotary: Mapping[str, Any]) -> dict[str,
 
 def hf_config(config: GraniteConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
     multipliers = {name: getattr(config, name) for name in _GGUF_NAMES}
-    return sizes.hf_config(config, rotary, "GraniteForCausalLM", {"mlp_bias": config.mlp_bias, **multipliers})
+    return sizes.hf_config(config, rotary, "GraniteForCausalLM", multipliers)
