@@ -28,6 +28,8 @@ ARCHITECTURES = {
     "granite": gguf.MODEL_ARCH.GRANITE,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
 }
 PAIRED = ("llama", "granite", "smollm3")  # architectures whose converters reorder q and k to pair neighbours
 SCALES = {
@@ -68,6 +70,9 @@ def convert(
     values = metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
+    if writer.arch == "glm4moe":
+        values = glm4_moe_metadata(values, config)
+        tensors = {name.replace("correction_bias", "correction.bias"): tensor for name, tensor in tensors.items()}
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
@@ -199,6 +204,21 @@ def deepseek_metadata(values: dict, config: dict, split_kv_b: bool) -> dict[str,
         values |= {f"{key}_mla": values[key] for key in ("attention.key_length", "attention.value_length")}
         values |= {"attention.key_length": rank + rotary, "attention.value_length": rank, "attention.head_count_kv": 1}
     return values
+
+
+def glm4_moe_metadata(values: dict, config: dict) -> dict[str, object]:
+    """`Glm4MoeModel.set_gguf_parameters`."""
+    return values | {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": config["norm_topk_prob"],
+        "nextn_predict_layers": config["num_nextn_predict_layers"],
+    }
 
 
 def deepseek_tensors(tensors: dict, config: dict, split_kv_b: bool) -> dict[str, np.ndarray]:

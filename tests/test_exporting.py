@@ -23,7 +23,7 @@ from jaxllm.layers.parameter import parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = np.array([[1, 5, 9, 2, 33, 7]])
-OTHERS = ("granite", "smollm3", "olmo2")
+OTHERS = ("granite", "smollm3", "olmo2", "glm4", "glm4_moe_groups")
 SOURCES = {
     "phi3": GOLDEN / "checkpoints" / "phi3",
     "qwen2": GOLDEN / "checkpoints" / "qwen2",

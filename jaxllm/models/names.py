@@ -47,6 +47,8 @@ def paired_rows(config: Any, m: re.Match) -> np.ndarray:
 # The matrices of grouped-query attention and of a gated feed-forward block.
 _HF, _GGUF, _A, _MLP = r"model\.layers\.(\d+)\.", r"blk\.(\d+)\.", r"layers.\1.self_attn.", r"layers.\1.mlp."
 HF_ATTENTION = Rule(_HF + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3")
+HF_QK_PAIRED = Rule(_HF + r"self_attn\.(q|k)_proj\.(weight|bias)", _A + r"\2_proj.\3", paired_rows)
+HF_VO = Rule(_HF + r"self_attn\.(v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3")
 HF_QK_NORMS = Rule(_HF + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight")
 HF_MLP = Rule(_HF + r"mlp\.(gate|up|down)_proj\.(weight|bias)", _MLP + r"\2_proj.\3")
 GGUF_QK = Rule(_GGUF + r"attn_(q|k)\.(weight|bias)", _A + r"\2_proj.\3")
@@ -56,6 +58,19 @@ GGUF_O = Rule(_GGUF + r"attn_output\.(weight|bias)", _A + r"o_proj.\2")
 GGUF_QK_NORMS = Rule(_GGUF + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight")
 GGUF_FFN_NORM = Rule(_GGUF + r"ffn_norm\.weight", r"layers.\1.post_attention_layernorm.weight")
 GGUF_MLP = Rule(_GGUF + r"ffn_(gate|up|down)\.(weight|bias)", _MLP + r"\2_proj.\3")
+# DeepSeek's experts and router, which others have taken over; transformers' stacks are in `expert_rules`.
+HF_EXPERTS = (
+    Rule(_HF + r"mlp\.gate\.weight", _MLP + "gate.weight"),
+    Rule(_HF + r"mlp\.gate\.e_score_correction_bias", _MLP + "e_score_correction_bias"),
+    Rule(_HF + r"mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _MLP + r"experts.\3_proj"),
+    Rule(_HF + r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", _MLP + r"shared_expert.\2_proj.weight"),
+)
+GGUF_EXPERTS = (
+    Rule(_GGUF + r"ffn_gate_inp\.weight", _MLP + "gate.weight"),
+    Rule(_GGUF + r"exp_probs_b\.bias", _MLP + "e_score_correction_bias"),
+    Rule(_GGUF + r"ffn_(gate|up|down)_exps\.weight", _MLP + r"experts.\2_proj"),
+    Rule(_GGUF + r"ffn_(gate|up|down)_shexp\.weight", _MLP + r"shared_expert.\2_proj.weight"),
+)
 # All of a model whose tensors are called as Llama's are.
 HF_LLAMA = (*HF_COMMON, HF_ATTENTION, HF_MLP)
 GGUF_LLAMA = (*GGUF_COMMON, GGUF_QK_PAIRED, GGUF_V, GGUF_O, GGUF_FFN_NORM, GGUF_MLP)

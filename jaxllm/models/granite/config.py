@@ -33,7 +33,8 @@ class GraniteConfig(Sizes):
     def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
         """The configuration in a config.json. Raises InputError as `hf_sizes` does."""
         given = Entries(config, "config.json")
-        return cls(**hf_sizes(given, MODEL_TYPES, tensors), **{name: given.number(name, 1.0) for name in _GGUF_NAMES})
+        multipliers: dict[str, Any] = {name: given.number(name, 1.0) for name in _GGUF_NAMES}
+        return cls(**hf_sizes(given, MODEL_TYPES, tensors), **multipliers)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
