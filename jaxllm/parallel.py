@@ -158,18 +158,17 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
 
 
-def sums_of_squares(*heads: jax.Array) -> jax.Array:
-    """The sum of squares over all heads of each array `[batch, time, heads, head_dim]`, sharded by HEADS.
+def sums_of_squares(*xs: jax.Array) -> jax.Array:
+    """The sum of squares over the last axis of each `x[batch, time, features]`, whose features are sharded over tp.
 
     Returns:
-        float32 `[batch, time, arrays]`, replicated. All of them take one sum over devices.
+        float32 `[batch, time, arrays]`, replicated. All arrays take one sum over devices.
     """
 
-    def shard(*heads: jax.Array) -> jax.Array:
-        sums = [jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)) for x in heads]
-        return jax.lax.psum(jnp.stack(sums, axis=-1), TP)
+    def shard(*xs: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in xs], axis=-1), TP)
 
-    return local(shard, (HEADS,) * len(heads), PartitionSpec())(*heads)
+    return local(shard, (PartitionSpec(None, None, TP),) * len(xs), PartitionSpec())(*xs)
 
 
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:

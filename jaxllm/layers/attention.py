@@ -104,12 +104,11 @@ class Attention(nnx.Module):
         """
         k = v = None
         if self.k_proj is None or self.v_proj is None:
-            q = _heads(self.q_proj(x), self.head_dim)
+            q = self.q_proj(x)
         else:
             q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = _heads(q, self.head_dim), _heads(k, self.head_dim), _heads(v, self.value_dim)
             q, k = (q, k) if self.qk_norm is None else self.qk_norm(q, k)
-            k = self._placed(k, self.k_norm, context)
+            k, v = self._placed(k, self.k_norm, context), _heads(v, self.value_dim)
             v = v if self.v_norm is None else self.v_norm(v)
         q = self._placed(q, self.q_norm, context)
         sinks = None if self.sinks is None else self.sinks.get_value()
@@ -118,8 +117,9 @@ class Attention(nnx.Module):
         y, keys, values = local(attend, (_SPECS,), (HEADS, CACHE, CACHE))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
-    def _placed(self, heads: jax.Array, norm: nnx.Module | None, context: Context) -> jax.Array:
+    def _placed(self, x: jax.Array, norm: nnx.Module | None, context: Context) -> jax.Array:
         """Queries or keys `[batch, time, heads, dim]`, normalised and rotated if the layer does that."""
+        heads = _heads(x, self.head_dim)
         heads = heads if norm is None else norm(heads)
         return heads if context.angles is None else rotate(heads, *context.angles)
 

@@ -4,7 +4,7 @@ from jaxllm.models.names import GGUF_COMMON, GGUF_MLP, GGUF_O, GGUF_QK, GGUF_V, 
 from jaxllm.models.rule import Rule, fixed
 
 _M, _G = r"model\.layers\.(\d+)\.", r"blk\.(\d+)\."
-_L, _QK = r"layers.\1.", r"layers.\1.self_attn.qk_norm.\2_weight"
+_L, _QK = r"layers.\1.", r"layers.\1.self_attn.qk_norm.\2_norm.weight"
 
 hf_rules = fixed(
     *HF_LLAMA,
