@@ -60,8 +60,7 @@ UNREAD_BY = {
     "qwen2_moe": {"layer_types", "max_window_layers", "qkv_bias"},
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
-    "gpt-oss": {"attention.value_length", "feed_forward_length"},
-    **dict.fromkeys(("granite", "olmo2", "glm4", "glm4moe"), {"attention.value_length"}),
+    **dict.fromkeys(("gpt-oss", "granite", "olmo2", "glm4", "glm4moe"), {"attention.value_length"}),
     "smollm3": {"attention.value_length", "layer_types", "no_rope_layer_interval"},
 }
 
