@@ -60,8 +60,7 @@ UNREAD_BY = {
     "qwen2_moe": {"layer_types", "max_window_layers", "qkv_bias"},
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
-    **dict.fromkeys(("gpt-oss", "granite", "olmo2", "glm4", "glm4moe"), {"attention.value_length"}),
-    "smollm3": {"attention.value_length", "layer_types", "no_rope_layer_interval"},
+    "smollm3": {"layer_types", "no_rope_layer_interval"},
 }
 
 
@@ -266,6 +265,7 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
     "more experts used": ("gguf qwen3_moe", {"qwen3moe.expert_used_count": 9}, "is 9, more than 'expert_count'"),
     "groups in a file": ("gguf deepseek v3", {"deepseek2.expert_group_count": 3}, "not 3 equal groups"),
     "experts without a sigmoid": ("gguf glm4_moe", {"glm4moe.expert_gating_func": 1}, "is 1, not 2 .sigmoid."),
+    "values of another size": ("gguf granite", {"granite.attention.value_length": 9}, "'attention.value_length' 9 is"),
     "layers that only predict": ("gguf glm4_moe", {"glm4moe.nextn_predict_layers": 2}, "_layers' is 2, not a whole"),
     "layers of no kind": ("hf smollm3_listed", {"no_rope_layers": [1]}, "'no_rope_layers' is .1., not a list of 2"),
     "a window": ("hf smollm3_listed", {"use_sliding_window": True, "sliding_window": 8}, "'use_sliding_window' is not"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from covering import in_turn, some
+from safetensors.numpy import load_file, save_file
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
@@ -43,4 +44,13 @@ def test_the_older_spelling_of_a_config_means_the_same(load_once, name, tmp_path
     shutil.copy(CHECKPOINTS / name / "config_old.json", tmp_path / name / "config.json")
     expected = golden(name)
     got = load_once(tmp_path / name, dtype="float32").logits(expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], atol=1e-3)
+
+
+def test_a_layer_for_multi_token_prediction_is_ignored(load_once, tmp_path):
+    shutil.copytree(CHECKPOINTS / "glm4_moe", tmp_path / "a")
+    more = {f"model.layers.2.{name}.weight": np.ones(3, np.float32) for name in ("eh_proj", "self_attn.q_proj")}
+    save_file(load_file(tmp_path / "a" / "model.safetensors") | more, tmp_path / "a" / "model.safetensors")
+    expected = golden("glm4_moe")
+    got = load_once(tmp_path / "a", dtype="float32").logits(expected["tokens"])
     np.testing.assert_allclose(got, expected["logits"], atol=1e-3)

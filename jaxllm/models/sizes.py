@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.entries import Entries
+from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import Rope
 from jaxllm.models.config import (
@@ -84,6 +85,11 @@ def gguf_sizes(arch: str, given: Entries, tensors: Mapping[str, Weight]) -> dict
     kv_heads = given.integer("attention.head_count_kv", heads, most=MANY)
     check_shared(given, "attention.head_count", heads, "attention.head_count_kv", kv_heads)
     head_dim = given.integer("attention.key_length", hidden // heads, most=min(MANY, WIDEST // heads))
+    if (value_dim := given.integer("attention.value_length", head_dim)) != head_dim:
+        raise InputError(
+            f"{given.where}: 'attention.value_length' {value_dim} is not supported for {arch}, only {head_dim} as "
+            "'attention.key_length'"
+        )
     return {
         "model_type": arch,
         "vocab_size": gguf_vocab_size(given, tensors),
