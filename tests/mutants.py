@@ -105,7 +105,7 @@ MUTANTS = [
         "jaxllm/layers/norm.py",
         "head_dim * int((placed >= 0).sum())",
         "head_dim * len(placed)",
-        ("tests/test_hf.py", "-k", "olmo2 and tp=2"),
+        ("tests/test_hf.py", "-k", "olmo2 and logits"),
     ),
     Mutant(
         "sums over devices in the activations' dtype",
