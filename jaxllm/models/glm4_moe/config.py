@@ -103,7 +103,7 @@ def gguf_metadata(config: Glm4MoeConfig, rotary: Mapping[str, Any]) -> dict[str,
         "expert_group_used_count": c.topk_group,
         "expert_gating_func": SIGMOID,
         "expert_weights_norm": c.norm_topk_prob,
-        "expert_weights_scale": c.routed_scaling_factor,
+        "expert_weights_scale": float(c.routed_scaling_factor),
         "nextn_predict_layers": 0,
     }
     return sizes.gguf_metadata(c, rotary, entries)

@@ -49,7 +49,7 @@ class GraniteConfig(Sizes):
 
 
 def gguf_metadata(config: GraniteConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
-    return sizes.gguf_metadata(config, rotary, {key: getattr(config, name) for name, key in _GGUF_NAMES.items()})
+    return sizes.gguf_metadata(config, rotary, {key: float(getattr(config, name)) for name, key in _GGUF_NAMES.items()})
 
 
 def hf_config(config: GraniteConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
