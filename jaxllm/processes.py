@@ -96,6 +96,10 @@ def _integer(text: str, what: str) -> int:
         raise InputError(f"{what} is {text!r}, not a number") from error
 
 
+class Disagreement(InputError):
+    """Processes were started differently, and every one of them knows it."""
+
+
 class Group:
     """The processes that run a model together; by default this process alone.
 
@@ -122,7 +126,7 @@ class Group:
         """Compare what every process has.
 
         Raises:
-            InputError: somewhere a value is different; names the process, and the first such value.
+            Disagreement: somewhere a value is different; names the process, and the first such value.
         """
 
     def leave(self, failure: str | None = None) -> None:
@@ -223,7 +227,7 @@ class _Connected(Group):
             complaint = complaints[0] if complaints else None
             self.tell({"complaint": complaint})
         if complaint is not None:
-            raise InputError(complaint)
+            raise Disagreement(complaint)
 
     def leave(self, failure: str | None = None) -> None:
         self.tell({"leaves": failure})
@@ -373,7 +377,7 @@ def joined(args: argparse.Namespace) -> Iterator[Group]:
     try:
         yield group
     except InputError as error:
-        group.leave(str(error))
+        group.leave(None if isinstance(error, Disagreement) else str(error))
         raise
     except jax.errors.JaxRuntimeError:
         if group.count > 1:

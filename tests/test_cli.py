@@ -86,6 +86,7 @@ def test_help_does_not_wait_for_jax():
 def run(monkeypatch, capsys, load_once):
     """`jaxllm generate` with the demo: exit code, stdout, stderr. What it loads is kept for other tests."""
     given = {"mesh": None, "dtype": None, "quantize": None, "weights": None, "max_seq_len": None, "attention": None}
+    given["progress"] = True
 
     def load(path, **options):
         return load_once(path, **{name: value for name, value in options.items() if value != given.get(name)})

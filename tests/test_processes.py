@@ -1,0 +1,209 @@
+"""Several processes that run one model: real ones, connected over loopback with gloo's collectives.
+
+Their tokens have to be those of one process with one device. What goes wrong ends every process with one line.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxllm.errors import InputError
+from jaxllm.processes import Launch, launch
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ["checkpoints/qwen3_moe", "deepseek/v3_fp8", "gpt_oss/mxfp4"]
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def start(count, *args, environment=None, each=lambda i: (), torchrun=True):
+    """`count` processes of `python *args`, which torchrun's variables tell of one another."""
+    port = free_port()
+    base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    base |= {"JAX_PLATFORMS": "cpu", "JAXLLM_WAIT": "90", **(environment or {})}
+    started = []
+    for i in range(count):
+        told = {"WORLD_SIZE": str(count), "RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, *map(str, (*args, *each(i)))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, text=True, env=base | (told if torchrun else {}), **pipes))
+    return started
+
+
+def finished(started, stdin="", timeout=280):
+    """Exit code, stdout and stderr of each."""
+    started[0].stdin.write(stdin)
+    for process in started:
+        process.stdin.close()
+        process.stdin = None
+    return [(p.returncode, out, err) for p in started for out, err in [p.communicate(timeout=timeout)]]
+
+
+LIBRARY = """
+import json, os, sys
+import jax
+from jaxllm import placing, processes
+
+read = []
+arranged = placing._arranged
+def counted(leaf, index, part):
+    result = arranged(leaf, index, part)
+    read.append(result.nbytes if hasattr(result, "nbytes") else 0)
+    return result
+placing._arranged = counted
+
+where = processes.launch(None, None, None, os.environ)
+processes.join(where)
+jax.config.update("jax_num_cpu_devices", 8 // where.count)
+import jaxllm
+for path, mesh in json.loads(sys.argv[1]):
+    read.clear()
+    model = jaxllm.load(path, mesh=mesh, dtype="float32", progress=False)
+    here = sum(shard.data.nbytes for p in model.placed for leaf in jax.tree.leaves(p.weight)
+               for shard in leaf.addressable_shards)
+    answers = model.generate([[1, 2, 3, 4, 5], [7, 8]], 6, eos_ids=())
+    print(json.dumps([[a.tokens for a in answers], sum(read), here]), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, MODELS), (4, MODELS[1:2])])
+def test_scripts_of_several_processes(count, names, load_once):
+    """The same script in each: every process has the tokens, and reads what its devices hold and no more."""
+    meshes = ("tp=4,ep=2", "tp=2,ep=4", "dp=2,tp=4")
+    todo = [[str(GOLDEN / name), mesh] for name, mesh in zip(names, meshes, strict=False)]
+    results = finished(start(count, "-c", LIBRARY, json.dumps(todo)))
+    for code, out, err in results:
+        assert code == 0, err
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("[[")]
+        for (path, _), (tokens, read, held) in zip(todo, lines, strict=True):
+            alone = load_once(path, dtype="float32").generate([PROMPT, [7, 8]], 6, eos_ids=())
+            assert tokens == [answer.tokens for answer in alone], path
+            assert read <= held
+
+
+def generate(count, *options, stdin="", **more):
+    given = ("-m", "jaxllm", "generate", "--model", GOLDEN / MODELS[0], "--dtype", "float32", "--tp", 4, *options)
+    return finished(start(count, *given, **more), stdin)
+
+
+def test_the_command_prints_in_process_0_alone(load_once, tmp_path):
+    (lines := tmp_path / "lines").write_text("1,2,3,4,5\n7 8\n9\n")
+    results = generate(2, "--input-file", lines, "--json", "--max-new-tokens", 6)
+    assert [(code, err) for code, _, err in results] == [(0, "")] * 2
+    assert results[1][1] == ""
+    model = load_once(GOLDEN / MODELS[0], dtype="float32")
+    alone = model.generate([PROMPT, [7, 8], [9]], 6)
+    assert [json.loads(line)["tokens"] for line in results[0][1].splitlines()] == [answer.tokens for answer in alone]
+
+
+def test_a_conversation_and_a_loss():
+    """Interrupted in its first turn: all stop at the same token, and go on. Killed in the third: all end."""
+    demo = ("-m", "jaxllm", "generate", "--model", "demo", "--interactive", "--max-new-tokens", 400)
+    leader, other = start(2, *demo, "--tp", 2)
+
+    def turn(text):
+        leader.stdin.write(text)
+        leader.stdin.flush()
+        assert leader.stdout.read(12)
+
+    turn("Count to three hundred.\n")
+    leader.send_signal(signal.SIGINT)
+    turn("Say hello.\n")
+    leader.send_signal(signal.SIGINT)
+    turn("Count to four hundred.\n")
+    other.kill()
+    begun = time.monotonic()
+    (code, _, err), (_, out, _) = finished([leader, other])
+    assert time.monotonic() - begun < 60
+    stopped, lost = err.rpartition("\n")[0].rsplit("\n", 1)
+    assert stopped.count("[stopped]") == 2
+    assert (code, lost, out) == (2, "error: process 1: ended without a word; what it printed last may say why", "")
+
+
+def test_processes_that_were_started_differently():
+    results = generate(2, "--prompt-ids", "1,2", each=lambda i: ("--weights", "packed" if i else "float32"))
+    expected = "error: process 1 has the option weights packed, process 0 has float32\n"
+    assert results == [(2, "", expected)] * 2
+
+
+def test_other_files(tmp_path):
+    for i in range(2):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for file in (GOLDEN / MODELS[0]).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "1" / "config.json").write_text((tmp_path / "1" / "config.json").read_text() + " ")
+    results = generate(2, "--prompt-ids", "1,2", each=lambda i: ("--model", tmp_path / str(i)))
+    for code, _, err in results:
+        assert code == 2
+        assert re.match(r"error: process 1 has the file config.json \d+ bytes \(\w+\), process 0 has \d+ bytes", err)
+
+
+def test_nobody_there():
+    """Each alone, told of two: process 0 waits for the other, the other for process 0."""
+    port = free_port()
+    for index, expected in (
+        (0, f"error: in 2 s no process 1 of 2 came to 127.0.0.1:{port}\n"),
+        (1, f"error: 127.0.0.1:{port}: in 2 s process 0 was not to be reached: Connection refused\n"),
+    ):
+        where = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index)
+        [(code, _, err)] = generate(1, "--prompt-ids", "1", *where, torchrun=False, environment={"JAXLLM_WAIT": "2"})
+        assert (code, err) == (2, expected)
+
+
+def test_another_count():
+    port = free_port()
+
+    def where(i):
+        return ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 3 - i, "--process-id", i)
+
+    results = generate(2, "--prompt-ids", "1", each=where, torchrun=False, environment={"JAXLLM_WAIT": "20"})
+    expected = "error: process 1 was told of 2 processes, process 0 of 3\n"
+    assert [(code, err) for code, _, err in results] == [(2, expected)] * 2
+
+
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ((None, None, None), {}, None),
+        ((None, None, None), {"WORLD_SIZE": "1"}, None),
+        (("h:1", 1, 0), {}, None),
+        (("h:8476", 2, 1), TORCHRUN, Launch("h", 8476, 2, 1)),
+        ((None, None, None), TORCHRUN, Launch("node0", 29500, 4, 3)),
+        ((None, None, None), TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Launch("node0", 29501, 4, 3)),
+    ],
+)
+def test_how_it_was_started(options, environment, expected):
+    assert launch(*options, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (("h:1", None, 0), {}, "--coordinator HOST:PORT, --num-processes and --process-id belong together"),
+        (("h", 2, 0), {}, "the port of --coordinator is 'h', not a number"),
+        ((":5", 2, 0), {}, "--coordinator :5: expected HOST:PORT, such as 10.0.0.1:8476"),
+        (("h:5", 2, 2), {}, "process 2 of 2: they are numbered from 0"),
+        ((None, None, None), {"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not MASTER_ADDR, MASTER_PORT, RANK: "),
+        ((None, None, None), TORCHRUN | {"RANK": "x"}, "RANK is 'x', not a number"),
+    ],
+)
+def test_impossible_starts(options, environment, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        launch(*options, environment)
