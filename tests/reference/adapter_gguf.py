@@ -5,7 +5,7 @@ llama-cpp-python 0.3.36 were used) and the Python of an environment that has lla
 
     python tests/reference/adapter_gguf.py LLAMA_CPP PEER_PYTHON
 
-Of each adapter there are `NAME.gguf` and `NAME.npy`: float32 [2, T, V], logits for the `tokens` of the base's golden.npz,
+Of each adapter there are NAME.gguf and NAME.npy: float32 [2, T, V], logits for the `tokens` of the base's golden.npz,
 where the base is what tests/hf_to_gguf.py writes, in float32.
 """
 
