@@ -1,11 +1,12 @@
 """Files of low-rank adapters (LoRA): a directory of PEFT or mlx-lm, or a GGUF file."""
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoint.adapter_pairs import AdapterFile, LowRank, Pairs, not_plain
+from jaxllm.checkpoint.adapter_pairs import AdapterFile, Pairs, low_rank, not_plain
 from jaxllm.checkpoint.adapter_peft import read_peft
 from jaxllm.checkpoint.gguf import open_gguf
 from jaxllm.checkpoint.safetensors import read_header
@@ -16,7 +17,7 @@ from jaxllm.models.family import GGUF, HUGGING_FACE
 CONFIG = "adapter_config.json"  # PEFT's and mlx-lm's
 
 
-def read_adapter(path: Path | str) -> AdapterFile:
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
     """Read an adapter: a directory of PEFT or mlx-lm (safetensors only), or a GGUF file.
 
     Raises:
@@ -53,7 +54,7 @@ def _read_mlx(path: Path, config: Entries) -> AdapterFile:
                 a, b = b, a
             elif a.ndim == 2:
                 a, b = a.T, b.T
-            changes[name] = LowRank.checked(name, a, b, rank, scale)
+            changes[name] = low_rank(name, a, b, rank, scale)
     return AdapterFile(path.resolve().name, str(path), HUGGING_FACE, changes, {})
 
 
@@ -82,5 +83,5 @@ def _read_gguf(path: Path) -> AdapterFile:
             rank = b.shape[-1]
             if name == "token_embd.weight":
                 a, b = b.T, a
-            changes[name] = LowRank.checked(name, a, b, rank, alpha / rank if alpha else 1.0)
+            changes[name] = low_rank(name, a, b, rank, alpha / rank if alpha else 1.0)
     return AdapterFile(path.stem, where, GGUF, changes, replaced, file.architecture)

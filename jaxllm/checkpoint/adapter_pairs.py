@@ -2,47 +2,33 @@
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import LowRank
 from jaxllm.placing import FileArray
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to a matrix `[*batch, out, in]`, or to an embedding table `[vocabulary, hidden]`: `scale * b @ a`.
+def low_rank(name: str, a: np.ndarray, b: np.ndarray, rank: int, scale: float) -> LowRank:
+    """The change of the tensor `name`, which is `scale * b @ a`.
 
     A matrix is meant as it multiplies, `y = x W^T`; its checkpoint may store it the other way round (`Rule.present`).
 
-    Attributes:
-        a: float32 `[*batch, rank, in]`.
-        b: float32 `[*batch, out, rank]`.
+    Args:
+        a: `[*batch, rank, in]`.
+        b: `[*batch, out, rank]`.
+
+    Raises:
+        InputError: the two do not fit together, or their rank is not the announced one, which `scale` is for.
     """
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the adapted tensor."""
-        return (*self.b.shape[:-1], self.a.shape[-1])
-
-    @classmethod
-    def checked(cls, name: str, a: np.ndarray, b: np.ndarray, rank: int, scale: float) -> Self:
-        """The change of the tensor `name`.
-
-        Raises:
-            InputError: the two do not fit together, or their rank is not the announced one, which `scale` is for.
-        """
-        if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
-            raise InputError(f"'{name}': A of shape {a.shape} and B of shape {b.shape} do not fit together")
-        if a.shape[-2] != rank:
-            raise InputError(f"'{name}': the rank is {a.shape[-2]}, but should be {rank} by its configuration")
-        return cls(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), scale)
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+        raise InputError(f"'{name}': A of shape {[*a.shape]} and B of shape {[*b.shape]} do not fit together")
+    if a.shape[-2] != rank:
+        raise InputError(f"'{name}': the rank is {a.shape[-2]}, but should be {rank} by its configuration")
+    scales = np.full(a.shape[:-1], scale, np.float32)
+    return LowRank(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), scales)
 
 
 @dataclass(frozen=True)

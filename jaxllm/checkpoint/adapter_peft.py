@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.checkpoint.adapter_pairs import AdapterFile, LowRank, Pairs, not_plain
+from jaxllm.checkpoint.adapter_pairs import AdapterFile, Pairs, low_rank, not_plain
 from jaxllm.checkpoint.safetensors import read_header
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError, located
+from jaxllm.formats.adapted import LowRank
 from jaxllm.models.family import HUGGING_FACE
 
 TENSORS = "adapter_model.safetensors"
@@ -74,7 +75,7 @@ def read_peft(path: Path, config: Entries) -> AdapterFile:
         changes = dict(scales.change(module, depth, a, b) for (module, depth), a, b in pairs.complete())
         for module, a, b in tables.complete():
             name = module + ".weight"
-            changes[name] = LowRank.checked(name, a.T, b.T, *scales.scale(module))
+            changes[name] = low_rank(name, a.T, b.T, *scales.scale(module))
     return AdapterFile(path.resolve().name, str(path), HUGGING_FACE, changes, replaced)
 
 
@@ -131,7 +132,7 @@ class _Config:
         """
         if not (wrapped := [p for p in _PARAMETERS if self._is_parameter(f"{module}.{p}")]):
             name = module + ".weight"
-            return name, LowRank.checked(name, a, b, *self.scale(module))
+            return name, low_rank(name, a, b, *self.scale(module))
         if depth >= len(wrapped):
             raise InputError(f"more of {module} is adapted than 'target_parameters' names: {', '.join(wrapped)}")
         name = f"{module}.{wrapped[::-1][depth]}"
@@ -139,7 +140,7 @@ class _Config:
         if not name.endswith(".weight") and a.ndim == b.ndim == 2 and a.shape[0] % rank == 0 == b.shape[-1] % rank:
             a = a.reshape(-1, rank, a.shape[-1])
             b = b.reshape(len(b), rank, -1).transpose(2, 0, 1)
-        return name, LowRank.checked(name, a, b, rank, scale)
+        return name, low_rank(name, a, b, rank, scale)
 
     def _is_parameter(self, name: str) -> bool:
         return any(f".{name}".endswith(f".{target}") for target in self.parameters)
