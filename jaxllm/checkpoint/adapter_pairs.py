@@ -61,10 +61,9 @@ class Pairs[Target: Hashable]:
 
     def add(self, target: Target, side: str, name: str, array: np.ndarray | FileArray) -> None:
         """`side` is "a" or "b"; `name` is the tensor's own. Raises InputError if it cannot be one of a pair."""
-        if not jnp.issubdtype(array.dtype, jnp.floating) or 0 in array.shape:
-            raise InputError(
-                f"tensor '{name}' has shape {list(array.shape)} and dtype {array.dtype}: not of an adapter"
-            )
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < 2 or 0 in array.shape:
+            shape = [*array.shape]
+            raise InputError(f"tensor '{name}' of {array.dtype} and shape {shape} cannot be a part of an adapter")
         if side in (pair := self.found.setdefault(target, {})):
             raise InputError(f"tensors '{pair[side][0]}' and '{name}' are for the same matrix")
         pair[side] = name, array
