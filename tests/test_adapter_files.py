@@ -193,6 +193,7 @@ def test_names_with_the_adapters_name_or_without_a_prefix(tmp_path):
         (PAIR, {"r": 0}, "'r' is 0, not a whole number from 1"),
         (PAIR, {"lora_alpha": None}, "'lora_alpha' is missing"),
         (PAIR, {"rank_pattern": {"(": 2}}, "'rank_pattern': '(' is not a pattern"),
+        (PAIR, {"alpha_pattern": {"(?i)up": 2}}, "'(?i)up' is not a pattern"),
         (PAIR, {"rank_pattern": {"up_proj": "2"}}, "rank_pattern: 'up_proj' is '2', not a whole number"),
         (PAIR, {"target_parameters": "experts"}, "'target_parameters' is 'experts', not a list of names"),
         (PAIR, {"r": 4}, "mlp.up_proj.weight': the rank is 2, but should be 4 by its configuration"),
@@ -201,6 +202,7 @@ def test_names_with_the_adapters_name_or_without_a_prefix(tmp_path):
         (without(A, **{A: random(3, 4)}), {}, "A of shape [3, 4] and B of shape [6, 2] do not fit together"),
         (without(A, **{A: random(4)}), {}, "of float32 and shape [4] cannot be a part of an adapter"),
         (without(A, **{A: np.zeros((2, 4), np.int32)}), {}, "of int32 and shape [2, 4] cannot be a part"),
+        (PAIR | {"lm_head.weight": np.zeros((0, 4), np.float32)}, {}, "'lm_head.weight' of float32 and shape [0, 4]"),
         (PAIR | {A.replace("A.weight", "A.default.weight"): PAIR[A]}, {}, "are for the same matrix"),
         (PAIR | {A.replace("lora_A.weight", "lora_magnitude_vector"): random(6)}, {}, "vector' is not of plain LoRA"),
         (
