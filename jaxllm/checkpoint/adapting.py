@@ -73,9 +73,13 @@ def _rules(file: AdapterFile, config: Any) -> tuple[Any, Sequence[Rule]]:
             f"{file.where}: has names of {file.dialect} files, which models like {family.name} do not have"
         )
     dialect = family.dialects[file.dialect]
-    if file.kind and file.kind not in dialect.kinds:
-        raise InputError(f"{file.where}: is for models of type {file.kind[:64]!r}, and this is one like {family.name}")
     adapted = dialect.adapted(config)
+    # A family's kinds may differ in the order of rows, which the shapes would not tell.
+    kinds = [kind for kind in dialect.kinds if kind == getattr(adapted, "model_type", kind)] or dialect.kinds
+    if file.kind and file.kind not in kinds:
+        raise InputError(
+            f"{file.where}: is for models of type {file.kind[:64]!r}, and this one is {' or '.join(kinds)}"
+        )
     return adapted, dialect.rules(adapted, file.changes)
 
 
