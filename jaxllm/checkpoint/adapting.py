@@ -77,9 +77,7 @@ def _rules(file: AdapterFile, config: Any) -> tuple[Any, Sequence[Rule]]:
     # A family's kinds may differ in the order of rows, which the shapes would not tell.
     kinds = [kind for kind in dialect.kinds if kind == getattr(adapted, "model_type", kind)] or dialect.kinds
     if file.kind and file.kind not in kinds:
-        raise InputError(
-            f"{file.where}: is for models of type {file.kind[:64]!r}, and this one is {' or '.join(kinds)}"
-        )
+        raise InputError(f"{file.where}: is for models of type {file.kind[:64]!r}, and this is {' or '.join(kinds)}")
     return adapted, dialect.rules(adapted, file.changes)
 
 
