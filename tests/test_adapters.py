@@ -107,6 +107,31 @@ def test_attached_scaled_and_taken_off_without_compiling_anew(load_once):
     assert model.programs.compiled == compiled
 
 
+def said(model, memory, prompt):
+    completion = jaxllm.Completion(prompt)
+    list(model.stream(prompt, 6, eos_ids=(), memory=memory, completion=completion))
+    return completion.tokens
+
+
+def test_answers_are_of_the_adapters_that_are_attached(load_once):
+    """Also in a conversation: what it has cached of another model does not count."""
+    model, memory = load_once(LLAMA, mesh="tp=2", dtype="float32"), jaxllm.Memory()
+    tokens = np.load(LLAMA / "golden.npz")["tokens"][0].tolist()
+    steps = [(None, np.load(LLAMA / "golden.npz")["greedy"][0])]
+    steps += [(name, np.argmax(peft(name)[0, -1])) for name in ("patterns", "second")]
+    for name, first in steps:
+        if name:
+            model.adapters.add(ADAPTERS / name)
+        answer = said(model, memory, tokens)
+        assert (answer[0], memory.reused) == (first, 0)
+        whole = np.asarray(model.logits([[*tokens, *answer[:-1]]]))[0, len(tokens) - 1 :]
+        assert answer == np.argmax(whole, -1).tolist()
+        assert said(model, memory, tokens) == answer
+        assert memory.reused > 0
+        if name:
+            del model.adapters[name]
+
+
 TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
 FEW = ("gptq-act-order", "awq", "bnb-nf4-nested", "mlx-4", "fp8-block", "ct-nvfp4", "mxfp4")
 MESHES = {"llama": "tp=8", "qwen3_moe": "tp=2,ep=4", "deepseek": "tp=2"}
