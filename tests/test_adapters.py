@@ -73,13 +73,21 @@ def test_a_gguf_adapter_adds_what_it_adds_in_llama_cpp(load_once, llama_gguf, na
     check(model, LLAMA, np.load(ADAPTERS / "gguf" / f"{name}.npy"))
 
 
+def test_stacks_of_experts_add_what_they_add_in_llama_cpp(load_once, tmp_path):
+    convert(base := GOLDEN / "checkpoints" / "qwen2_moe", tmp_path / "base.gguf")
+    adapter = ADAPTERS / "gguf" / "experts.gguf"
+    for path in (base, tmp_path / "base.gguf"):
+        model = load_once(path, mesh="tp=2,ep=4", dtype="float32", adapters=(adapter,))
+        check(model, base, np.load(adapter.with_suffix(".npy")))
+
+
 @pytest.mark.parametrize("name", ["patterns", "ends"])
 def test_an_adapter_of_peft_on_a_gguf_file(load_once, llama_gguf, name):
     model = load_once(llama_gguf, mesh="tp=2", dtype="float32", adapters=(ADAPTERS / name,))
     check(model, LLAMA, peft(name))
 
 
-@pytest.mark.parametrize(("name", "base", "mesh"), [("ends", "llama", "tp=8"), ("experts", "qwen3_moe_b", "tp=2,ep=2")])
+@pytest.mark.parametrize(("name", "base", "mesh"), [("ends", "llama", "tp=8"), ("experts", "qwen2_moe", "tp=2,ep=2")])
 def test_an_mlx_adapter_adds_what_it_adds_in_mlx_lm(load_once, name, base, mesh):
     base = GOLDEN / "checkpoints" / base
     model = load_once(base, mesh=mesh, dtype="float32", adapters=(ADAPTERS / "mlx" / name,))

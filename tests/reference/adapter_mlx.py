@@ -18,14 +18,14 @@ ROOT = GOLDEN / "adapters" / "mlx"
 EXPERTS = [f"mlp.switch_mlp.{name}_proj" for name in ("gate", "up", "down")]
 CASES = {
     "ends": ("checkpoints/llama", ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", "lm_head"]),
-    "experts": ("checkpoints/qwen3_moe_b", ["self_attn.k_proj", "mlp.gate", *EXPERTS]),
+    "experts": ("checkpoints/qwen2_moe", ["self_attn.k_proj", "mlp.gate", "mlp.shared_expert.up_proj", *EXPERTS]),
 }
 
 
 def base_of(name: str) -> tuple[object, mx.array]:
     config = json.loads((GOLDEN / name / "config.json").read_text())
     older = {"rope_theta": config["rope_parameters"]["rope_theta"], "rope_scaling": None}  # the names that mlx-lm reads
-    older["num_experts"] = config.get("num_local_experts")
+    older["num_experts"] = config.get("num_local_experts") or config.get("num_experts")
     model, _ = load_model(GOLDEN / name, model_config=older)
     model.eval()
     golden = np.load(GOLDEN / name / "golden.npz")
