@@ -224,6 +224,16 @@ def refused(path, message):
     assert message in text and str(path) in text and "\n" not in text
 
 
+@pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "target_parameters"])
+@pytest.mark.parametrize("value", ["x\ny", [1], {"x\ny": "z"}, float("nan"), 1e300, -1])
+def test_an_entry_of_another_kind_is_named(tmp_path, key, value):
+    path = write_peft(tmp_path / "a", **{key: value})
+    if (key, value) == ("lora_alpha", -1):
+        assert read_adapter(path)
+    else:
+        refused(path, "type" if key == "peft_type" else key)
+
+
 def test_files_that_are_missing_or_pickles(tmp_path):
     refused(tmp_path / "none", "there is no such adapter")
     path = write_peft(tmp_path / "a")

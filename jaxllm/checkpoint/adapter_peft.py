@@ -159,6 +159,8 @@ def _whole(pattern: str) -> str:
 def _patterns(config: Entries, key: str) -> Entries:
     values = config.get(key, {}, lambda value: isinstance(value, dict), "an object")
     for pattern in values:
+        if not pattern.isprintable():  # it will be part of one-line messages
+            raise InputError(f"{config.where}: '{key}': {pattern[:64]!r} is not a pattern of names")
         try:
             re.compile(_whole(pattern))
         except (re.error, OverflowError, RecursionError) as error:
