@@ -89,6 +89,30 @@ def test_an_adapter_of_peft_on_a_gguf_file(load_once, llama_gguf, name):
     check(model, LLAMA, peft(name))
 
 
+@pytest.mark.parametrize("mesh", ["tp=2", "tp=8"])
+def test_a_matrix_that_a_gguf_file_has_in_two_parts(load_once, tmp_path_factory, mesh):
+    """kv_b: each head's keys, transposed, and its values."""
+    path = tmp_path_factory.getbasetemp() / "latents.gguf"
+    if not path.exists():
+        convert(base_of("latents"), path)
+    model = load_once(path, mesh=mesh, dtype="float32", adapters=(ADAPTERS / "latents",))
+    assert {p.name: p.weight.format for p in model.placed}["layers.0.self_attn.k_b_proj"] == "float32 + rank 8"
+    check(model, base_of("latents"), peft("latents"))
+
+
+def test_a_matrix_in_two_parts_that_does_not_fit(tmp_path):
+    convert(base_of("latents"), tmp_path / "base.gguf")
+    name = "base_model.model.model.layers.0.self_attn.kv_b_proj"
+    for sizes, message in (
+        ((64, 15), "'model.layers.0.self_attn.kv_b_proj.weight' is for a matrix of shape [4, 15, 8], but"),
+        ((60, 16), "the model has no place for 'model.layers.0.self_attn.kv_b_proj.weight'"),
+    ):
+        pair = {f"{name}.lora_A.weight": np.ones((2, sizes[1])), f"{name}.lora_B.weight": np.ones((sizes[0], 2))}
+        adapter = write_peft(tmp_path / str(sizes[0]), {key: x.astype(np.float32) for key, x in pair.items()})
+        text = refusal(lambda a=adapter: jaxllm.load(tmp_path / "base.gguf", adapters=[a], progress=False))
+        assert message in text
+
+
 @pytest.mark.parametrize(("name", "base", "mesh"), [("ends", "llama", "tp=8"), ("experts", "qwen2_moe", "tp=2,ep=2")])
 def test_an_mlx_adapter_adds_what_it_adds_in_mlx_lm(load_once, name, base, mesh):
     base = GOLDEN / "checkpoints" / base

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.base import Weight
 from jaxllm.layers.decoder import Decoder
 from jaxllm.models.rule import Rule, Written
@@ -19,6 +20,10 @@ def nothing(config: Any) -> Sequence[str]:
 
 def unchanged(config: Any) -> Any:
     return config
+
+
+def undivided(config: Any, path: str, change: LowRank) -> Mapping[str, LowRank]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Family:
         options: what a user can choose for its models: for each option, the choices by name, each with the keyword
             arguments that it adds to the call of `model`.
         presets: descriptions of published models by name, each in a dialect of a JSON file.
+        divided: given a configuration, the path of a parameter that its model does not have, and an adapter's change of
+            it: the changes of those parameters that the model holds in its place.
     """
 
     name: str
@@ -71,6 +78,7 @@ class Family:
     dialects: Mapping[str, Dialect]
     options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    divided: Callable[[Any, str, LowRank], Mapping[str, LowRank]] = undivided
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
