@@ -95,7 +95,8 @@ def _changes(
 ) -> tuple[dict[str, LowRank], list[str]]:
     """What is added to each parameter; and complaints. An adapter need not change every matrix of a stack."""
     found, complaints = named(tensors, rules)
-    changes, sources = {}, []
+    changes: dict[str, LowRank] = {}
+    sources = []
     for target, slots in found.items():
         first = next(iter(slots.values()))[0]
         if target not in declared:
