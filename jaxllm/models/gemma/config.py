@@ -24,7 +24,6 @@ MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3")  # the last has text and image
 GGUF_ARCHITECTURES = ("gemma2", "gemma3")
 
 PERIODS = {"gemma2": 2, "gemma3": 6}  # the last layer of as many attends to all positions, where a file does not say
-_CAPS = {"gemma2": (50.0, 30.0), "gemma3_text": (None, None)}  # of attention, of logits
 _VOCABULARIES = {"gemma2": 256000, "gemma3_text": 262208}
 _CONTEXTS = {"gemma2": 8192, "gemma3_text": 131072}
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
@@ -35,6 +34,7 @@ class GemmaConfig:
     """A model's configuration, with Hugging Face's names.
 
     Attributes:
+        attn_logit_softcapping: None for Gemma 3, whose files have the entry, but whose models do not use it.
         sliding_windows: an entry per layer; None: no window.
         local_rope: the rotary embedding of layers with a window.
         norm_offset: what the norms' weights lack. Hugging Face directories store `weight - 1`, GGUF files do not. The
@@ -66,7 +66,7 @@ class GemmaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object], tensors: Collection[str] = ()) -> Self:
-        """The configuration in a config.json of one of MODEL_TYPES. Where it says nothing, transformers' defaults count.
+        """The configuration in a config.json of one of MODEL_TYPES, with transformers' defaults.
 
         Raises:
             InputError: a key is missing, has an impossible value, or asks for something that is not supported.
@@ -82,7 +82,6 @@ class GemmaConfig:
         head_dim = entries.integer("head_dim", 256, most=min(MANY, WIDEST // heads))
         ropes = dict.fromkeys((FULL, SLIDING), hf_rope(entries, head_dim)) if kind == "gemma2" else {}
         ropes = ropes or hf_ropes_by_kind(entries, head_dim)
-        attention_cap, logit_cap = _CAPS[kind]
         return cls(
             model_type=kind,
             vocab_size=entries.integer("vocab_size", _VOCABULARIES[kind]),
@@ -92,8 +91,8 @@ class GemmaConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             query_pre_attn_scalar=entries.number("query_pre_attn_scalar", 256),
-            attn_logit_softcapping=_cap(entries, "attn_logit_softcapping", attention_cap),
-            final_logit_softcapping=_cap(entries, "final_logit_softcapping", logit_cap),
+            attn_logit_softcapping=_cap(entries, "attn_logit_softcapping", 50.0) if kind == "gemma2" else None,
+            final_logit_softcapping=_cap(entries, "final_logit_softcapping", 30.0 if kind == "gemma2" else None),
             sliding_windows=_hf_windows(entries, kind, tensors),
             rms_norm_eps=entries.number("rms_norm_eps", 1e-6, most=1.0),
             max_position_embeddings=entries.integer("max_position_embeddings", _CONTEXTS[kind], most=POSITIONS),
@@ -163,7 +162,7 @@ def by_turns(count: int, window: int | None, period: int) -> tuple[int | None, .
 
 
 def _hf_windows(entries: Entries, kind: str, tensors: Collection[str]) -> tuple[int | None, ...]:
-    count = layer_count(entries, "num_hidden_layers", tensors) if "num_hidden_layers" in entries else 26
+    count = layer_count(entries, "num_hidden_layers", tensors)
     window = entries.integer("sliding_window", 4096, 1, POSITIONS)
     if "layer_types" in entries:
         return tuple(typed_windows(entries, count, window))

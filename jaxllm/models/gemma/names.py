@@ -12,14 +12,13 @@ from jaxllm.models.rule import Rule, Written, inverted
 _MODEL = r"(?:model|language_model\.model|model\.language_model)\."
 _M = _MODEL + r"layers\.(\d+)\."
 _A, _L = r"layers.\1.self_attn.", r"layers.\1."
+_HALF = r"(input|post_attention|pre_feedforward|post_feedforward)"
 
 _HF = [
     Rule(_MODEL + r"embed_tokens\.weight", "embed_tokens.weight"),
     Rule(_MODEL + r"norm\.weight", "norm.weight"),
     Rule(r"(?:lm_head|language_model\.lm_head)\.weight", "lm_head.weight"),
-    Rule(
-        _M + r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight", _L + r"\2_layernorm.weight"
-    ),
+    Rule(_M + _HALF + r"_layernorm\.weight", _L + r"\2_layernorm.weight"),
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
     Rule(_M + r"mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.\2_proj.weight"),
