@@ -19,9 +19,9 @@ PERIODS = {"gemma2": 2, "gemma3": 6}  # the last layer of as many attends to all
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 # Transformers' defaults.
-_SHARED = {"hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4}
-_SHARED |= {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}
-_SHARED |= {"query_pre_attn_scalar": 256, "tie_word_embeddings": True}
+_SHARED: dict[str, object] = {"hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256}
+_SHARED |= {"num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256}
+_SHARED |= {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096, "tie_word_embeddings": True}
 _DEFAULTS = {
     "gemma2": _SHARED | {"vocab_size": 256000, "max_position_embeddings": 8192},
     "gemma3_text": _SHARED | {"vocab_size": 262208, "max_position_embeddings": 131072},
