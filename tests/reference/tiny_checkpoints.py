@@ -14,8 +14,9 @@ Each directory is what `save_pretrained` writes, plus golden.npz:
 and for some cases config_old.json, the same config as transformers 4 spelled it.
 
 The weights are not those of transformers' own initialisation, whose logits are almost flat: linear layers keep the
-variance of their input, norms are uniform in 0.5..1.5, biases are large, so that a forgotten one shows. Goldens come
-from transformers' eager attention and experts; --check uses other implementations, so that two have to agree.
+variance of their input, norms are uniform in 0.5..1.5 (or what is stored of them, one less), biases are large, so that
+a forgotten one shows. Goldens come from transformers' eager attention and experts; --check uses other implementations,
+so that two have to agree.
 """
 
 import argparse
@@ -81,6 +82,11 @@ def cases() -> dict[str, Case]:
     llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     yarn = {"factor": 4.0, "original_max_position_embeddings": 1024}
     window = {"sliding_window": 8}
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}
+    ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    gemma3 = {**llama, **window, "rope_parameters": ropes, "query_pre_attn_scalar": 16}
+    images = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    images |= {"image_size": 8, "patch_size": 4}
     t = transformers
     return {
         "llama": Case("grouped queries, untied, head_dim != hidden_size / heads", t.LlamaConfig(**llama, **rope()), 3),
@@ -178,6 +184,41 @@ def cases() -> dict[str, Case]:
             t.Qwen2MoeConfig(**moe, **rope(), num_experts=4, shared_expert_intermediate_size=40, norm_topk_prob=False),
             27,
         ),
+        "gemma2": Case(
+            "caps of 3 for scores, 1 for logits; layers 0 and 2 of 3 with a window of 8",
+            t.Gemma2Config(
+                **{**llama, **window, "num_hidden_layers": 3, "query_pre_attn_scalar": 16},
+                **rope(),
+                attn_logit_softcapping=3.0,
+                final_logit_softcapping=1.0,
+            ),
+            27,
+            old={},
+            old_drops=("layer_types",),
+        ),
+        "gemma3": Case(
+            "text beside a vision tower; queries scaled by 24 ** -0.5, biases; of 4 layers only layer 2 has no window",
+            t.Gemma3Config(
+                text_config=t.Gemma3TextConfig(
+                    **{**gemma3, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
+                    sliding_window_pattern=3,
+                    attention_bias=True,
+                ),
+                vision_config=t.SiglipVisionConfig(**images),
+                mm_tokens_per_image=4,
+            ),
+            175,
+            torch.bfloat16,
+        ),
+        "gemma3_text": Case(
+            "of 7 layers only layer 5 has no window; one KV head; two ropes, in config_old.json rope_local_base_freq; "
+            "bfloat16",
+            t.Gemma3TextConfig(**{**gemma3, "num_hidden_layers": 7, "num_key_value_heads": 1}),
+            33,
+            torch.bfloat16,
+            old={},
+            old_drops=("layer_types",),
+        ),
         "granite": Case(
             "embedding, residual and attention multipliers, logits divided",
             t.GraniteConfig(
@@ -267,14 +308,17 @@ RELAYOUTS = {
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Gives every parameter a value that matters; see the module docstring."""
     gen = torch.Generator().manual_seed(seed)
+    # Gemma's norms add 1, and its embeddings are scaled up: with small ones it does not just repeat a token.
+    gemma = model.config.model_type in ("gemma2", "gemma3", "gemma3_text")
+    less, embeddings = (1.0, 0.1) if gemma else (0.0, 0.3)
     for name, p in model.named_parameters():
         with torch.no_grad():
             if name.endswith("norm.weight"):
-                p.uniform_(0.5, 1.5, generator=gen)
+                p.uniform_(0.5 - less, 1.5 - less, generator=gen)
             elif p.ndim == 1:
                 p.normal_(0.0, 0.5, generator=gen)
             elif "embed_tokens" in name:
-                p.normal_(0.0, 0.3, generator=gen)
+                p.normal_(0.0, embeddings, generator=gen)
             else:  # [..., out, in]
                 gain = 1.5 if re.search("q_proj|k_proj|qkv_proj|lm_head", name) else 1.0
                 p.normal_(0.0, gain * p.shape[-1] ** -0.5, generator=gen)
@@ -335,7 +379,7 @@ def margin(scores: torch.Tensor, k: int) -> float:
 def golden(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     """Prompts and results, refused where rounding could change a token or an expert."""
     gen = torch.Generator().manual_seed(1000 + case.seed)
-    tokens = torch.randint(EOS + 1, case.config.vocab_size, (2, LENGTH), generator=gen)
+    tokens = torch.randint(EOS + 1, case.config.get_text_config().vocab_size, (2, LENGTH), generator=gen)
     greedy = generate(model, tokens)
     whole = torch.cat([tokens[:1], greedy[None]], 1)
     best = forward(model, whole)[0, LENGTH - 1 : -1].topk(2)
@@ -356,6 +400,9 @@ def old_spelling(config: dict[str, Any], case: Case) -> dict[str, Any]:
     """config.json as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype."""
     config = {k: v for k, v in config.items() if k not in ("transformers_version", *case.old_drops)}
     scaling = config.pop("rope_parameters")
+    if "full_attention" in scaling:
+        config["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = scaling["full_attention"]
     config["rope_theta"] = scaling.pop("rope_theta")
     config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     config["torch_dtype"] = config.pop("dtype")
@@ -433,7 +480,8 @@ def write_readme(all_cases: dict[str, Case]) -> None:
 
 def differences(path: Path, config_file: str, gold: dict[str, np.ndarray]) -> Iterator[str]:
     """What differs from the golden arrays by more than rounding."""
-    model = load(path, config_file, attn_implementation="sdpa", experts_implementation="batched_mm")
+    attention = "eager" if path.name == "gemma2" else "sdpa"  # which cannot cap scores
+    model = load(path, config_file, attn_implementation=attention, experts_implementation="batched_mm")
     for suffix in ("", "_short"):
         if f"tokens{suffix}" in gold:
             logits = forward(model, torch.tensor(gold[f"tokens{suffix}"]).long()).numpy()
