@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,20 @@ def test_a_matrix_that_a_gguf_file_has_in_two_parts(load_once, tmp_path_factory,
     model = load_once(path, mesh=mesh, dtype="float32", adapters=(ADAPTERS / "latents",))
     assert {p.name: p.weight.format for p in model.placed}["layers.0.self_attn.k_b_proj"] == "float32 + rank 8"
     check(model, base_of("latents"), peft("latents"))
+
+
+def test_a_norm_that_files_store_in_two_ways(load_once, tmp_path):
+    """Gemma's, trained as a whole: a directory stores it as less by 1 than a GGUF file does."""
+    base, name = GOLDEN / "checkpoints" / "gemma2", "model.layers.0.input_layernorm.weight"
+    tensors, _ = read_safetensors(base / "model.safetensors")
+    trained = np.random.default_rng(0).normal(size=tensors[name].shape).astype(np.float32)
+    adapter = write_peft(tmp_path / "adapter", {f"base_model.model.{name}": trained})
+    shutil.copytree(base, tmp_path / "changed")
+    write_safetensors(tmp_path / "changed" / "model.safetensors", tensors | {name: trained})
+    expected = load_once(tmp_path / "changed", dtype="float32").logits(np.load(base / "golden.npz")["tokens"])
+    convert(base, tmp_path / "base.gguf")
+    for path in (base, tmp_path / "base.gguf"):
+        check(load_once(path, dtype="float32", adapters=(adapter,)), base, expected)
 
 
 def test_a_matrix_in_two_parts_that_does_not_fit(tmp_path):

@@ -19,7 +19,7 @@ from jaxllm.errors import InputError, located
 from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.dense import Dense
 from jaxllm.models.families import FAMILIES
-from jaxllm.models.family import Family
+from jaxllm.models.family import Dialect, Family
 from jaxllm.models.rule import Rule
 from jaxllm.placing import DerivedArray, Source
 from jaxllm.requantize import floats, on_host
@@ -60,7 +60,9 @@ def adapter(file: AdapterFile, config: Any, declared: Mapping[str, Declaration])
     """
     adapted, rules = _rules(file, config)
     changes, complaints = _changes(file.changes, adapted, rules, declared, partial(_family(config).divided, config))
-    replaced, more = _replaced(file.replaced, adapted, rules, declared)
+    shifts = _shifts(_family(config).dialects[file.dialect], adapted, declared) if file.replaced else {}
+    whole = {name: values - shifts.get(name, 0) for name, values in file.replaced.items()}
+    replaced, more = _replaced(whole, adapted, rules, declared)
     with located(file.where):
         report(complaints + more)
     return Adapter(file.name, file.where, changes, replaced)
@@ -84,6 +86,14 @@ def _rules(file: AdapterFile, config: Any) -> tuple[Any, Sequence[Rule]]:
     if file.kind and file.kind not in kinds:
         raise InputError(f"{file.where}: is for models of type {file.kind[:64]!r}, and this is {' or '.join(kinds)}")
     return adapted, dialect.rules(adapted, file.changes)
+
+
+def _shifts(dialect: Dialect, adapted: Any, declared: Mapping[str, Declaration]) -> dict[str, float]:
+    """What tensors in files of the adapter's kind are larger by than the parameters (Gemma's norms)."""
+    if dialect.written is None:
+        return {}
+    shapes = {name: declaration.shape for name, declaration in declared.items()}
+    return {written.name: written.shift for written in dialect.written(adapted, shapes) if written.shift}
 
 
 def _changes(
