@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import gguf
 import numpy as np
@@ -25,6 +26,7 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
 }
 
 
@@ -55,11 +57,13 @@ def convert(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
     add[list] = writer.add_array
-    values = metadata(config, tensors, per_layer)
+    values = {} if writer.arch == "gemma3n" else metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
+    if writer.arch == "gemma3n":
+        values, tensors = gemma3n_metadata(config), gemma3n_tensors(tensors, config)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](f"{writer.arch}.{key}", value)
 
@@ -224,6 +228,47 @@ def gpt_oss_tensors(tensors: dict) -> dict[str, np.ndarray]:
     return out
 
 
+def gemma3n_metadata(config: dict) -> dict[str, object]:
+    """`Gemma3NModel.set_gguf_parameters`, and what is above it. The base for layers with a window is not written where
+    it is Gemma's, 10,000."""
+    full, sliding = (config["rope_parameters"][f"{kind}_attention"]["rope_theta"] for kind in ("full", "sliding"))
+    same = {
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "attention.sliding_window": "sliding_window",
+        "attention.shared_kv_layers": "num_kv_shared_layers",
+        "altup.active_idx": "altup_active_idx",
+        "altup.num_inputs": "altup_num_inputs",
+        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        "final_logit_softcapping": "final_logit_softcapping",
+    }
+    pattern = config["activation_sparsity_pattern"]
+    return {key: config[name] for key, name in same.items()} | {
+        "rope.freq_base": full,
+        "rope.freq_base_swa": sliding,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "activation_sparsity_scale": [NormalDist().inv_cdf(s) if s else -math.inf for s in pattern],
+    }
+
+
+def gemma3n_tensors(tensors: dict, config: dict) -> dict[str, np.ndarray]:
+    """`Gemma3NModel.modify_tensors`: small matrices in stacks, and rows of zeros for ids beyond a table."""
+    out = {name + ".weight" * name.endswith("_scale"): tensor for name, tensor in tensors.items()}
+    for kind in ("altup_projections", "altup_unembed_projections"):
+        parts = [out.pop(f"model.{kind}.{i}.weight") for i in range(config["altup_num_inputs"] - 1)]
+        out[f"model.{kind}.weight"] = np.stack(parts)
+    table = out["model.embed_tokens_per_layer.weight"]
+    beyond = np.zeros((config["vocab_size"] - len(table), table.shape[1]), table.dtype)
+    return out | {"model.embed_tokens_per_layer.weight": np.concatenate([table, beyond])}
+
+
 def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """GGML's bytes `[E, out, in / 32 * 17]`: the scale, then element i with i + 16, where neighbours shared a byte."""
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 2, 16)
@@ -233,6 +278,8 @@ def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:
     rope = config["rope_parameters"]
+    if "full_attention" in rope:
+        return {}
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{size}.weight": np.array(rope[f"{size}_factor"], np.float32) for size in ("long", "short")

@@ -9,7 +9,7 @@ from typing import Any, Self
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.layers.rope import Rope
+from jaxllm.layers.rope import Rope, frequencies
 from jaxllm.models.config import (
     MANY,
     POSITIONS,
@@ -49,6 +49,7 @@ _DEFAULTS: dict[str, object] = {
     "laurel_rank": 64,
     "tie_word_embeddings": True,
 }
+_HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 _PERIOD = 5  # of layer types: the last of each five is full
 
 
@@ -109,11 +110,7 @@ class Gemma3nConfig:
         Raises:
             InputError: a key is missing, has an impossible value, or asks for something that is not supported.
         """
-        outer = Entries(config, "config.json")
-        if outer.choice("model_type", MODEL_TYPES) == "gemma3n":
-            inner = outer.get("text_config", None, lambda value: isinstance(value, dict), "a JSON object")
-            config, outer = inner, Entries(inner, "config.json: text_config")
-        given = Entries(_DEFAULTS | {key: value for key, value in config.items() if value is not None}, outer.where)
+        given = text_entries(config)
         given.choice("hidden_activation", ("gelu_pytorch_tanh",))
         heads, kv_heads = (given.integer(f"num_{kind}_heads", most=MANY) for kind in ("attention", "key_value"))
         check_shared(given, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
@@ -133,7 +130,7 @@ class Gemma3nConfig:
             head_dim=head_dim,
             rms_norm_eps=given.number("rms_norm_eps", most=1.0),
             max_position_embeddings=given.integer("max_position_embeddings", most=POSITIONS),
-            tie_word_embeddings=given.flag("tie_word_embeddings") and "lm_head.weight" not in tensors,
+            tie_word_embeddings=given.flag("tie_word_embeddings") and not _HEADS.intersection(tensors),
             final_logit_softcapping=given.number("final_logit_softcapping"),
             altup_num_inputs=streams,
             altup_active_idx=given.integer("altup_active_idx", least=0, most=streams - 1),
@@ -158,7 +155,7 @@ class Gemma3nConfig:
         kv_heads = given.integer("attention.head_count_kv", heads, most=MANY)
         check_shared(given, "attention.head_count", heads, "attention.head_count_kv", kv_heads)
         head_dim = given.integer("attention.key_length", most=min(MANY, WIDEST // heads))
-        sliding = Entries({**given.values, "rope.freq_base": given.number("rope.freq_base_swa", 1e4)}, given.where)
+        rope, theta = gguf_rope(given, tensors, head_dim), given.number("rope.freq_base_swa", 1e4, above=1.0)
         streams = given.integer("altup.num_inputs", 4, least=2, most=MANY)
 
         def rows(name: str, default: int) -> int:
@@ -182,8 +179,8 @@ class Gemma3nConfig:
             altup_correct_scale=True,
             laurel_rank=rows("blk.0.laurel_l.weight", 64),
             num_kv_shared_layers=given.integer("attention.shared_kv_layers", least=0, most=count - 1),
-            full_rope=gguf_rope(given, tensors, head_dim),
-            sliding_rope=gguf_rope(sliding, tensors, head_dim),
+            full_rope=rope,
+            sliding_rope=Rope(tuple(frequencies(rope.rotary_dim, theta).tolist())),
             layers=_layers(
                 per_layer(given, "feed_forward_length", count), _gguf_windows(given, count), _gguf_sparsity(given, count)
             ),
@@ -213,6 +210,15 @@ class Gemma3nConfig:
         ]
         shared = sum(i >= self.first_shared for i in kept)
         return replace(self, layers=tuple(layers), num_kv_shared_layers=shared)
+
+
+def text_entries(config: Mapping[str, Any]) -> Entries:
+    """The entries for text, with transformers' defaults: all, or, for `gemma3n`, an object of their own."""
+    entries = Entries(config, "config.json")
+    if entries.choice("model_type", MODEL_TYPES) == "gemma3n":
+        text = entries.get("text_config", None, lambda value: isinstance(value, dict), "a JSON object")
+        entries = Entries(text, "config.json: text_config")
+    return Entries(_DEFAULTS | {k: v for k, v in entries.values.items() if v is not None}, entries.where)
 
 
 def _layers(widths: list[int], windows: list[int | None], sparsity: list[float]) -> tuple[LayerConfig, ...]:

@@ -1,7 +1,7 @@
 """Gemma 3n's text model as a family."""
 
 from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family
-from jaxllm.models.gemma3n import names
+from jaxllm.models.gemma3n import describe, names
 from jaxllm.models.gemma3n.config import GGUF_ARCHITECTURES, MODEL_TYPES, Gemma3nConfig
 from jaxllm.models.gemma3n.model import gemma3n
 
@@ -10,7 +10,21 @@ GEMMA3N = Family(
     gemma3n,
     Gemma3nConfig,
     {
-        GGUF: Dialect(GGUF_ARCHITECTURES, Gemma3nConfig.from_gguf, names.gguf_rules, names.gguf_ignored),
-        HUGGING_FACE: Dialect(MODEL_TYPES, Gemma3nConfig.from_hf, names.hf_rules, names.hf_ignored),
+        GGUF: Dialect(
+            GGUF_ARCHITECTURES,
+            Gemma3nConfig.from_gguf,
+            names.gguf_rules,
+            names.gguf_ignored,
+            rotary=describe.rotary_of_gguf,
+        ),
+        HUGGING_FACE: Dialect(
+            MODEL_TYPES,
+            Gemma3nConfig.from_hf,
+            names.hf_rules,
+            names.hf_ignored,
+            describe.as_hf,
+            describe.hf_config,
+            describe.rotary_of_hf,
+        ),
     },
 )
