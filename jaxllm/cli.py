@@ -53,6 +53,20 @@ def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("quantize", "organization", "topology", "imatrix")}
 
 
+def add_matformer(p: argparse.ArgumentParser) -> None:
+    """The option `--matformer`, a pair for `load`."""
+
+    def pair(text: str) -> tuple[str, str]:
+        file, _, name = text.rpartition(":")
+        if not file or not name:
+            raise InputError(f"--matformer '{text}': give CSV:SLICE, a file and the name of a slice in it")
+        return file, name
+
+    p.add_argument(
+        "--matformer", type=pair, metavar="CSV:SLICE", help="a smaller model inside a Gemma 3n, as a line of CSV has it"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `jaxllm COMMAND ...` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv

@@ -29,11 +29,12 @@ from jaxllm.checkpoint.demo import is_demo
 from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
 from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
 from jaxllm.checkpoint.exports import Export, awq, export, gptq
+from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.unfinished import GB, check_target
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
-from jaxllm.cli import Parser, execute
+from jaxllm.cli import Parser, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import directory
@@ -65,6 +66,7 @@ def convert(
     topology: str | os.PathLike | None = None,
     imatrix: str | os.PathLike | None = None,
     text: str | os.PathLike | None = None,
+    matformer: tuple[str | os.PathLike, str] | None = None,
     max_shard_size: int | str = "5GB",
     model_parallel: int | None = None,
     n_experts: int | None = None,
@@ -94,6 +96,7 @@ def convert(
         container: "gguf", "huggingface" or "mlx"; by default the first of them that holds the type.
         organization, topology, imatrix: see `load`.
         text: a file with the text that GPTQ and AWQ calibrate on.
+        matformer: see `load`.
         max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
         model_parallel: how many files to write for the demo, one per GPU.
         n_experts: the expected number of experts, for "demo".
@@ -109,6 +112,8 @@ def convert(
         raise InputError("to 'demo' needs model_parallel, the number of files, and nothing else takes it or n_experts")
     if config is not None and to != "huggingface":
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
+    if matformer is not None and to in LAYOUTS:
+        raise InputError(f"matformer '{matformer[1]}': '{to}' changes no model")
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
     begun, pool = time.perf_counter(), ThreadPoolExecutor(WORKERS)
@@ -119,9 +124,9 @@ def convert(
         else:
             name, kind = target(to, container)
             check_target(dst, kind == "gguf")
-            wanted = _Wanted(name, kind, organization, topology, imatrix, text, dry_run)
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, dry_run, matformer)
             types = partial(_types, src, dst, wanted, limit, pool)
-            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src)
+            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and matformer is None
             output = _dtype(src, dst, name, limit, types) if dtype_only else types()
         plan = output.plan if output.plan.rows else None
         if dry_run:
@@ -203,6 +208,7 @@ class _Wanted:
     imatrix: str | os.PathLike | None
     text: str | os.PathLike | None
     dry_run: bool
+    matformer: tuple[str | os.PathLike, str] | None
 
     def check(self) -> None:
         """Raise InputError for what means nothing together."""
@@ -222,9 +228,10 @@ def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolEx
     """Matrices in another type."""
     wanted.check()
     checkpoint = open_checkpoint(src)
+    checkpoint = checkpoint if wanted.matformer is None else sliced(checkpoint, *wanted.matformer)
     known = importance_for(wanted.imatrix, checkpoint)
     chosen = recipe(made_by(wanted.name, wanted.container), wanted.organization, wanted.topology, known)
-    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:6])
+    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:6], *(wanted.matformer or ()))
     with located(src):
         model = read_model(checkpoint, src)
         if wanted.container == "gguf":
@@ -244,7 +251,7 @@ def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[
     if wanted.dry_run:  # all that is written about are the shapes
         names = (name for name in model.shapes if name.startswith("layers.") and model.is_matrix(name))
         return replace(model, made={name: _blank(how, model.shapes[name]) for name in names}), how
-    loaded = load(src, dtype="float32", progress=False)
+    loaded = load(src, dtype="float32", matformer=wanted.matformer, progress=False)
     tokens = text_chunks(loaded, text)
     calibrated = with_awq if how.name == "awq" else partial(with_gptq, bits=bits, symmetric=symmetric)
     result = calibrated(loaded, tokens, group=group)
@@ -334,6 +341,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--topology", metavar="FILE", help="YAML with other types for some layers or matrices")
     p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
     p.add_argument("--text", metavar="FILE", help="the text that GPTQ and AWQ calibrate on")
+    add_matformer(p)
     p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -353,7 +361,7 @@ def run(args: argparse.Namespace) -> None:
     if to is None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
-    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "dry_run")}
+    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "matformer", "dry_run")}
     try:
         plan = convert(*paths, to=to, **options)
         if args.dry_run and plan is not None:

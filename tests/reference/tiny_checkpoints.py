@@ -204,8 +204,8 @@ def cases() -> dict[str, Case]:
             27,
         ),
         "gemma3n": Case(
-            "layers 0, 2, 4 with a window of 8, layers 4 and 5 share keys and values; sparse gates; ids beyond the table "
-            "of per-layer embeddings; matformer.csv",
+            "layers 0, 2, 4 with a window of 8, 4 and 5 with others' keys and values; sparse gates; float16; ids beyond "
+            "the table of per-layer embeddings; a slice (matformer.csv)",
             t.Gemma3nTextConfig(**{**llama, **gemma3n, **window}),
             32,
             torch.float16,
@@ -283,7 +283,7 @@ def golden(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     greedy = generate(model, tokens)
     whole = torch.cat([tokens[:1], greedy[None]], 1)
     best = forward(model, whole)[0, LENGTH - 1 : -1].topk(2)
-    assert len(greedy) == NEW and EOS < greedy.min() and greedy.max() < known, "a special token: choose another seed"
+    assert len(greedy) == NEW and greedy.min() > EOS and greedy.max() < known, "a special token: choose another seed"
     assert len(set(greedy.tolist())) > 5, "a dull continuation: choose another seed"
     assert torch.equal(best.indices[:, 0], greedy)
     assert (best.values[:, 0] - best.values[:, 1]).min() > 0.01, "a near tie of tokens: choose another seed"

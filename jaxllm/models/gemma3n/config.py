@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Self
 
@@ -115,7 +115,10 @@ class Gemma3nConfig:
         heads, kv_heads = (given.integer(f"num_{kind}_heads", most=MANY) for kind in ("attention", "key_value"))
         check_shared(given, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
         head_dim = given.integer("head_dim", most=min(MANY, WIDEST // heads))
-        count, window = layer_count(given, "num_hidden_layers", tensors), given.integer("sliding_window", most=POSITIONS)
+        count, window = (
+            layer_count(given, "num_hidden_layers", tensors),
+            given.integer("sliding_window", most=POSITIONS),
+        )
         windows = typed_windows(given, count, window) if "layer_types" in given else _by_turns(count, window)
         ropes = hf_ropes_by_kind(given, head_dim)
         streams = given.integer("altup_num_inputs", least=2, most=MANY)
@@ -182,7 +185,9 @@ class Gemma3nConfig:
             full_rope=rope,
             sliding_rope=Rope(tuple(frequencies(rope.rotary_dim, theta).tolist())),
             layers=_layers(
-                per_layer(given, "feed_forward_length", count), _gguf_windows(given, count), _gguf_sparsity(given, count)
+                per_layer(given, "feed_forward_length", count),
+                _gguf_windows(given, count),
+                _gguf_sparsity(given, count),
             ),
         ).checked(given.where)
 
@@ -195,21 +200,6 @@ class Gemma3nConfig:
                 f"{self.first_shared} has any"
             )
         return self
-
-    def sliced(self, kept: Collection[int], widths: Collection[int]) -> Self:
-        """The configuration of a MatFormer slice: only the layers `kept`, with feed-forward blocks of these widths.
-
-        Raises:
-            InputError: other layers read the keys and values of one that is not kept.
-        """
-        sources = {self.keys_from(i) for i in kept} - {None}
-        if lost := sources - set(kept):
-            raise InputError(f"layer {min(filter(None, lost))} cannot be skipped: others read its keys and values")
-        layers = [
-            replace(self.layers[i], intermediate_size=width) for i, width in zip(sorted(kept), widths, strict=True)
-        ]
-        shared = sum(i >= self.first_shared for i in kept)
-        return replace(self, layers=tuple(layers), num_kv_shared_layers=shared)
 
 
 def text_entries(config: Mapping[str, Any]) -> Entries:

@@ -1,7 +1,7 @@
 """Gemma 3n's text model as a family."""
 
-from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family
-from jaxllm.models.gemma3n import describe, names
+from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family, MatFormer
+from jaxllm.models.gemma3n import describe, matformer, names
 from jaxllm.models.gemma3n.config import GGUF_ARCHITECTURES, MODEL_TYPES, Gemma3nConfig
 from jaxllm.models.gemma3n.model import gemma3n
 
@@ -27,4 +27,5 @@ GEMMA3N = Family(
             describe.rotary_of_hf,
         ),
     },
+    matformer=MatFormer(matformer.sliced, matformer.places, describe.resized),
 )

@@ -4,7 +4,6 @@ The activations between layers are `[streams, batch, time, hidden]`. A layer wor
 one, and predicts and corrects the others with a few coefficients (AltUp; Baykal et al., 2023).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist

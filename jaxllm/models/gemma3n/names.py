@@ -21,13 +21,10 @@ _HF = [
     ),
     Rule(_P + r"(altup_projections|altup_unembed_projections)\.(?P<expert>\d+)\.weight", r"ends.\1"),
     Rule(
-        _M
-        + r"(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm|post_feedforward_layernorm)\.weight",
+        _M + r"(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm|post_feedforward_layernorm)\.weight",
         _L + r"\2.weight",
     ),
-    Rule(
-        _M + r"(per_layer_input_gate|per_layer_projection|post_per_layer_input_norm)\.weight", _L + r"\2.weight"
-    ),
+    Rule(_M + r"(per_layer_input_gate|per_layer_projection|post_per_layer_input_norm)\.weight", _L + r"\2.weight"),
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.weight", _A + r"\2_proj.weight"),
     Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
     Rule(_M + r"mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.\2_proj.weight"),
