@@ -204,8 +204,8 @@ def cases() -> dict[str, Case]:
             27,
         ),
         "gemma3n": Case(
-            "layers 0, 2, 4 with a window of 8, 4 and 5 with others' keys and values; sparse gates; float16; ids beyond "
-            "the table of per-layer embeddings; a slice (matformer.csv)",
+            "layers 0, 2, 4 with a window of 8, 4 and 5 with others' keys and values; sparse gates; float16; ids "
+            "beyond the table of per-layer embeddings; a slice (matformer.csv)",
             t.Gemma3nTextConfig(**{**llama, **gemma3n, **window}),
             32,
             torch.float16,
