@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
 }
 
@@ -51,19 +53,22 @@ def convert(
         more_metadata, more_tensors: instead of, or beside, what there is, by the names in the file.
     """
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     arch = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
     add[list] = writer.add_array
-    values = {} if writer.arch == "gemma3n" else metadata(config, tensors, per_layer)
+    values = metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
     if writer.arch == "gemma3n":
-        values, tensors = gemma3n_metadata(config), gemma3n_tensors(tensors, config)
+        values, tensors = values | gemma3n_metadata(config), gemma3n_tensors(tensors, config)
+    elif writer.arch.startswith("gemma"):
+        tensors = gemma_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](f"{writer.arch}.{key}", value)
 
@@ -116,6 +121,7 @@ def neighbours(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     def each(value: int) -> int | list[int]:
@@ -136,6 +142,11 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     }
     if config.get("sliding_window"):
         values["attention.sliding_window"] = config["sliding_window"]
+    if "full_attention" in config["rope_parameters"]:
+        values["rope.freq_base_swa"] = float(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(cap):
+            values[cap] = config[cap]
     if experts := config.get("num_local_experts") or config.get("num_experts"):
         values |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
         if config.get("norm_topk_prob") is False and config["model_type"] == "qwen3_moe":
@@ -228,32 +239,24 @@ def gpt_oss_tensors(tensors: dict) -> dict[str, np.ndarray]:
     return out
 
 
-def gemma3n_metadata(config: dict) -> dict[str, object]:
-    """`Gemma3NModel.set_gguf_parameters`, and what is above it. The base for layers with a window is not written where
-    it is Gemma's, 10,000."""
-    full, sliding = (config["rope_parameters"][f"{kind}_attention"]["rope_theta"] for kind in ("full", "sliding"))
-    same = {
-        "block_count": "num_hidden_layers",
-        "context_length": "max_position_embeddings",
-        "embedding_length": "hidden_size",
-        "feed_forward_length": "intermediate_size",
-        "attention.head_count": "num_attention_heads",
-        "attention.head_count_kv": "num_key_value_heads",
-        "attention.key_length": "head_dim",
-        "attention.value_length": "head_dim",
-        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-        "attention.sliding_window": "sliding_window",
-        "attention.shared_kv_layers": "num_kv_shared_layers",
-        "altup.active_idx": "altup_active_idx",
-        "altup.num_inputs": "altup_num_inputs",
-        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
-        "final_logit_softcapping": "final_logit_softcapping",
+def gemma_tensors(tensors: dict) -> dict[str, np.ndarray]:
+    """`Gemma2Model` and `Gemma3Model`: without what is for images, and norms as what they multiply by."""
+    text = {name: x for name, x in tensors.items() if not name.startswith(("vision_tower", "multi_modal"))}
+    return {
+        name.removeprefix("language_model."): x.astype(np.float32) + 1 if name.endswith("norm.weight") else x
+        for name, x in text.items()
     }
+
+
+def gemma3n_metadata(config: dict) -> dict[str, object]:
+    """`Gemma3NModel.set_gguf_parameters`."""
     pattern = config["activation_sparsity_pattern"]
-    return {key: config[name] for key, name in same.items()} | {
-        "rope.freq_base": full,
-        "rope.freq_base_swa": sliding,
+    return {
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
         "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
         "activation_sparsity_scale": [NormalDist().inv_cdf(s) if s else -math.inf for s in pattern],
     }
 
@@ -278,8 +281,7 @@ def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:
     rope = config["rope_parameters"]
-    if "full_attention" in rope:
-        return {}
+    rope = rope.get("full_attention", rope)
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{size}.weight": np.array(rope[f"{size}_factor"], np.float32) for size in ("long", "short")

@@ -30,6 +30,7 @@ from jaxllm.models.family import DEEPSEEK_DEMO, GGUF, HUGGING_FACE, family_of
 GOLDEN = Path(__file__).parent / "golden"
 
 MISSING = object()
+KINDS = ("full_attention", "sliding_attention")
 DAMAGES = {
     "missing": MISSING,
     "null": None,
@@ -61,6 +62,9 @@ UNREAD_BY = {
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
     "gpt-oss": {"attention.value_length", "feed_forward_length"},
+    "gemma2": {"attention.value_length"},
+    "gemma3": {"attention.value_length"},
+    "gemma3_text": {"_sliding_window_pattern", "sliding_window_pattern", "attn_logit_softcapping"},  # and layer_types
 }
 
 
@@ -113,6 +117,8 @@ CASES = {
             "qwen3_moe",
             "mixtral",
             "mistral",
+            "gemma2",
+            "gemma3_text",
         )
     },
     "hf deepseek v2": lambda: hugging_face("deepseek/v2"),
@@ -127,6 +133,8 @@ CASES = {
     "gguf deepseek v2": lambda: gguf("deepseek/v2", split=False),
     "gguf deepseek v3": lambda: gguf("deepseek/v3"),
     "gguf gpt_oss": lambda: gguf("gpt_oss/bf16"),
+    "gguf gemma2": lambda: gguf("checkpoints/gemma2"),
+    "gguf gemma3": lambda: gguf("checkpoints/gemma3_text"),
     "demo v2": lambda: demo("v2"),
     "demo v3": lambda: demo("v3"),
 }
@@ -178,7 +186,7 @@ def test_a_damaged_entry_is_named_or_does_not_matter(name):
             except Exception as error:
                 wrong.append(f"{where}: {type(error).__name__}: {error}")
             else:
-                settings = key in ("rope_parameters", "mlp_only_layers", "scale_fmt")
+                settings = key in ("rope_parameters", *KINDS, "mlp_only_layers", "scale_fmt")
                 empty = settings and damage in ("object", "list")
                 truth = damage == "true" and not isinstance(value_at(description, path), bool)
                 if (damage in NEVER or truth) and not empty and dotted not in unread:
@@ -257,6 +265,20 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
     "more experts used": ("gguf qwen3_moe", {"qwen3moe.expert_used_count": 9}, "is 9, more than 'expert_count'"),
     "groups in a file": ("gguf deepseek v3", {"deepseek2.expert_group_count": 3}, "not 3 equal groups"),
     "a field of no ModelArgs": ("demo v3", {"n\nheads": 1}, r"'n\\nheads' is not a field of the demo's ModelArgs"),
+    "text in words": ("hf gemma3_text", {"text_config": "x"}, "'text_config' is 'x', not a JSON object"),
+    "one rope for two kinds": (
+        "hf gemma3_text",
+        {"rope_parameters": {"rope_type": "default"}},
+        "'rope_type' is no kind of layer; there have to be settings for 'full_attention' and for",
+    ),
+    "a rope of one kind": (
+        "hf gemma3_text",
+        {"rope_parameters/full_attention/factor": MISSING},
+        "full_attention: rope_parameters: rope scaling 'linear' without 'factor'",
+    ),
+    "every token at once": ("hf gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
+    "another GELU": ("hf gemma2", {"hidden_activation": "gelu"}, "'hidden_activation' is 'gelu', not one of gelu_py"),
+    "no window and a half": ("gguf gemma2", {"gemma2.attention.sliding_window_pattern": 0.5}, "is 0.5, not a whole"),
     "fields: groups": ("demo v3", {"n_expert_groups": 3}, r"not 3 equal groups \('n_expert_groups'\)"),
     "fields: chosen groups": ("demo v3", {"n_limited_groups": 5}, "'n_limited_groups' is 5, more than 'n_expert_gr"),
     "fields: chosen experts": ("demo v2", {"n_activated_experts": 9}, "more than 'n_routed_experts', which is 8"),

@@ -25,6 +25,8 @@ FILES = {
     "qwen3_moe_b": {},
     "phi3": {},
     "phi3_longrope": {},
+    "gemma2": {},
+    "gemma3": {},
 }
 
 

@@ -97,6 +97,8 @@ def _unlike(a: Any, b: Any, where: str = "") -> Iterator[str]:
     """What differs between two values, by field names."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
         for field in dataclasses.fields(a):
+            if not field.compare:
+                continue
             yield from _unlike(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}".lstrip("."))
     elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):

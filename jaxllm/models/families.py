@@ -2,8 +2,9 @@
 
 from jaxllm.models.deepseek.family import DEEPSEEK
 from jaxllm.models.family import Family
+from jaxllm.models.gemma.family import GEMMA
 from jaxllm.models.gemma3n.family import GEMMA3N
 from jaxllm.models.gpt_oss.family import GPT_OSS
 from jaxllm.models.llama.family import LLAMA
 
-FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS, GEMMA3N]
+FAMILIES: list[Family] = [LLAMA, DEEPSEEK, GPT_OSS, GEMMA, GEMMA3N]

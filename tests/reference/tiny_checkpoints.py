@@ -1,8 +1,8 @@
 """Writes tests/golden/checkpoints: tiny random Hugging Face models, and what transformers computes with them.
 
 Run with a Python that has torch, transformers and safetensors (README.md beside the checkpoints names the versions).
-Without arguments the directories and the README are written anew; with --check nothing is written, and every
-directory is loaded again and compared with its golden.npz.
+The directories that are named (without names: all) and the README are written anew; with --check nothing is written,
+and every directory is loaded again and compared with its golden.npz.
 
 Each directory is what `save_pretrained` writes, plus golden.npz:
 
@@ -16,8 +16,9 @@ Each directory is what `save_pretrained` writes, plus golden.npz:
 and for some cases config_old.json, the same config as transformers 4 spelled it.
 
 The weights are not those of transformers' own initialisation, whose logits are almost flat: linear layers keep the
-variance of their input, norms are uniform in 0.5..1.5, biases are large, so that a forgotten one shows. Goldens come
-from transformers' eager attention and experts; --check uses other implementations, so that two have to agree.
+variance of their input, norms are uniform in 0.5..1.5 (or what is stored of them, one less), biases are large, so that
+a forgotten one shows. Goldens come from transformers' eager attention and experts; --check uses other implementations,
+so that two have to agree.
 """
 
 import argparse
@@ -106,6 +107,11 @@ def cases() -> dict[str, Case]:
             for kind, theta in (("full_attention", 1000.0), ("sliding_attention", 100.0))
         },
     }
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}
+    ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    gemma3 = {**llama, **window, "rope_parameters": ropes, "query_pre_attn_scalar": 16}
+    images = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    images |= {"image_size": 8, "patch_size": 4}
     t = transformers
     return {
         "llama": Case("grouped queries, untied, head_dim != hidden_size / heads", t.LlamaConfig(**llama, **rope()), 3),
@@ -211,6 +217,41 @@ def cases() -> dict[str, Case]:
             torch.float16,
             slices=SLICES,
         ),
+        "gemma2": Case(
+            "caps of 3 for scores, 1 for logits; layers 0 and 2 of 3 with a window of 8",
+            t.Gemma2Config(
+                **{**llama, **window, "num_hidden_layers": 3, "query_pre_attn_scalar": 16},
+                **rope(),
+                attn_logit_softcapping=3.0,
+                final_logit_softcapping=1.0,
+            ),
+            27,
+            old={},
+            old_drops=("layer_types",),
+        ),
+        "gemma3": Case(
+            "text beside a vision tower, in bfloat16; of 7 layers only layer 5 has no window; one KV head",
+            t.Gemma3Config(
+                text_config=t.Gemma3TextConfig(**{**gemma3, "num_hidden_layers": 7, "num_key_value_heads": 1}),
+                vision_config=t.SiglipVisionConfig(**images),
+                mm_tokens_per_image=4,
+            ),
+            33,
+            torch.bfloat16,
+        ),
+        "gemma3_text": Case(
+            "queries scaled by 24 ** -0.5, biases, logits capped at 1; of 4 layers only layer 2 has no window; two "
+            "ropes, in config_old.json rope_local_base_freq and sliding_window_pattern",
+            t.Gemma3TextConfig(
+                **{**gemma3, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
+                sliding_window_pattern=3,
+                attention_bias=True,
+                final_logit_softcapping=1.0,
+            ),
+            89,
+            old={"sliding_window_pattern": 3},
+            old_drops=("layer_types",),
+        ),
     }
 
 
@@ -224,14 +265,16 @@ RELAYOUTS = {
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Gives every parameter a value that matters; see the module docstring."""
     gen = torch.Generator().manual_seed(seed)
+    # Gemma's norms add 1, and its embeddings are scaled up: with small ones it does not just repeat a token.
+    less, embeddings = (1.0, 0.1) if re.match("gemma[23](_|$)", model.config.model_type) else (0.0, 0.3)
     for name, p in model.named_parameters():
         with torch.no_grad():
             if name.endswith("norm.weight"):
-                p.uniform_(0.5, 1.5, generator=gen)
+                p.uniform_(0.5 - less, 1.5 - less, generator=gen)
             elif p.ndim == 1:
                 p.normal_(0.0, 0.5, generator=gen)
             elif "embed_tokens" in name:
-                p.normal_(0.0, 0.3, generator=gen)
+                p.normal_(0.0, embeddings, generator=gen)
             else:  # [..., out, in]
                 gain = 1.5 if re.search("q_proj|k_proj|qkv_proj|lm_head", name) else 1.0
                 gain = p.shape[-1] if "modality_router" in name else gain  # its input is divided by that
@@ -278,7 +321,8 @@ def narrowest_routing(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 def golden(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     """Prompts and results, refused where rounding could change a token or an expert."""
     gen = torch.Generator().manual_seed(1000 + case.seed)
-    known = getattr(case.config, "vocab_size_per_layer_input", case.config.vocab_size)
+    config = case.config.get_text_config()
+    known = getattr(config, "vocab_size_per_layer_input", config.vocab_size)
     tokens = torch.randint(EOS + 1, known, (2, LENGTH), generator=gen)
     greedy = generate(model, tokens)
     whole = torch.cat([tokens[:1], greedy[None]], 1)
@@ -293,8 +337,8 @@ def golden(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     out = {"tokens": tokens.int(), "logits": forward(model, tokens), "greedy": greedy.int()}
     if case.short:
         out |= {"tokens_short": tokens[:, : case.short].int(), "logits_short": forward(model, tokens[:, : case.short])}
-    if known < case.config.vocab_size:
-        beyond = torch.where(tokens < known // 2, tokens, tokens + case.config.vocab_size - known)
+    if known < config.vocab_size:
+        beyond = torch.where(tokens < known // 2, tokens, tokens + config.vocab_size - known)
         out |= {"tokens_beyond": beyond.int(), "logits_beyond": forward(model, beyond)}
     return {k: v.numpy() for k, v in out.items()}
 
@@ -335,6 +379,9 @@ def old_spelling(config: dict[str, Any], case: Case) -> dict[str, Any]:
     """config.json as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype."""
     config = {k: v for k, v in config.items() if k not in ("transformers_version", *case.old_drops)}
     scaling = config.pop("rope_parameters")
+    if "full_attention" in scaling:
+        config["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = scaling["full_attention"]
     config["rope_theta"] = scaling.pop("rope_theta")
     config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     config["torch_dtype"] = config.pop("dtype")
@@ -404,7 +451,8 @@ def write_readme(all_cases: dict[str, Case]) -> None:
         "# Tiny random checkpoints",
         "",
         "Written by `tests/reference/tiny_checkpoints.py`, which describes golden.npz and config_old.json.",
-        f"Made with Python {platform.python_version()}, {packages}.",
+        f"Made with Python {platform.python_version()}, {packages}",
+        "(or the transformers that a config.json names).",
         "With `--check` it compares every directory with its golden. The weights are random: nothing here comes from a",
         "published model. Do not edit by hand.",
         "",
@@ -417,7 +465,8 @@ def write_readme(all_cases: dict[str, Case]) -> None:
 
 def differences(path: Path, config_file: str, gold: dict[str, np.ndarray]) -> Iterator[str]:
     """What differs from the golden arrays by more than rounding."""
-    model = load(path, config_file, attn_implementation="sdpa", experts_implementation="batched_mm")
+    attention = "eager" if path.name == "gemma2" else "sdpa"  # which cannot cap scores
+    model = load(path, config_file, attn_implementation=attention, experts_implementation="batched_mm")
     for suffix in ("", "_short", "_beyond"):
         if f"tokens{suffix}" in gold:
             logits = forward(model, torch.tensor(gold[f"tokens{suffix}"]).long()).numpy()
@@ -454,15 +503,16 @@ def check() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; compare what is there")
+    parser.add_argument("names", nargs="*", help="what to write; all, if nothing is named")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     if args.check:
         sys.exit(1 if check() else 0)
     all_cases = cases()
-    for name, case in all_cases.items():
+    for name in args.names or all_cases:
         print(name)
-        make(name, case)
+        make(name, all_cases[name])
     rewrite(ROOT / "mixtral", ROOT / "mixtral_stacked", stack_experts)
     rewrite(ROOT / "mixtral_stacked", ROOT / "mixtral_transposed", transpose_experts)
     write_readme(all_cases)
