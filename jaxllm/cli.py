@@ -59,7 +59,7 @@ def add_matformer(p: argparse.ArgumentParser) -> None:
     def pair(text: str) -> tuple[str, str]:
         file, _, name = text.rpartition(":")
         if not file or not name:
-            raise InputError(f"--matformer '{text}': give CSV:SLICE, a file and the name of a slice in it")
+            raise argparse.ArgumentTypeError(f"'{text}' is not CSV:SLICE, a file and the name of a slice in it")
         return file, name
 
     p.add_argument(

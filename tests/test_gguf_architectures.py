@@ -27,6 +27,7 @@ FILES = {
     "phi3_longrope": {},
     "gemma2": {},
     "gemma3": {},
+    "gemma3n": {},
 }
 
 

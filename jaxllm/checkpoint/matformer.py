@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxllm.checkpoint.opening import Checkpoint
 from jaxllm.errors import InputError, located
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, finest
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import HUGGING_FACE, MatFormer
 from jaxllm.placing import taken
@@ -71,13 +71,17 @@ def _tensors(checkpoint: Checkpoint, how: MatFormer, config: Any, kept: Sequence
 
 
 def _cut(name: str, weight: Weight, rows: np.ndarray | None, cols: np.ndarray | None) -> Weight:
-    for what, size, kept in zip(("rows", "columns"), weight.shape[-2:], (rows, cols), strict=False):
+    for dim, size, kept in zip(("out", "in"), weight.shape[-2:], (rows, cols), strict=False):
         if kept is None or len(kept) == size:
             continue
+        what = "rows" if dim == "out" else "columns"
         if kept[-1] >= size:
             raise InputError(f"tensor '{name}' has {size} {what}, but the slice wants the {kept[-1] + 1}th of them")
+        fine = finest(weight.unit(dim), size, 1, kept)
+        if fine != weight.unit(dim):  # then scales may be repeated for the parts of a block
+            weight = weight.refined(*(fine if each == dim else weight.unit(each) for each in ("out", "in")))
         try:
-            weight = weight.arrange(**{"rows" if what == "rows" else "cols": kept}, taking=taken)
+            weight = weight.arrange(*(kept if each == dim else None for each in ("out", "in")), taken)
         except InputError as error:
             raise InputError(
                 f"tensor '{name}': {len(kept)} of its {size} {what} cannot be kept in {weight.format}: {error}"

@@ -143,7 +143,7 @@ class Gemma3nConfig:
             full_rope=ropes[FULL],
             sliding_rope=ropes[SLIDING],
             layers=_layers(per_layer(given, "intermediate_size", count), windows, _hf_sparsity(given, count)),
-        ).checked(given.where)
+        ).checked(given.where, "layer_types")
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, Weight]) -> Self:
@@ -189,15 +189,16 @@ class Gemma3nConfig:
                 _gguf_windows(given, count),
                 _gguf_sparsity(given, count),
             ),
-        ).checked(given.where)
+        ).checked(given.where, "attention.sliding_window_pattern")
 
-    def checked(self, where: str) -> Self:
-        """The same. Raises InputError if a layer is to read keys and values that no layer has."""
+    def checked(self, where: str, key: str) -> Self:
+        """The same. Raises InputError if a layer is to read keys and values that no layer has; `key` names the entry
+        for the layers' types."""
         own = {layer.sliding_window for layer in self.layers[: self.first_shared]}
         if lacking := [i for i, layer in enumerate(self.layers) if layer.sliding_window not in own]:
             raise InputError(
-                f"{where}: layer {lacking[0]} shares keys and values, but no layer of its type before layer "
-                f"{self.first_shared} has any"
+                f"{where}: layer {lacking[0]} shares keys and values, but no layer of its type ('{key}') is before "
+                f"layer {self.first_shared}, the first that shares"
             )
         return self
 

@@ -20,7 +20,8 @@ def sliced(config: Gemma3nConfig, kept: Sequence[int], widths: Sequence[int]) ->
     """
     layers = []
     for i, width in zip(kept, widths, strict=True):
-        if not 1 <= width <= (own := config.layers[i].intermediate_size):
+        if not 1 <= width <= config.layers[i].intermediate_size:
+            own = config.layers[i].intermediate_size
             raise InputError(f"layer {i}: its feed-forward block is {own} wide, so that {width} cannot be kept")
         if (source := config.keys_from(i)) is not None and source not in kept:
             raise InputError(f"layer {source} cannot be skipped: layer {i} reads its keys and values")
