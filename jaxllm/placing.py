@@ -146,7 +146,11 @@ def taken(leaf: HostArray, positions: np.ndarray, axis: int) -> LazyArray:
     def part(run: np.ndarray) -> DerivedArray:
         index = (slice(None),) * axis + (slice(run[0], run[-1] + 1),)
         shape = (*leaf.shape[:axis], len(run), *leaf.shape[axis + 1 :])
-        return DerivedArray(shape, leaf.dtype, lambda: (leaf.map() if isinstance(leaf, LazyArray) else leaf)[index])
+
+        def read() -> Any:
+            return (leaf.map() if isinstance(leaf, LazyArray) else leaf)[index]
+
+        return DerivedArray(shape, leaf.dtype, read)
 
     parts = tuple(map(part, runs))
     return parts[0] if len(parts) == 1 else JoinedArray(parts, axis)

@@ -20,6 +20,7 @@ from jaxllm.cli import main
 from jaxllm.convert import convert
 from jaxllm.errors import InputError
 from jaxllm.formats.dense import Dense
+from jaxllm.models.gemma3n.config import PRESETS, Gemma3nConfig
 from jaxllm.requantize import quantize
 
 FOLDER = Path(__file__).parent / "golden" / "checkpoints" / "gemma3n"
@@ -47,8 +48,9 @@ def test_logits_on_meshes(load_once, mesh):
 
 
 def test_prompts_in_chunks_and_steps(load_once, monkeypatch):
-    """Layers that share a cache find there what other chunks wrote, also where their own window is shorter."""
-    monkeypatch.setattr("jaxllm.decoding.CHUNK", 8)
+    """Layers that share a cache find there what other chunks wrote, while others with a window keep only that."""
+    monkeypatch.setattr("jaxllm.decoding.CHUNK", 16)
+    monkeypatch.setattr("jaxllm.layers.cache.REWIND", 0)
     model = load_once(FOLDER, mesh="tp=2", dtype="float32")
     check(model)
     assert model.generate(GOLDEN["tokens"][0].tolist(), 12).tokens == GOLDEN["greedy"].tolist()
@@ -118,6 +120,15 @@ def test_a_slice_is_written(load_once, files, tmp_path, kind):
     check(load_once(tmp_path / "out", dtype="float32"), "logits_sliced")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["intermediate_size"], config["num_kv_shared_layers"]) == ([48, 32, 32, 24], 1)
+
+
+def test_the_published_e2b_is_a_slice_of_e4b(tmp_path):
+    """The line is mistral.rs's."""
+    whole, small = (Gemma3nConfig.from_hf(PRESETS[f"gemma-3n-{size}"]) for size in ("e4b", "e2b"))
+    widths, file = ", ".join(["2_048 * 4"] * 30), tmp_path / "gemma3n.csv"
+    file.write_text(HEADER + f'Config for official E2B Model,30,1.91,50.90%,"[{widths}]","[20, 21, 22, 23, 24]"\n')
+    checkpoint = replace(open_checkpoint(FOLDER), config=whole, tensors={})
+    assert sliced(checkpoint, file, "Config for official E2B Model").config == small
 
 
 def test_a_slice_answers_on_the_command_line(capsys):

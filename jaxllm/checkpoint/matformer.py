@@ -81,7 +81,7 @@ def _cut(name: str, weight: Weight, rows: np.ndarray | None, cols: np.ndarray | 
         if fine != weight.unit(dim):  # then scales may be repeated for the parts of a block
             weight = weight.refined(*(fine if each == dim else weight.unit(each) for each in ("out", "in")))
         try:
-            weight = weight.arrange(*(kept if each == dim else None for each in ("out", "in")), taken)
+            weight = weight.arrange(rows if dim == "out" else None, cols if dim == "in" else None, taken)
         except InputError as error:
             raise InputError(
                 f"tensor '{name}': {len(kept)} of its {size} {what} cannot be kept in {weight.format}: {error}"

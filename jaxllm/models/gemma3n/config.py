@@ -49,6 +49,11 @@ _DEFAULTS: dict[str, object] = {
     "laurel_rank": 64,
     "tie_word_embeddings": True,
 }
+_E2B = {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10}
+PRESETS: dict[str, dict[str, object]] = {
+    "gemma-3n-e2b": {"model_type": "gemma3n_text"} | _E2B,
+    "gemma-3n-e4b": {"model_type": "gemma3n_text"},
+}
 _HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 _PERIOD = 5  # of layer types: the last of each five is full
 

@@ -2,7 +2,7 @@
 
 from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family, MatFormer
 from jaxllm.models.gemma3n import describe, matformer, names
-from jaxllm.models.gemma3n.config import GGUF_ARCHITECTURES, MODEL_TYPES, Gemma3nConfig
+from jaxllm.models.gemma3n.config import GGUF_ARCHITECTURES, MODEL_TYPES, PRESETS, Gemma3nConfig
 from jaxllm.models.gemma3n.model import gemma3n
 
 GEMMA3N = Family(
@@ -27,5 +27,6 @@ GEMMA3N = Family(
             describe.rotary_of_hf,
         ),
     },
+    presets=PRESETS,
     matformer=MatFormer(matformer.sliced, matformer.places, describe.resized),
 )
