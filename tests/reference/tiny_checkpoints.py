@@ -101,6 +101,7 @@ def cases() -> dict[str, Case]:
         "vocab_size_per_layer_input": 60,
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 6,
+        "altup_active_idx": 1,
         "final_logit_softcapping": 4.0,
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": theta}
@@ -213,7 +214,7 @@ def cases() -> dict[str, Case]:
             "layers 0, 2, 4 with a window of 8, 4 and 5 with others' keys and values; sparse gates; float16; ids "
             "beyond the table of per-layer embeddings; a slice (matformer.csv)",
             t.Gemma3nTextConfig(**{**llama, **gemma3n, **window}),
-            32,
+            33,
             torch.float16,
             slices=SLICES,
         ),
