@@ -26,7 +26,7 @@ FILES = {
     "phi3": {},
     "phi3_longrope": {},
     "gemma2": {},
-    "gemma3": {},
+    "gemma3_text": {},
     "gemma3n": {},
 }
 

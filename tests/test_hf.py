@@ -12,7 +12,7 @@ NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
 CASES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2")]
 # mixtral_stacked and _transposed are one tensor for all experts, as in GGUF files.
-NOT_IN_GGUF = ["gemma3_text", "mixtral_stacked", "odd", "qwen2_window", "qwen3_moe"]
+NOT_IN_GGUF = ["gemma3", "mixtral_stacked", "odd", "qwen2_window", "qwen3_moe"]
 
 
 def golden(name):

@@ -231,26 +231,26 @@ def cases() -> dict[str, Case]:
             old_drops=("layer_types",),
         ),
         "gemma3": Case(
-            "text beside a vision tower, in bfloat16; of 7 layers only layer 5 has no window; one KV head",
+            "text beside a vision tower; queries scaled by 24 ** -0.5, biases; of 4 layers only layer 2 has no window",
             t.Gemma3Config(
-                text_config=t.Gemma3TextConfig(**{**gemma3, "num_hidden_layers": 7, "num_key_value_heads": 1}),
+                text_config=t.Gemma3TextConfig(
+                    **{**gemma3, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
+                    sliding_window_pattern=3,
+                    attention_bias=True,
+                ),
                 vision_config=t.SiglipVisionConfig(**images),
                 mm_tokens_per_image=4,
             ),
-            33,
+            175,
             torch.bfloat16,
         ),
         "gemma3_text": Case(
-            "queries scaled by 24 ** -0.5, biases, logits capped at 1; of 4 layers only layer 2 has no window; two "
-            "ropes, in config_old.json rope_local_base_freq and sliding_window_pattern",
-            t.Gemma3TextConfig(
-                **{**gemma3, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
-                sliding_window_pattern=3,
-                attention_bias=True,
-                final_logit_softcapping=1.0,
-            ),
-            89,
-            old={"sliding_window_pattern": 3},
+            "of 7 layers only layer 5 has no window; one KV head; two ropes, in config_old.json rope_local_base_freq; "
+            "bfloat16",
+            t.Gemma3TextConfig(**{**gemma3, "num_hidden_layers": 7, "num_key_value_heads": 1}),
+            33,
+            torch.bfloat16,
+            old={},
             old_drops=("layer_types",),
         ),
     }
