@@ -49,11 +49,9 @@ _DEFAULTS: dict[str, object] = {
     "laurel_rank": 64,
     "tie_word_embeddings": True,
 }
-_E2B = {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10}
-PRESETS: dict[str, dict[str, object]] = {
-    "gemma-3n-e2b": {"model_type": "gemma3n_text"} | _E2B,
-    "gemma-3n-e4b": {"model_type": "gemma3n_text"},
-}
+_E4B: dict[str, object] = {"model_type": "gemma3n_text"}
+_E2B = _E4B | {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10}
+PRESETS = {"gemma-3n-e2b": _E2B, "gemma-3n-e4b": _E4B}
 _HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 _PERIOD = 5  # of layer types: the last of each five is full
 
