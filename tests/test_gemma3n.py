@@ -172,9 +172,7 @@ def test_complete_blocks_of_packed_matrices_are_kept(type):
 
 def test_blocks_are_not_split():
     down = quantize(np.ones((32, 256), np.float32), "q4_k")
-    message = (
-        r"tensor 'model.layers.2.mlp.down_proj.weight': 32 of its 256 columns cannot be kept in Q4_K: .* blocks of 256"
-    )
+    message = r"gemma3n: tensor '.*\.2\.mlp\.down_proj\.weight': 32 of its 256 columns .* in Q4_K: .* blocks of 256"
     with pytest.raises(InputError, match=message):
         sliced(changed(down_proj=down), CSV, "small")
 
@@ -203,6 +201,7 @@ REFUSED = {  # the file, and what is said
     ),
     "no width": (HEADER + 's,6,1,1,"[8, 8, 0, 8, 8, 8]",\n', "layer 2: its feed-forward block is 40 wide, so that 0"),
     "a layer too many": (HEADER + f's,6,1,1,"{[48] * 6}",[6]\n', "skips layer 6, but the model has 6 layers"),
+    "no layer": (HEADER + 's,0,1,1,[],"[0, 1, 2, 3, 4, 5]"\n', "slice 's' skips all layers"),
     "keys that others read": (HEADER + f's,5,1,1,"{[24] * 5}",[3]\n', "layer 3 cannot be skipped: layer 5 reads"),
 }
 

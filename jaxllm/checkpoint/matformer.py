@@ -43,11 +43,14 @@ def sliced(checkpoint: Checkpoint, file: str | os.PathLike, name: str) -> Checkp
         count = len(checkpoint.config.layers)
         if beyond := [i for i in skipped if i >= count]:
             raise InputError(f"slice '{name}' skips layer {beyond[0]}, but the model has {count} layers")
-        kept = [i for i in range(count) if i not in skipped]
+        if not (kept := [i for i in range(count) if i not in skipped]):
+            raise InputError(f"slice '{name}' skips all layers")
         if len(widths) != len(kept):
             raise InputError(f"slice '{name}': '{WIDTHS}' has {len(widths)} numbers for {len(kept)} layers")
         config = family.matformer.config(checkpoint.config, kept, widths)
-    tensors, dialect = _tensors(checkpoint, family.matformer, config, kept), family.dialects[checkpoint.dialect]
+    with located(checkpoint.name):
+        tensors = _tensors(checkpoint, family.matformer, config, kept)
+    dialect = family.dialects[checkpoint.dialect]
     said: Mapping[str, Any] = checkpoint.description  # of metadata, others use only what is the same for all slices
     if checkpoint.dialect == HUGGING_FACE:
         said = family.matformer.description(said, config)
