@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Never
 
 from jaxllm.errors import InputError
@@ -65,6 +66,32 @@ def add_matformer(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--matformer", type=pair, metavar="CSV:SLICE", help="a smaller model inside a Gemma 3n, as a line of CSV has it"
     )
+
+
+def add_adapters(p: argparse.ArgumentParser) -> None:
+    """The option for adapters; `adapters` reads it."""
+    p.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=SCALE]",
+        help="a low-rank adapter (LoRA): a directory of PEFT's or mlx-lm's, or a GGUF file; several are summed",
+    )
+
+
+def adapters(args: argparse.Namespace) -> tuple[str | tuple[str, float], ...]:
+    """The argument for `load`. Raises InputError if a scale is not a number."""
+    return tuple(map(_adapter, args.adapter))
+
+
+def _adapter(text: str) -> str | tuple[str, float]:
+    path, _, scale = text.rpartition("=")
+    if not path or Path(text).exists():
+        return text
+    try:
+        return path, float(scale)
+    except ValueError as error:
+        raise InputError(f"--adapter {text}: '{scale}' is not a number; write PATH=SCALE, such as tuned=0.5") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

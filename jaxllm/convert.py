@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.unfinished import GB, check_target
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
-from jaxllm.cli import Parser, add_matformer, execute
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import directory
@@ -45,7 +45,7 @@ from jaxllm.exporting.writer import WORKERS, Output
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.imatrix import importance_for
-from jaxllm.loading import find_checkpoint, load
+from jaxllm.loading import AdapterPath, find_checkpoint, load, read_adapters
 from jaxllm.placing import Source
 from jaxllm.recipe import ORGANIZATIONS, Plan, recipe
 
@@ -67,6 +67,7 @@ def convert(
     imatrix: str | os.PathLike | None = None,
     text: str | os.PathLike | None = None,
     matformer: tuple[str | os.PathLike, str] | None = None,
+    adapters: Sequence[AdapterPath] = (),
     max_shard_size: int | str = "5GB",
     model_parallel: int | None = None,
     n_experts: int | None = None,
@@ -97,6 +98,7 @@ def convert(
         organization, topology, imatrix: see `load`.
         text: a file with the text that GPTQ and AWQ calibrate on.
         matformer: see `load`.
+        adapters: low-rank adapters (LoRA) that are added to the matrices, see `load`.
         max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
         model_parallel: how many files to write for the demo, one per GPU.
         n_experts: the expected number of experts, for "demo".
@@ -110,6 +112,8 @@ def convert(
     src, dst, limit = find_checkpoint(src), Path(dst), parse_size(max_shard_size)
     if (to == "demo") != (model_parallel is not None) or (n_experts is not None and to != "demo"):
         raise InputError("to 'demo' needs model_parallel, the number of files, and nothing else takes it or n_experts")
+    if adapters and to in LAYOUTS:
+        raise InputError(f"adapters mean nothing to '{to}', which changes no value")
     if config is not None and to != "huggingface":
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
     if matformer is not None and to in LAYOUTS:
@@ -124,9 +128,10 @@ def convert(
         else:
             name, kind = target(to, container)
             check_target(dst, kind == "gguf")
-            wanted = _Wanted(name, kind, organization, topology, imatrix, text, dry_run, matformer)
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, adapters, dry_run, matformer)
             types = partial(_types, src, dst, wanted, limit, pool)
-            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and matformer is None
+            same = not adapters and matformer is None
+            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and same
             output = _dtype(src, dst, name, limit, types) if dtype_only else types()
         plan = output.plan if output.plan.rows else None
         if dry_run:
@@ -207,6 +212,7 @@ class _Wanted:
     topology: str | os.PathLike | None
     imatrix: str | os.PathLike | None
     text: str | os.PathLike | None
+    adapters: Sequence[AdapterPath]
     dry_run: bool
     matformer: tuple[str | os.PathLike, str] | None
 
@@ -231,9 +237,10 @@ def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolEx
     checkpoint = checkpoint if wanted.matformer is None else sliced(checkpoint, *wanted.matformer)
     known = importance_for(wanted.imatrix, checkpoint)
     chosen = recipe(made_by(wanted.name, wanted.container), wanted.organization, wanted.topology, known)
-    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:6], *(wanted.matformer or ()))
+    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:7], *(wanted.matformer or ()))
+    encodes = chosen.encodes if chosen else lambda name, source: True
     with located(src):
-        model = read_model(checkpoint, src)
+        model = read_model(checkpoint, src, read_adapters(wanted.adapters), encodes)
         if wanted.container == "gguf":
             return gguf(model, chosen, dst, source, pool)
         how = export(wanted.container, wanted.name)
@@ -251,7 +258,14 @@ def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[
     if wanted.dry_run:  # all that is written about are the shapes
         names = (name for name in model.shapes if name.startswith("layers.") and model.is_matrix(name))
         return replace(model, made={name: _blank(how, model.shapes[name]) for name in names}), how
-    loaded = load(src, dtype="float32", matformer=wanted.matformer, progress=False)
+    loaded = load(
+        src,
+        dtype="float32",
+        matformer=wanted.matformer,
+        adapters=wanted.adapters,
+        merge_adapters=True,
+        progress=False,
+    )
     tokens = text_chunks(loaded, text)
     calibrated = with_awq if how.name == "awq" else partial(with_gptq, bits=bits, symmetric=symmetric)
     result = calibrated(loaded, tokens, group=group)
@@ -342,6 +356,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
     p.add_argument("--text", metavar="FILE", help="the text that GPTQ and AWQ calibrate on")
     add_matformer(p)
+    add_adapters(p)
     p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -362,6 +377,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
     options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "matformer", "dry_run")}
+    options["adapters"] = adapters(args)
     try:
         plan = convert(*paths, to=to, **options)
         if args.dry_run and plan is not None:

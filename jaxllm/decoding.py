@@ -33,16 +33,20 @@ class Memory:
         tokens: the tokens whose keys and values `cache` holds.
         cache: None before the first turn, and while an answer is being generated (its arrays are donated then).
         reused: how many tokens of the latest prompt were found in the cache.
+        version: of the parameters that the cache was computed with, see `Programs.version`.
     """
 
     tokens: list[int] = field(default_factory=list)
     cache: KVCache | None = None
     reused: int = 0
+    version: object = None
 
-    def resume(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
-        """Take the cache if its capacity suffices, and set `reused` to how many tokens of `prompt` it covers."""
+    def resume(self, prompt: Sequence[int], capacity: int, version: object) -> KVCache | None:
+        """Take the cache if its capacity suffices and the parameters are still the same, and set `reused` to how many
+        tokens of `prompt` it covers."""
         cache, self.cache, self.reused = self.cache, None, 0
-        if cache is None or cache.capacity < capacity:
+        same_parameters, self.version = self.version is version, version
+        if cache is None or cache.capacity < capacity or not same_parameters:
             return None
         same = 0
         while same < min(len(self.tokens), len(prompt) - 1) and self.tokens[same] == prompt[same]:
@@ -137,7 +141,7 @@ def generate_tokens(
     """
     rows = [*prompts, *[[0]] * (bucket(len(prompts), 1) - len(prompts))]  # few batch sizes, few programs
     capacity = bucket(max(map(len, rows)) + max_new_tokens, SMALLEST_CACHE)
-    cache = memory.resume(rows[0], capacity) if memory else None
+    cache = memory.resume(rows[0], capacity, programs.version) if memory else None
     start = memory.reused if memory else 0
     cache = cache or programs.empty_cache(len(rows), capacity)
     # A conversation uses its cache's capacity as the limit: the entries kept from turn to turn have to stay valid.

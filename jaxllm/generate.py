@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.cli import Parser, add_matformer, add_quantizing, execute, quantizing
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, add_quantizing, execute, quantizing
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
@@ -49,6 +49,8 @@ def parser() -> Parser:
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
     add_quantizing(p)
     add_matformer(p)
+    add_adapters(p)
+    p.add_argument("--merge-adapters", action="store_true", help="add adapters to the matrices themselves")
     p.add_argument("--dtype", choices=DTYPES, help="of activations")
     p.add_argument(
         "--weights",
@@ -92,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
         args.model,
         mesh=f"tp={args.tp},ep={args.ep}",
         **quantizing(args),
+        adapters=adapters(args),
+        merge_adapters=args.merge_adapters,
         dtype=args.dtype,
         weights=args.weights,
         max_seq_len=args.max_seq_len,

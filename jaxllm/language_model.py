@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxllm.adapters import Adapters
 from jaxllm.checkpoint.filling import Placed, refill
 from jaxllm.declaration import Declaration
 from jaxllm.decoding import Memory, cache_for, generate_tokens, hidden_states
@@ -84,6 +85,7 @@ class LanguageModel:
             continue to use the loaded weights.
         placed: every parameter as it was loaded.
         programs: the compiled functions.
+        adapters: what is attached to the weights, by name, see `Adapters`.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class LanguageModel:
         self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
         self.placed, self.max_batch_size = list(placed), max_batch_size
         self.model, self.programs = model, Programs(model, mesh, dtype, int8_blocks)
+        self.adapters = Adapters(model, self.placed, mesh, lambda: self.programs.refresh())
 
     def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
         """Next-token logits float32 `[batch, time, vocab]` after every one of `tokens[batch, time]`.

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxllm.checkpoint import filling, matching
+from jaxllm.checkpoint.adapter_files import AdapterFile, read_adapter
+from jaxllm.checkpoint.adapting import EMBEDDING, HEAD, adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
@@ -29,6 +31,7 @@ from jaxllm.imatrix import importance_for
 from jaxllm.kernels import registry
 from jaxllm.kernels.cpu import library
 from jaxllm.language_model import BATCH, LanguageModel
+from jaxllm.layers.parameter import parameters
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
 from jaxllm.parallel import make_mesh
@@ -39,6 +42,7 @@ from jaxllm.tracking import Statistics
 
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
+AdapterPath = str | os.PathLike | tuple[str | os.PathLike, float]
 MATMULS = ("dequant", "fp8", "int8", "int8_blocks")
 
 
@@ -54,8 +58,9 @@ def load(
     weights: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
-    adapters: tuple = (),
     matformer: tuple[str | os.PathLike, str] | None = None,
+    adapters: Sequence[AdapterPath] = (),
+    merge_adapters: bool = False,
     matmul: str | None = None,
     attention: str | None = None,
     gqa: int = 1,
@@ -94,13 +99,17 @@ def load(
             "naive", every head's keys and values, which need more memory.
         gqa: query heads per key/value head, which files from before GGUF do not say (8 for Llama 2 70B).
         config: for directories of DeepSeek's demo, a JSON file with ModelArgs; by default the one in the directory.
+        adapters: low-rank adapters (LoRA), each a path or a path with a scale: directories of PEFT's or mlx-lm's, or
+            GGUF files. They stay beside the matrices, of whatever type these are, and can be changed later, see
+            `LanguageModel.adapters`. Parameters that an adapter trained as a whole take the place of the model's own.
+        merge_adapters: whether adapters are added to the matrices themselves, before these are encoded as `quantize`
+            says. Matrices that are quantized in the file can only be merged with if they are encoded anew, or held as
+            `weights` of plain numbers.
         progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
         InputError: a file or argument cannot be used; one line saying what and where.
     """
-    if adapters:
-        raise InputError("adapters are not supported yet")
     if matmul is not None and _choose("matmul", matmul, MATMULS) != "dequant":
         weights = _choose("weights", weights or "packed", ("packed",))
     file = find_checkpoint(path)
@@ -112,7 +121,15 @@ def load(
     settings = Settings.of(mesh, chosen, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)
     with located(file):
         checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, settings.matmul))
-        return build(checkpoint, settings)
+        return build(checkpoint, settings, read_adapters(adapters), merge_adapters)
+
+
+def read_adapters(adapters: Sequence[AdapterPath]) -> list[tuple[AdapterFile, float]]:
+    """The files of adapters, each with its scale, see `load`."""
+    if isinstance(adapters, str | os.PathLike):
+        raise InputError(f"adapters '{adapters}': give a list of paths, or of pairs of a path and a scale")
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    return [(read_adapter(path), float(scale)) for path, scale in pairs]
 
 
 @dataclass(frozen=True)
@@ -162,8 +179,13 @@ class Settings:
         return cls(devices, quantize, dtype, weights, max_seq_len, max_batch_size, options, shown, matmul)
 
 
-def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
-    """The model of an opened checkpoint, placed on a mesh.
+def build(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    adapters: Sequence[tuple[AdapterFile, float]] = (),
+    merge_adapters: bool = False,
+) -> LanguageModel:
+    """The model of an opened checkpoint, placed on a mesh, with adapters.
 
     Raises:
         InputError: tensors do not fit the model, or the model does not have an option.
@@ -174,12 +196,23 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
     sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
     sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
+    if any(changes_tied_ends(file, config) for file, _ in adapters):
+        config, sources[HEAD] = replace(config, tie_word_embeddings=False), sources[EMBEDDING]
+        sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
+    declared = {name: param.declared for name, param in parameters(sketch).items()}
+    read = [(adapter(file, config, declared), scale) for file, scale in adapters]
+    for one, _ in read:
+        sources |= one.replaced
     encode, planned = filling.keep, filling.keep_planned
     if s.quantize is not None:
         s.quantize.check(sources)
         encode, planned = s.quantize.encoded, s.quantize.planned
-    model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
     weights = s.weights or default_weights(checkpoint.tensors, s.dtype, s.mesh)
+    if merge_adapters:
+        encodes = s.quantize.encodes if s.quantize else lambda name, source: False
+        sources = merged(sources, read, lambda name, source: weights != "packed" or encodes(name, source))
+        read = []
+    model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
     convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)
 
     def track(results: Iterable, count: int) -> tqdm:
@@ -205,6 +238,8 @@ def build(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
         batch,
         s.matmul == "int8_blocks",
     )
+    for one, scale in read:
+        loaded.adapters.attach(one, scale)
     if s.progress:
         nbytes, seconds = sum(p.source.nbytes for p in placed), time.perf_counter() - begun
         print(

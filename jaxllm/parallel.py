@@ -19,8 +19,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
-from jaxllm.kernels.activations import Peak, rounded, unchanged
-from jaxllm.kernels.dispatch import few_rows, matmul, matmuls
+from jaxllm.kernels.activations import Peak, unchanged
+from jaxllm.kernels.adapted import products
+from jaxllm.kernels.dispatch import few_rows
 from jaxllm.kernels.experts import Activation, Gated, Tiles, grouped_mlp, hidden, tile_size
 
 TP = "tp"  # tensor parallelism: one matrix over several devices
@@ -125,7 +126,7 @@ def linears(
     lead = (None,) * (x.ndim - 1)
 
     def shard(x: jax.Array, weights: list[Weight]) -> tuple[jax.Array, ...]:
-        ys = matmuls([rounded(x, weight, _whole_rows(in_axis)) for weight in weights], weights)
+        ys = products(x, weights, _whole_rows(in_axis))
         if in_axis is not None:
             ys = jax.lax.psum(ys, in_axis)
         return tuple(y.astype(dtype or x.dtype) for y in ys)
@@ -156,6 +157,19 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
 
     specs = local_specs(weight, COLUMN)
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
+
+
+def sums_of_squares(*xs: jax.Array) -> jax.Array:
+    """The sum of squares over the last axis of each `x[batch, time, features]`, whose features are sharded over tp.
+
+    Returns:
+        float32 `[batch, time, arrays]`, replicated. All arrays take one sum over devices.
+    """
+
+    def shard(*xs: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in xs], axis=-1), TP)
+
+    return local(shard, (PartitionSpec(None, None, TP),) * len(xs), PartitionSpec())(*xs)
 
 
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
@@ -196,8 +210,8 @@ def experts(
         y = grouped_mlp(x, scores, chosen - first, _once(stack), tile, activation, _whole_rows(TP))
         if shared is not None:
             block, score = shared
-            h = activation(*(matmul(x, w) for w in (block.gate, block.up))).astype(x.dtype)
-            y = y + score * matmul(rounded(h, block.down, _whole_rows((EP, TP))), block.down)
+            h = activation(*products(x, (block.gate, block.up))).astype(x.dtype)
+            y = y + score * products(h, (block.down,), _whole_rows((EP, TP)))[0]
         return jax.lax.psum(y, (EP, TP)).astype(x.dtype)
 
     uncut = PartitionSpec()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from jaxllm.cli import Parser, execute
+from jaxllm.cli import Parser, adapters, add_adapters, execute
 from jaxllm.decoding import cache_for, hidden_states
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
@@ -48,6 +48,7 @@ def parser() -> Parser:
     p.add_argument("--text", required=True, metavar="FILE", help="the text, in UTF-8")
     p.add_argument("--quantize", nargs="*", default=[], metavar="TYPE", help="quantization types to compare with")
     p.add_argument("--imatrix", metavar="FILE", help="also compare with this importance matrix, see jaxllm calibrate")
+    add_adapters(p)
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations (float32)")
     return p
 
@@ -57,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
         text = Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{args.text}: {error}") from error
-    rows: list[tuple] = []
+    rows, attached = list[tuple](), adapters(args)
     wanted = [(type, imatrix) for type in args.quantize for imatrix in dict.fromkeys((None, args.imatrix))]
     for type, imatrix in ((None, None), *wanted):
-        model = load(args.model, dtype=args.dtype, quantize=type, imatrix=imatrix, progress=False)
+        model = load(args.model, dtype=args.dtype, quantize=type, imatrix=imatrix, adapters=attached, progress=False)
         matrices = [p.encoded for p in model.placed if len(p.declaration.shape) > 1]
         bits = 8 * sum(w.nbytes for w in matrices) / sum(np.prod(w.shape) for w in matrices)
         value = perplexity(model, text)

@@ -58,11 +58,10 @@ class Programs:
         seen: the statistics so far, by the parameters' names; on the mesh, as they lie there.
         compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
         compiled: the programs by key: what they were compiled for.
+        version: another object whenever the parameters have changed.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike, int8_blocks: bool = False) -> None:
-        graph, state = nnx.split(model)
-        self.leaves, tree = jax.tree.flatten(state)
         self.mesh, self.dtype, self._model, self.int8_blocks = mesh, jnp.dtype(dtype), model, int8_blocks
         # Who rounds activations as llama.cpp does also caches as it does: long contexts read half as many bytes.
         self.cache_dtype = jnp.dtype(jnp.float16) if int8_blocks else self.dtype
@@ -71,9 +70,11 @@ class Programs:
         self.runs_ahead = runs_ahead(mesh)
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self.leaves: list[jax.Array] = []
+        self.refresh()
 
         def merge(leaves: list[jax.Array]) -> Decoder:
-            return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+            return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
         def extend(
             leaves: list[jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, window: int
@@ -95,6 +96,14 @@ class Programs:
 
         self._extend, self._head, self._decode_step = extend, head, decode_step
         self._replicated = NamedSharding(mesh, PartitionSpec())
+
+    def refresh(self) -> None:
+        """Take over the model's parameters, which may have changed. If only values have, programs stay compiled."""
+        self._graph, state = nnx.split(self._model)
+        before, (self.leaves, self._tree) = _kinds(self.leaves), jax.tree.flatten(state)
+        if _kinds(self.leaves) != before:
+            self.compiled.clear()
+        self.version = object()
 
     def replicate(self, value: jax.typing.ArrayLike) -> jax.Array:
         """An array with a copy on every device."""
@@ -173,6 +182,11 @@ class Programs:
             del self.compiled[next(iter(self.compiled))]
         result = program(*args)
         return result if self.runs_ahead else jax.block_until_ready(result)
+
+
+def _kinds(leaves: Sequence[jax.Array]) -> list[tuple]:
+    """What programs are compiled for: all but the values."""
+    return [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves]
 
 
 def _draw(logits: jax.Array, state: State, sampler: Sampler) -> State:

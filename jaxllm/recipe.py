@@ -122,6 +122,10 @@ class Recipe:
             return Choice(ENCODINGS[self.type.promoted], f"embedding or head, better than {self.type.name}")
         return Choice(self.type, "general type")
 
+    def encodes(self, name: str, source: Source) -> bool:
+        """Whether a parameter gets a type of this recipe's."""
+        return self.choose(name, source.name, source.shape).type is not None
+
     def encoded(self, name: str, source: Source) -> Source:
         """A parameter's matrices as this recipe wants them. Raises InputError if they have no such encoding."""
         type = self.choose(name, source.name, source.shape).type

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import base_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Activations, Scaled
@@ -72,6 +73,7 @@ def choose(op: str, x: Any, weight: Weight | type, platform: str | None = None) 
         InputError: there is no such op, or a backend requested by name cannot do it.
     """
     platform, named = platform or _platform(), _named.get()
+    weight = weight if isinstance(weight, type) else base_of(weight)
     platform = "gpu" if platform == "cuda" else platform
     ops = dict.fromkeys(kernel.op for kernel in registry.KERNELS)
     if op not in ops:

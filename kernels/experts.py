@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxllm.formats.base import Weight
-from jaxllm.kernels.activations import Peak, each_row, rounded_tiles, unchanged
-from jaxllm.kernels.dispatch import few_rows, grouped_matmul
+from jaxllm.kernels.activations import Peak, each_row, unchanged
+from jaxllm.kernels.adapted import grouped_product
+from jaxllm.kernels.dispatch import few_rows
 
 LARGEST_TILE = 64
 
@@ -111,7 +112,7 @@ class Tiles:
 
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
         """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`. `peak`: see `rounded`."""
-        y = grouped_matmul(rounded_tiles(rows, stack, self.expert, peak, self.real), stack, self.expert)
+        y = grouped_product(rows, stack, self.expert, peak, self.real)
         return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
 
 

@@ -29,6 +29,18 @@ ARCHITECTURES = {
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+}
+PAIRED = ("llama", "granite", "smollm3")  # architectures whose converters reorder q and k to pair neighbours
+SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
 }
 
 
@@ -63,6 +75,9 @@ def convert(
     values = metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
+    if writer.arch == "glm4moe":
+        values = glm4_moe_metadata(values, config)
+        tensors = {name.replace("correction_bias", "correction.bias"): tensor for name, tensor in tensors.items()}
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
     if writer.arch == "gemma3n":
@@ -70,7 +85,7 @@ def convert(
     elif writer.arch.startswith("gemma"):
         tensors = gemma_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
-        add[type(value)](f"{writer.arch}.{key}", value)
+        add[type(value)](key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
     def put(name: str, tensor: np.ndarray) -> None:
         if tensor.dtype == np.uint8:  # blocks of GPT-OSS
@@ -88,7 +103,7 @@ def convert(
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in (tensors | rope_tensors(config)).items():
         part = name.split(".")[-2]
-        if writer.arch == "llama" and part in heads:
+        if writer.arch in PAIRED and part in heads:
             tensor = neighbours(tensor, heads[part])
         if re.search(r"\.experts\.\d+\..*weight$", name):
             before, _, rest = name.partition(".experts.")
@@ -152,6 +167,7 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
         if config.get("norm_topk_prob") is False and config["model_type"] == "qwen3_moe":
             values["expert_weights_norm"] = False  # otherwise each architecture has its own way
         values["expert_feed_forward_length"] = config.get("moe_intermediate_size") or config["intermediate_size"]
+    values |= {key: float(config[name]) for name, key in SCALES.items() if name in config}
     if rope["rope_type"] in ("linear", "yarn"):
         values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] in ("yarn", "longrope"):
@@ -203,6 +219,21 @@ def deepseek_metadata(values: dict, config: dict, split_kv_b: bool) -> dict[str,
         values |= {f"{key}_mla": values[key] for key in ("attention.key_length", "attention.value_length")}
         values |= {"attention.key_length": rank + rotary, "attention.value_length": rank, "attention.head_count_kv": 1}
     return values
+
+
+def glm4_moe_metadata(values: dict, config: dict) -> dict[str, object]:
+    """`Glm4MoeModel.set_gguf_parameters`."""
+    return values | {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": config["norm_topk_prob"],
+        "nextn_predict_layers": config["num_nextn_predict_layers"],
+    }
 
 
 def deepseek_tensors(tensors: dict, config: dict, split_kv_b: bool) -> dict[str, np.ndarray]:

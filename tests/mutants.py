@@ -101,6 +101,13 @@ MUTANTS = [
         ("tests/test_readme.py", "-k", "AWQ"),
     ),
     Mutant(
+        "a norm over all heads counts heads of zeros",
+        "jaxllm/layers/norm.py",
+        "head_dim * int((placed >= 0).sum())",
+        "head_dim * len(placed)",
+        ("tests/test_hf.py", "-k", "olmo2 and logits"),
+    ),
+    Mutant(
         "sums over devices in the activations' dtype",
         "jaxllm/parallel.py",
         "y = jax.lax.psum(y, in_axis)",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import MODEL_ARCH_NAMES
-from hf_to_gguf import ARCHITECTURES, deepseek_metadata, gemma3n_metadata, metadata, rope_tensors
+from hf_to_gguf import ARCHITECTURES, deepseek_metadata, gemma3n_metadata, glm4_moe_metadata, metadata, rope_tensors
 from test_demo_layout import fields
 from tiny_ggml import write
 from tiny_gguf import Tiny
@@ -61,12 +61,12 @@ UNREAD_BY = {
     "qwen2_moe": {"layer_types", "max_window_layers", "qkv_bias"},
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
-    "gpt-oss": {"attention.value_length", "feed_forward_length"},
     "gemma2": {"attention.value_length"},
     "gemma3": {"attention.value_length"},
     "gemma3n": {"attention.value_length"},
     "gemma3n_text": {"altup_coef_clip", "attention_bias"},  # of training; the tensors show it
     "gemma3_text": {"_sliding_window_pattern", "sliding_window_pattern", "attn_logit_softcapping"},  # and layer_types
+    "smollm3": {"layer_types", "no_rope_layer_interval"},
 }
 
 
@@ -95,6 +95,8 @@ def gguf(folder, per_layer=False, split=True):
         values = deepseek_metadata(values, config, split)
         names += [f"blk.{i}.exp_probs_b.bias" for i in (1, 2)] if config["model_type"] == "deepseek_v3" else []
         names += [] if split else ["blk.0.attn_kv_b.weight"]
+    elif arch == "glm4moe":
+        values = glm4_moe_metadata(values, config)
     elif "expert_count" in values and arch != "gpt-oss":
         names += [f"blk.{i}.ffn_gate_inp.weight" for i in range(config["num_hidden_layers"])]
     tensors = {name: tensor(4, 4) for name in ("token_embd.weight", *names)}
@@ -124,6 +126,11 @@ CASES = {
             "gemma2",
             "gemma3_text",
             "gemma3n",
+            "granite",
+            "smollm3_listed",
+            "olmo2",
+            "glm4",
+            "glm4_moe_groups",
         )
     },
     "hf deepseek v2": lambda: hugging_face("deepseek/v2"),
@@ -141,6 +148,7 @@ CASES = {
     "gguf gemma2": lambda: gguf("checkpoints/gemma2"),
     "gguf gemma3": lambda: gguf("checkpoints/gemma3_text"),
     "gguf gemma3n": lambda: gguf("checkpoints/gemma3n"),
+    **{f"gguf {n}": lambda n=n: gguf(f"checkpoints/{n}") for n in ("granite", "smollm3", "olmo2", "glm4", "glm4_moe")},
     "demo v2": lambda: demo("v2"),
     "demo v3": lambda: demo("v3"),
 }
@@ -270,6 +278,11 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
     "a router without experts": ("gguf qwen3_moe", {"qwen3moe.expert_count": 0}, "'expert_count' is missing or 0"),
     "more experts used": ("gguf qwen3_moe", {"qwen3moe.expert_used_count": 9}, "is 9, more than 'expert_count'"),
     "groups in a file": ("gguf deepseek v3", {"deepseek2.expert_group_count": 3}, "not 3 equal groups"),
+    "experts without a sigmoid": ("gguf glm4_moe", {"glm4moe.expert_gating_func": 1}, "is 1, not 2 .sigmoid."),
+    "values of another size": ("gguf granite", {"granite.attention.value_length": 9}, "'attention.value_length' 9 is"),
+    "layers that only predict": ("gguf glm4_moe", {"glm4moe.nextn_predict_layers": 2}, "_layers' is 2, not a whole"),
+    "layers of no kind": ("hf smollm3_listed", {"no_rope_layers": [1]}, "'no_rope_layers' is .1., not a list of 2"),
+    "a window": ("hf smollm3_listed", {"use_sliding_window": True, "sliding_window": 8}, "'use_sliding_window' is not"),
     "a field of no ModelArgs": ("demo v3", {"n\nheads": 1}, r"'n\\nheads' is not a field of the demo's ModelArgs"),
     "text in words": ("hf gemma3_text", {"text_config": "x"}, "'text_config' is 'x', not a JSON object"),
     "one rope for two kinds": (

@@ -23,6 +23,7 @@ from jaxllm.layers.parameter import parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = np.array([[1, 5, 9, 2, 33, 7]])
+OTHERS = ("granite", "smollm3", "olmo2", "glm4", "glm4_moe_groups")
 SOURCES = {
     "phi3": GOLDEN / "checkpoints" / "phi3",
     "qwen2": GOLDEN / "checkpoints" / "qwen2",
@@ -30,6 +31,7 @@ SOURCES = {
     "llama3_rope": GOLDEN / "checkpoints" / "llama3_rope",
     "gpt_oss": GOLDEN / "gpt_oss" / "bf16",
     "gemma3_text": GOLDEN / "checkpoints" / "gemma3_text",
+    **{name: GOLDEN / "checkpoints" / name for name in OTHERS},
 }
 TINY = ("llama", "qwen3_moe", "deepseek")
 
@@ -58,7 +60,9 @@ def same(model, other):
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek"]))
+@pytest.mark.parametrize(
+    "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", *OTHERS])
+)
 def test_to_gguf_and_back_is_the_same_model(sources, tmp_path, name):
     model = load(sources[name])
     convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)

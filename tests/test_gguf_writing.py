@@ -43,7 +43,7 @@ SEEN = json.loads((GOLDEN / "gguf_written.json").read_text())  # what other prog
 RUN = SEEN["llama.cpp"]["files"]
 
 LLAMAS = "llama llama3_rope llama_bias llama_linear llama_yarn mistral mixtral odd phi3 phi3_longrope qwen2 qwen2_moe"
-LLAMAS += " qwen3 qwen3_moe_b"
+LLAMAS += " qwen3 qwen3_moe_b granite smollm3 olmo2 glm4 glm4_moe"
 # Checkpoints that a GGUF file can describe.
 CHECKPOINTS = [f"checkpoints/{name}" for name in LLAMAS.split()]
 CHECKPOINTS += [f"deepseek/{name}" for name in ("v2", "v2_lite", "v3", "v3_no_q_lora", "v3_plain_rope")]

@@ -3,7 +3,6 @@
 Expectations are float64 products of matrices that tests/quantized_writers.py, gguf-py or numpy have dequantized.
 """
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -20,8 +19,6 @@ from test_sharding import weight as ggml
 
 from jaxllm import make_mesh, quantize
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Axes, Cut, Weight
-from jaxllm.formats.dense import Dense
 from jaxllm.layers import COLUMN, REPLICATED, ROW, Embedding, Experts, Linear, Merged
 from jaxllm.plan import collectives_of
 
@@ -266,73 +263,6 @@ def test_a_models_layers_give_the_checkpoints_matrices_back(load_once, weights):
     assert rearranged >= 2
     table = tensors["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(model.embed_tokens.dequantize(), table)
-
-
-# ---- a weight in a weight ------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Adapted(Weight):
-    """`base + b @ a`: a `[rank, in]`, b `[out, rank]`."""
-
-    base: Weight
-    a: jax.Array
-    b: jax.Array
-
-    @property
-    def format(self):
-        return f"{self.base.format} + rank {self.a.shape[-2]}"
-
-    @property
-    def axes(self) -> dict[str, Axes]:
-        return self.inner_axes() | {"a": (None, Cut("in")), "b": (Cut("out"), None)}
-
-    def dequantize(self, dtype=jnp.float32):
-        return (self.base.dequantize() + self.b @ self.a).astype(dtype)
-
-
-def adapted(name, shape=(96, 224)):
-    rng = np.random.default_rng(3)
-    base, matrix = example(name, shape)
-    base = base if isinstance(base, Weight) else Dense(matrix)
-    a, b = (rng.normal(size=size).astype(np.float32) for size in ((3, matrix.shape[1]), (len(matrix), 3)))
-    return Adapted(base, a, b), matrix + b @ a
-
-
-@pytest.mark.parametrize("spec", [COLUMN, ROW], ids=["column", "row"])
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    [("Q4_K", "tp=1"), ("Q4_K", "tp=8"), ("fp8-block", "tp=8"), ("gptq-act-order", "tp=2"), ("float64 array", "tp=2")],
-)
-def test_a_weight_that_holds_another_is_cut_as_one(name, mesh, spec):
-    weight, matrix = adapted(name)
-    tp = make_mesh(mesh).shape["tp"]
-    assert weight.shape == matrix.shape
-    assert weight.nbytes == weight.base.nbytes + weight.a.nbytes + weight.b.nbytes
-    assert weight.unit("in") == weight.base.unit("in")
-    assert weight.granularity("in") == weight.base.granularity("in")
-    x = np.random.default_rng(1).normal(size=(3, matrix.shape[1])).astype(np.float32)
-    with jax.set_mesh(make_mesh(mesh)):
-        layer = Linear.from_weight(weight, spec)
-        check_product(run(layer, x), x, matrix)
-    placed = layer.weight.get_value()
-    for leaf in (jax.tree.leaves(placed.base)[0], placed.b if spec == COLUMN else placed.a):
-        assert leaf.addressable_shards[0].data.nbytes * tp == leaf.nbytes
-    np.testing.assert_allclose(layer.dequantize(), matrix, rtol=1e-5, atol=1e-5)
-
-
-def test_a_weight_that_holds_another_moves_and_is_looked_up_as_one():
-    weight, matrix = adapted("fp8-block")
-    weight = replace(weight, base=weight.base.refined(1, 1))
-    rows, cols = np.array([5, -1, 0]), np.arange(224)[::-1]
-    moved = weight.arrange(rows, cols)
-    expected = np.where(rows[:, None] < 0, 0, matrix[rows][:, cols])
-    np.testing.assert_allclose(moved.dequantize(), expected, rtol=1e-5, atol=1e-5)
-    with jax.set_mesh(make_mesh("tp=8")):
-        ids = np.array([[3, 95]], np.int32)
-        got = run(Embedding.from_weight(adapted("fp8-block")[0]), ids)
-    np.testing.assert_allclose(got, matrix[ids], rtol=1e-5, atol=1e-5)
 
 
 # ---- what runs, and what cannot ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.declaration import Declaration
 from jaxllm.encodings import Encoding
+from jaxllm.formats.adapted import Adapted
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
@@ -140,6 +141,8 @@ def refill(
 
 def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:
     """The weight in the layout that its kernel needs."""
+    if isinstance(weight, Adapted):
+        return replace(weight, base=_repacked(weight.base, sharding, dtype))
     platform = sharding.mesh.devices.flat[0].platform
     repack = dispatch.choose_for(weight, dtype, platform).kernel.layout.repack
     if repack is None:

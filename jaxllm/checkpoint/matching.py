@@ -29,22 +29,7 @@ def match(
     Raises:
         InputError: lists every tensor that is unknown, missing, duplicate or has the wrong shape.
     """
-    found: dict[str, dict[int | None, tuple[str, Rule, re.Match]]] = {}
-    complaints = []
-    for name in tensors:
-        if any(re.fullmatch(pattern, name) for pattern in ignored):
-            continue
-        hits = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
-        if not hits:
-            complaints.append(f"unknown tensor '{name}'")
-        for rule, m in hits:
-            target, expert = m.expand(rule.target), m.groupdict().get("expert")
-            slots = found.setdefault(target, {})
-            slot = None if expert is None else int(expert)
-            if slot in slots:
-                complaints.append(f"tensors '{slots[slot][0]}' and '{name}' both stand for {target}")
-            slots[slot] = name, rule, m
-
+    found, complaints = named([n for n in tensors if not any(re.fullmatch(p, n) for p in ignored)], rules)
     declared = parameters(model)
     sources = {}
     for target, param in declared.items():
@@ -58,7 +43,7 @@ def match(
             complaints.append(f"{target} needs experts 0 to {shape[0] - 1}, found {_listed(experts)}")
             continue
         ordered = [slots[i] for i in sorted(slots, key=lambda i: i or 0)]
-        source = _source(model.config, tensors, ordered, stacked)
+        source = source_of(model.config, tensors, ordered, stacked)
         if source.shape != shape:
             complaints.append(f"tensor '{source.name}' has shape {list(source.shape)}, expected {list(shape)}")
         for part in source.parts:
@@ -67,25 +52,53 @@ def match(
         sources[target] = source
     for target, slots in found.items():
         complaints += [f"tensor '{name}' has no place ({target})" for name, _, _ in slots.values()]
-    complaints += _unused_rows(sources.values())
-    if complaints:
-        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-        raise InputError("; ".join(complaints[:8]) + more)
+    report(complaints + unused_rows(sources.values()))
     return sources
 
 
-def _source(
+# For each parameter, the tensors that stand for it: by the number of its matrix (None: all of it) the tensor's name,
+# the rule, and its match.
+Found = dict[str, dict[int | None, tuple[str, Rule, re.Match]]]
+
+
+def named(names: Iterable[str], rules: Sequence[Rule]) -> tuple[Found, list[str]]:
+    """Which parameters tensors stand for, by their names; and complaints about the others."""
+    found: Found = {}
+    complaints = []
+    for name in names:
+        hits = [(rule, m) for rule in rules if (m := re.fullmatch(rule.pattern, name))]
+        if not hits:
+            complaints.append(f"unknown tensor '{name}'")
+        for rule, m in hits:
+            target, expert = m.expand(rule.target), m.groupdict().get("expert")
+            slots = found.setdefault(target, {})
+            slot = None if expert is None else int(expert)
+            if slot in slots:
+                complaints.append(f"tensors '{slots[slot][0]}' and '{name}' both stand for {target}")
+            slots[slot] = name, rule, m
+    return found, complaints
+
+
+def report(complaints: Sequence[str]) -> None:
+    """Raise InputError for complaints, if there are any."""
+    if complaints:
+        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        raise InputError("; ".join(complaints[:8]) + more)
+
+
+def source_of(
     config: object,
     tensors: Mapping[str, Weight],
     found: list[tuple[str, Rule, re.Match]],
     stacked: bool,
 ) -> Source:
+    """Where the parameter comes from that these tensors stand for; if `stacked`, each is one matrix of it."""
     name, rule, m = found[0]
     parts = [rule.present(tensors[name], m) if rule.present else tensors[name] for name, rule, m in found]
     return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
 
 
-def _unused_rows(sources: Iterable[Source]) -> list[str]:
+def unused_rows(sources: Iterable[Source]) -> list[str]:
     """A complaint for each tensor whose rows are not all used exactly once by the parameters made of them."""
     have: dict[str, int] = {}
     want: Counter[str] = Counter()

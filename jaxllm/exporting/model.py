@@ -5,7 +5,7 @@ are read and decoded matrix by matrix when they are asked for.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.checkpoint import matching
+from jaxllm.checkpoint.adapter_files import AdapterFile
+from jaxllm.checkpoint.adapting import adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.opening import Checkpoint
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
@@ -54,12 +56,34 @@ class Model:
         return len(self.declared[name].shape) > 1 and not self.declared[name].keep
 
 
-def read_model(checkpoint: Checkpoint, path: Path) -> Model:
-    """The model of an opened checkpoint. Raises InputError if its tensors do not fit."""
+def read_model(
+    checkpoint: Checkpoint,
+    path: Path,
+    adapters: Sequence[tuple[AdapterFile, float]] = (),
+    recoded: Callable[[str, Source], bool] = lambda name, source: True,
+) -> Model:
+    """The model of an opened checkpoint.
+
+    Args:
+        adapters: are added to its matrices, each times its scale.
+        recoded: whether a matrix is encoded anew when it is written, see `merged`.
+
+    Raises:
+        InputError: its tensors do not fit, or an adapter's.
+    """
     sketch = checkpoint.family.model(checkpoint.config, make_mesh(), 1)
     sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
     declared = {name: param.declared for name, param in parameters(sketch).items()}
-    return Model(checkpoint, path, sources, declared)
+    for file, _ in adapters:
+        if changes_tied_ends(file, checkpoint.config):
+            raise InputError(
+                f"{file.where}: changes the embedding table or the head, but {checkpoint.name} has one table for both, "
+                "and cannot be written with two"
+            )
+    read = [(adapter(file, checkpoint.config, declared), scale) for file, scale in adapters]
+    for one, _ in read:
+        sources |= one.replaced
+    return Model(checkpoint, path, merged(sources, read, recoded), declared)
 
 
 def as_in_the_source(checkpoint: Checkpoint) -> list[Written]:

@@ -5,6 +5,7 @@ mesh. `add_delta` encodes the matrix in one computation, for which XLA may gathe
 before.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from jaxllm.declaration import Declaration
 from jaxllm.encodings import Encoding, encoding
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import Adapted, base_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.parallel import placing_mesh
@@ -105,10 +107,12 @@ def requantized(param: nnx.Param, type: str | int) -> Weight:
 
 
 def encoded_anew(param: nnx.Param, type: Encoding, importance: np.ndarray | None = None) -> Weight:
-    """The parameter's weight encoded as `type`, and placed as it was. See `encode_source`."""
-    mesh = jax.tree.leaves(held(param))[0].sharding.mesh
-    values = Dense(np.asarray(dequantized(param)))
-    return place(encode_source(Source("matrix", (values,)), type, importance), param.declared, mesh)
+    """The parameter's weight encoded as `type`, and placed as it was, see `encode_source`. What adapters add stays."""
+    weight = held(param)
+    mesh = jax.tree.leaves(weight)[0].sharding.mesh
+    values = Dense(np.asarray(_restored(base_of(weight), param.declared)))
+    encoded = place(encode_source(Source("matrix", (values,)), type, importance), param.declared, mesh)
+    return replace(weight, base=encoded) if isinstance(weight, Adapted) else encoded
 
 
 def replaced[M: nnx.Module](module: M, **weights: Weight) -> M:

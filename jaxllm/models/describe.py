@@ -94,7 +94,7 @@ def tensors_of(dialect: Dialect, config: Any, shapes: Mapping[str, tuple[int, ..
 
 
 def _unlike(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """What differs between two values, by field names."""
+    """What differs between two values, by field names; without what is of a file, and not of the model it holds."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
         for field in dataclasses.fields(a):
             if not field.compare:

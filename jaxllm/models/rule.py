@@ -37,6 +37,11 @@ class Rule:
     present: Present | None = None
 
 
+def fixed(*rules: Rule) -> Callable[[Any, Mapping[str, Weight]], Sequence[Rule]]:
+    """For `Dialect.rules`: rules that are the same for all models of a family."""
+    return lambda config, tensors: rules
+
+
 def transposed(weight: Weight, m: re.Match | None = None) -> Weight:
     """For `Rule.present`: a tensor stored as `[in, out]`. Packed tensors are always `[out, in]` and stay unchanged."""
     return weight.swapped() if isinstance(weight, Dense | Scaled) else weight

@@ -26,6 +26,7 @@ GGUF_ARCHITECTURES = ("gemma2", "gemma3")
 PERIODS = {"gemma2": 2, "gemma3": 6}  # the last layer of as many attends to all positions, where a file does not say
 _VOCABULARIES = {"gemma2": 256000, "gemma3_text": 262208}
 _CONTEXTS = {"gemma2": 8192, "gemma3_text": 131072}
+_HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 
@@ -80,8 +81,10 @@ class GemmaConfig:
         kv_heads = entries.integer("num_key_value_heads", 4, most=MANY)
         check_shared(entries, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
         head_dim = entries.integer("head_dim", 256, most=min(MANY, WIDEST // heads))
-        ropes = dict.fromkeys((FULL, SLIDING), hf_rope(entries, head_dim)) if kind == "gemma2" else {}
-        ropes = ropes or hf_ropes_by_kind(entries, head_dim)
+        if kind == "gemma2":
+            ropes = dict.fromkeys((FULL, SLIDING), hf_rope(entries, head_dim))
+        else:
+            ropes = hf_ropes_by_kind(entries, head_dim)
         return cls(
             model_type=kind,
             vocab_size=entries.integer("vocab_size", _VOCABULARIES[kind]),
@@ -96,7 +99,7 @@ class GemmaConfig:
             sliding_windows=_hf_windows(entries, kind, tensors),
             rms_norm_eps=entries.number("rms_norm_eps", 1e-6, most=1.0),
             max_position_embeddings=entries.integer("max_position_embeddings", _CONTEXTS[kind], most=POSITIONS),
-            tie_word_embeddings=entries.flag("tie_word_embeddings", True) and not HEADS.intersection(tensors),
+            tie_word_embeddings=entries.flag("tie_word_embeddings", True) and not _HEADS.intersection(tensors),
             attention_bias=entries.flag("attention_bias"),
             rope=ropes[FULL],
             local_rope=ropes[SLIDING],
@@ -142,9 +145,6 @@ class GemmaConfig:
             local_rope=local,
             norm_offset=0.0,
         )
-
-
-HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 
 
 def text_entries(config: Mapping[str, object]) -> Entries:
