@@ -65,7 +65,8 @@ def test_prompts_in_chunks_and_steps(load_once, monkeypatch):
     monkeypatch.setattr("jaxllm.layers.cache.REWIND", 0)
     model = load_once(FOLDER, mesh="tp=2", dtype="float32")
     check(model)
-    assert model.generate(GOLDEN["tokens"][0].tolist(), 12).tokens == GOLDEN["greedy"].tolist()
+    prompts = [GOLDEN["tokens"][0].tolist(), GOLDEN["tokens"][1, :5].tolist()]
+    assert model.generate(prompts, 12)[0].tokens == GOLDEN["greedy"].tolist()
 
 
 def test_ids_beyond_the_table_of_per_layer_embeddings(load_once):
