@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import gguf
 import numpy as np
@@ -27,6 +28,7 @@ ARCHITECTURES = {
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
     "granite": gguf.MODEL_ARCH.GRANITE,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
@@ -78,7 +80,9 @@ def convert(
         tensors = {name.replace("correction_bias", "correction.bias"): tensor for name, tensor in tensors.items()}
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
-    if writer.arch.startswith("gemma"):
+    if writer.arch == "gemma3n":
+        values, tensors = values | gemma3n_metadata(config), gemma3n_tensors(tensors, config)
+    elif writer.arch.startswith("gemma"):
         tensors = gemma_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
@@ -273,6 +277,30 @@ def gemma_tensors(tensors: dict) -> dict[str, np.ndarray]:
         name.removeprefix("language_model."): x.astype(np.float32) + 1 if name.endswith("norm.weight") else x
         for name, x in text.items()
     }
+
+
+def gemma3n_metadata(config: dict) -> dict[str, object]:
+    """`Gemma3NModel.set_gguf_parameters`."""
+    pattern = config["activation_sparsity_pattern"]
+    return {
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "activation_sparsity_scale": [NormalDist().inv_cdf(s) if s else -math.inf for s in pattern],
+    }
+
+
+def gemma3n_tensors(tensors: dict, config: dict) -> dict[str, np.ndarray]:
+    """`Gemma3NModel.modify_tensors`: small matrices in stacks, and rows of zeros for ids beyond a table."""
+    out = {name + ".weight" * name.endswith("_scale"): tensor for name, tensor in tensors.items()}
+    for kind in ("altup_projections", "altup_unembed_projections"):
+        parts = [out.pop(f"model.{kind}.{i}.weight") for i in range(config["altup_num_inputs"] - 1)]
+        out[f"model.{kind}.weight"] = np.stack(parts)
+    table = out["model.embed_tokens_per_layer.weight"]
+    beyond = np.zeros((config["vocab_size"] - len(table), table.shape[1]), table.dtype)
+    return out | {"model.embed_tokens_per_layer.weight": np.concatenate([table, beyond])}
 
 
 def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ FILES = {
     "phi3_longrope": {},
     "gemma2": {},
     "gemma3_text": {},
+    "gemma3n": {},
     "granite": {},
     "smollm3": {},
     "olmo2": {},
