@@ -29,11 +29,12 @@ from jaxllm.checkpoint.demo import is_demo
 from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
 from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
 from jaxllm.checkpoint.exports import Export, awq, export, gptq
+from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.unfinished import GB, check_target
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
-from jaxllm.cli import Parser, adapters, add_adapters, execute
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import directory
@@ -46,6 +47,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.imatrix import importance_for
 from jaxllm.loading import AdapterPath, find_checkpoint, load, read_adapters
 from jaxllm.placing import Source
+from jaxllm.processes import add_processes, joined
 from jaxllm.recipe import ORGANIZATIONS, Plan, recipe
 
 LAYOUTS = ("demo", "huggingface")
@@ -65,6 +67,7 @@ def convert(
     topology: str | os.PathLike | None = None,
     imatrix: str | os.PathLike | None = None,
     text: str | os.PathLike | None = None,
+    matformer: tuple[str | os.PathLike, str] | None = None,
     adapters: Sequence[AdapterPath] = (),
     max_shard_size: int | str = "5GB",
     model_parallel: int | None = None,
@@ -95,6 +98,7 @@ def convert(
         container: "gguf", "huggingface" or "mlx"; by default the first of them that holds the type.
         organization, topology, imatrix: see `load`.
         text: a file with the text that GPTQ and AWQ calibrate on.
+        matformer: see `load`.
         adapters: low-rank adapters (LoRA) that are added to the matrices, see `load`.
         max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
         model_parallel: how many files to write for the demo, one per GPU.
@@ -113,6 +117,8 @@ def convert(
         raise InputError(f"adapters mean nothing to '{to}', which changes no value")
     if config is not None and to != "huggingface":
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
+    if matformer is not None and to in LAYOUTS:
+        raise InputError(f"matformer '{matformer[1]}': '{to}' changes no model")
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
     begun, pool = time.perf_counter(), ThreadPoolExecutor(WORKERS)
@@ -123,9 +129,10 @@ def convert(
         else:
             name, kind = target(to, container)
             check_target(dst, kind == "gguf")
-            wanted = _Wanted(name, kind, organization, topology, imatrix, text, adapters, dry_run)
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, adapters, dry_run, matformer)
             types = partial(_types, src, dst, wanted, limit, pool)
-            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and not adapters
+            same = not adapters and matformer is None
+            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and same
             output = _dtype(src, dst, name, limit, types) if dtype_only else types()
         plan = output.plan if output.plan.rows else None
         if dry_run:
@@ -208,6 +215,7 @@ class _Wanted:
     text: str | os.PathLike | None
     adapters: Sequence[AdapterPath]
     dry_run: bool
+    matformer: tuple[str | os.PathLike, str] | None
 
     def check(self) -> None:
         """Raise InputError for what means nothing together."""
@@ -227,9 +235,10 @@ def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolEx
     """Matrices in another type."""
     wanted.check()
     checkpoint = open_checkpoint(src)
+    checkpoint = checkpoint if wanted.matformer is None else sliced(checkpoint, *wanted.matformer)
     known = importance_for(wanted.imatrix, checkpoint)
     chosen = recipe(made_by(wanted.name, wanted.container), wanted.organization, wanted.topology, known)
-    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:7])
+    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:7], *(wanted.matformer or ()))
     encodes = chosen.encodes if chosen else lambda name, source: True
     with located(src):
         model = read_model(checkpoint, src, read_adapters(wanted.adapters), encodes)
@@ -250,7 +259,14 @@ def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[
     if wanted.dry_run:  # all that is written about are the shapes
         names = (name for name in model.shapes if name.startswith("layers.") and model.is_matrix(name))
         return replace(model, made={name: _blank(how, model.shapes[name]) for name in names}), how
-    loaded = load(src, dtype="float32", adapters=wanted.adapters, merge_adapters=True, progress=False)
+    loaded = load(
+        src,
+        dtype="float32",
+        matformer=wanted.matformer,
+        adapters=wanted.adapters,
+        merge_adapters=True,
+        progress=False,
+    )
     tokens = text_chunks(loaded, text)
     calibrated = with_awq if how.name == "awq" else partial(with_gptq, bits=bits, symmetric=symmetric)
     result = calibrated(loaded, tokens, group=group)
@@ -340,7 +356,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--topology", metavar="FILE", help="YAML with other types for some layers or matrices")
     p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
     p.add_argument("--text", metavar="FILE", help="the text that GPTQ and AWQ calibrate on")
+    add_matformer(p)
     add_adapters(p)
+    add_processes(p)
     p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -350,6 +368,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Convert; of several processes, the first does it, and the others wait."""
+    with joined(args) as group:
+        if group.leads:
+            _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     paths = [args.hf_ckpt_path, args.input_fp8_hf_path, *args.paths, args.save_path, args.output_bf16_hf_path]
     paths = [path for path in paths if path is not None]
     if len(paths) != 2:
@@ -360,7 +385,7 @@ def run(args: argparse.Namespace) -> None:
     if to is None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
-    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "dry_run")}
+    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "matformer", "dry_run")}
     options["adapters"] = adapters(args)
     try:
         plan = convert(*paths, to=to, **options)

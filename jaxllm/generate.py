@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.cli import Parser, adapters, add_adapters, add_quantizing, execute, quantizing
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, add_quantizing, execute, quantizing
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
@@ -24,7 +24,7 @@ from jaxllm.processes import Group, add_processes, fingerprint, joined
 from jaxllm.sampling import Sampling
 
 # Options of `load` with the same names here.
-LOADING = ("merge_adapters", "dtype", "weights", "max_seq_len", "matmul", "attention", "gqa", "config")
+LOADING = ("merge_adapters", "dtype", "weights", "max_seq_len", "matmul", "attention", "gqa", "config", "matformer")
 TYPES = {"top_k": int}  # of sampling options; the others are float
 
 
@@ -54,6 +54,7 @@ def parser() -> Parser:
     p.add_argument("--dp", type=int, default=1, metavar="N", help="distribute the prompts of a batch over N copies")
     add_processes(p)
     add_quantizing(p)
+    add_matformer(p)
     add_adapters(p)
     p.add_argument("--merge-adapters", action="store_true", help="add adapters to the matrices themselves")
     p.add_argument("--dtype", choices=DTYPES, help="of activations")

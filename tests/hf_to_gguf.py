@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import gguf
 import numpy as np
@@ -25,6 +26,9 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
     "granite": gguf.MODEL_ARCH.GRANITE,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
@@ -61,6 +65,7 @@ def convert(
         more_metadata, more_tensors: instead of, or beside, what there is, by the names in the file.
     """
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     arch = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -75,6 +80,10 @@ def convert(
         tensors = {name.replace("correction_bias", "correction.bias"): tensor for name, tensor in tensors.items()}
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
+    if writer.arch == "gemma3n":
+        values, tensors = values | gemma3n_metadata(config), gemma3n_tensors(tensors, config)
+    elif writer.arch.startswith("gemma"):
+        tensors = gemma_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
@@ -127,6 +136,7 @@ def neighbours(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     def each(value: int) -> int | list[int]:
@@ -147,6 +157,11 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     }
     if config.get("sliding_window"):
         values["attention.sliding_window"] = config["sliding_window"]
+    if "full_attention" in config["rope_parameters"]:
+        values["rope.freq_base_swa"] = float(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(cap):
+            values[cap] = config[cap]
     if experts := config.get("num_local_experts") or config.get("num_experts"):
         values |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
         if config.get("norm_topk_prob") is False and config["model_type"] == "qwen3_moe":
@@ -255,6 +270,39 @@ def gpt_oss_tensors(tensors: dict) -> dict[str, np.ndarray]:
     return out
 
 
+def gemma_tensors(tensors: dict) -> dict[str, np.ndarray]:
+    """`Gemma2Model` and `Gemma3Model`: without what is for images, and norms as what they multiply by."""
+    text = {name: x for name, x in tensors.items() if not name.startswith(("vision_tower", "multi_modal"))}
+    return {
+        name.removeprefix("language_model."): x.astype(np.float32) + 1 if name.endswith("norm.weight") else x
+        for name, x in text.items()
+    }
+
+
+def gemma3n_metadata(config: dict) -> dict[str, object]:
+    """`Gemma3NModel.set_gguf_parameters`."""
+    pattern = config["activation_sparsity_pattern"]
+    return {
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "activation_sparsity_scale": [NormalDist().inv_cdf(s) if s else -math.inf for s in pattern],
+    }
+
+
+def gemma3n_tensors(tensors: dict, config: dict) -> dict[str, np.ndarray]:
+    """`Gemma3NModel.modify_tensors`: small matrices in stacks, and rows of zeros for ids beyond a table."""
+    out = {name + ".weight" * name.endswith("_scale"): tensor for name, tensor in tensors.items()}
+    for kind in ("altup_projections", "altup_unembed_projections"):
+        parts = [out.pop(f"model.{kind}.{i}.weight") for i in range(config["altup_num_inputs"] - 1)]
+        out[f"model.{kind}.weight"] = np.stack(parts)
+    table = out["model.embed_tokens_per_layer.weight"]
+    beyond = np.zeros((config["vocab_size"] - len(table), table.shape[1]), table.dtype)
+    return out | {"model.embed_tokens_per_layer.weight": np.concatenate([table, beyond])}
+
+
 def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """GGML's bytes `[E, out, in / 32 * 17]`: the scale, then element i with i + 16, where neighbours shared a byte."""
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 2, 16)
@@ -264,6 +312,7 @@ def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:
     rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{size}.weight": np.array(rope[f"{size}_factor"], np.float32) for size in ("long", "short")

@@ -30,6 +30,7 @@ SOURCES = {
     "mixtral": GOLDEN / "checkpoints" / "mixtral",
     "llama3_rope": GOLDEN / "checkpoints" / "llama3_rope",
     "gpt_oss": GOLDEN / "gpt_oss" / "bf16",
+    "gemma3_text": GOLDEN / "checkpoints" / "gemma3_text",
     **{name: GOLDEN / "checkpoints" / name for name in OTHERS},
 }
 TINY = ("llama", "qwen3_moe", "deepseek")
@@ -59,7 +60,9 @@ def same(model, other):
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "qwen3_moe", "deepseek", *OTHERS]))
+@pytest.mark.parametrize(
+    "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", *OTHERS])
+)
 def test_to_gguf_and_back_is_the_same_model(sources, tmp_path, name):
     model = load(sources[name])
     convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)

@@ -15,7 +15,7 @@ WIDE = [("olmo2", mesh) for mesh in ("tp=2", "tp=8")]  # heads padded or copied,
 SAMPLES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2"), *WIDE]
 CASES = [*dict.fromkeys(SAMPLES)]
 # mixtral_stacked and _transposed are one tensor for all experts, as in GGUF files.
-NOT_IN_GGUF = ["mixtral_stacked", "odd", "qwen2_window", "qwen3_moe", "smollm3_listed", "glm4_moe_groups"]
+NOT_IN_GGUF = ["gemma3", "mixtral_stacked", "odd", "qwen2_window", "qwen3_moe", "smollm3_listed", "glm4_moe_groups"]
 
 
 def golden(name):

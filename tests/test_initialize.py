@@ -118,6 +118,8 @@ BILLIONS = {
     "deepseek-v3-671b": 671,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
+    "gemma-3n-e2b": 4.4,
+    "gemma-3n-e4b": 6.8,
 }
 
 

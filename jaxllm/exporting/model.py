@@ -171,7 +171,8 @@ class Values:
             if self.written.turned:
                 parts = [part.T if turn else part for part, turn in zip(parts, self.written.turned, strict=True)]
             joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-            return joined if self.written.rows is None else joined[self.written.rows]
+            joined = joined if self.written.rows is None else joined[self.written.rows]
+            return joined + self.written.shift if self.written.shift else joined  # -0 + 0 is not -0
 
     def plain(self, i: int, dtype: np.dtype) -> np.ndarray:
         """The same as plain numbers, as they are stored.
