@@ -372,6 +372,9 @@ def run(args: argparse.Namespace) -> None:
     with joined(args) as group:
         if group.leads:
             _run(args)
+            group.tell({"call": "end"})
+        else:
+            group.told()
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import jaxllm
 from jaxllm.errors import InputError
 from jaxllm.processes import Launch, launch
 
@@ -207,3 +208,11 @@ def test_how_it_was_started(options, environment, expected):
 def test_impossible_starts(options, environment, message):
     with pytest.raises(InputError, match=re.escape(message)):
         launch(*options, environment)
+
+
+def test_converting_is_done_once(tmp_path):
+    source, target = GOLDEN / "checkpoints" / "llama", tmp_path / "made.gguf"
+    results = finished(start(2, "-m", "jaxllm.convert", source, target, "--to", "q8_0"))
+    assert [(code, out) for code, out, _ in results] == [(0, "")] * 2
+    assert (results[0][2].count("tensors"), results[1][2]) == (1, "")
+    assert jaxllm.load(target, progress=False).config.hidden_size == 32
