@@ -108,6 +108,20 @@ MUTANTS = [
         ("tests/test_hf.py", "-k", "olmo2 and logits"),
     ),
     Mutant(
+        "layers with a window rotate as the others do",
+        "jaxllm/models/gemma/model.py",
+        "c.rope if window is None else c.local_rope",
+        "c.rope",
+        ("tests/test_hf.py", "-k", "gemma3 and logits"),
+    ),
+    Mutant(
+        "norms are written as another kind of file had them",
+        "jaxllm/models/gemma/names.py",
+        "config.norm_offset - 1.0",
+        "0.0",
+        ("tests/test_exporting.py", "-k", "gemma3"),
+    ),
+    Mutant(
         "sums over devices in the activations' dtype",
         "jaxllm/parallel.py",
         "y = jax.lax.psum(y, in_axis)",

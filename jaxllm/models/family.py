@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.base import Weight
 from jaxllm.layers.decoder import Decoder
 from jaxllm.models.rule import Rule, Written
@@ -21,6 +22,10 @@ def nothing(config: Any) -> Sequence[str]:
 
 def unchanged(config: Any) -> Any:
     return config
+
+
+def undivided(config: Any, path: str, change: LowRank) -> Mapping[str, LowRank]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Family:
         presets: descriptions of published models by name, each in a dialect of a JSON file.
         matformer: how its models are sliced; None: they cannot be. The first group in patterns of its rules for layers
             has to be the layer's number.
+        divided: given a configuration, the path of a parameter that its model does not have, and an adapter's change of
+            it: the changes of those parameters that the model holds in its place.
     """
 
     name: str
@@ -93,6 +100,7 @@ class Family:
     options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     matformer: MatFormer | None = None
+    divided: Callable[[Any, str, LowRank], Mapping[str, LowRank]] = undivided
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:

@@ -343,7 +343,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     """Gives every parameter a value that matters; see the module docstring."""
     gen = torch.Generator().manual_seed(seed)
     # Gemma's norms add 1, and its embeddings are scaled up: with small ones it does not just repeat a token.
-    less, embeddings = (1.0, 0.1) if re.match("gemma[23](_|$)", model.config.model_type) else (0.0, 0.3)
+    gemma = model.config.model_type in ("gemma2", "gemma3", "gemma3_text")
+    less, embeddings = (1.0, 0.1) if gemma else (0.0, 0.3)
     for name, p in model.named_parameters():
         with torch.no_grad():
             if name.endswith("norm.weight"):
@@ -543,8 +544,7 @@ def write_readme(all_cases: dict[str, Case]) -> None:
         "# Tiny random checkpoints",
         "",
         "Written by `tests/reference/tiny_checkpoints.py`, which describes golden.npz and config_old.json.",
-        f"Made with Python {platform.python_version()}, {packages}",
-        "(or the transformers that a config.json names).",
+        f"Made with Python {platform.python_version()}, {packages}.",
         "With `--check` it compares every directory with its golden. The weights are random: nothing here comes from a",
         "published model. Do not edit by hand.",
         "",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.deepseek.config import DeepseekConfig
@@ -117,6 +118,21 @@ def hf_written(config: DeepseekConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         name = "model." + keys.replace("k_b_proj", "kv_b_proj.weight")
         written.append(Written(name, parts, None, turned=(True, False) * heads))
     return written
+
+
+def divided(config: DeepseekConfig, path: str, change: LowRank) -> dict[str, LowRank]:
+    """An adapter's change of a kv_b as changes of the two stacks that it is held as with `split_kv_b`: a head's keys,
+    transposed, and its values. Empty if `path` is no such matrix, or the change has other rows."""
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    if not (config.split_kv_b and path.endswith("kv_b_proj.weight") and len(change.b) == heads * (nope + value)):
+        return {}
+    b = np.reshape(change.b, (heads, nope + value, change.rank))
+    a, scale = (np.broadcast_to(leaf, (heads, *leaf.shape)) for leaf in (change.a, change.scale))
+    keys, values = (path.replace("kv_b_proj.weight", f"{part}_b_proj") for part in "kv")
+    return {
+        keys: LowRank(b[:, :nope].swapaxes(1, 2), a.swapaxes(1, 2), scale),
+        values: LowRank(a, b[:, nope:], scale),
+    }
 
 
 # DeepSeek's inference demo: for each Hugging Face name, the demo's name, and the axis along which it splits the tensor.

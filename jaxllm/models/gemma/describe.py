@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.formats.base import Weight
+from jaxllm.models import sizes
 from jaxllm.models.config import gguf_entries
 from jaxllm.models.gemma.config import GGUF_ARCHITECTURES, PERIODS, GemmaConfig, by_turns, text_entries
-from jaxllm.models.rope_config import hf_entries_by_kind
-from jaxllm.models.rope_describing import gguf_rope_settings, gguf_rotary, hf_rope_settings, hf_rotary
+from jaxllm.models.rope_config import FULL, SLIDING, hf_entries_by_kind
+from jaxllm.models.rope_describing import gguf_rotary, hf_rotary
 
 _LOCAL = "local_theta"  # among rotary settings, the base of layers with a window
 
@@ -37,58 +38,37 @@ def rotary_of_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Weight]
 
 def gguf_metadata(config: GemmaConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata from a configuration that `as_gguf` gave."""
-    c, full = config, {key: value for key, value in rotary.items() if key != _LOCAL}
-    entries: dict[str, Any] = {
-        "block_count": len(c.sliding_windows),
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        "attention.sliding_window": _window(c) or 0,
-    }
-    if (period := _period(c)) != PERIODS[c.model_type]:
+    entries: dict[str, Any] = {"attention.sliding_window": _window(config) or 0}
+    if (period := _period(config)) != PERIODS[config.model_type]:
         entries["attention.sliding_window_pattern"] = period
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if (cap := getattr(c, key)) is not None:
+        if (cap := getattr(config, key)) is not None:
             entries[key] = cap
-    entries |= gguf_rope_settings(full, c.rope)
     if _LOCAL in rotary:
         entries["rope.freq_base_swa"] = float(rotary[_LOCAL])
-    return {"general.architecture": c.model_type} | {f"{c.model_type}.{key}": value for key, value in entries.items()}
+    return sizes.gguf_metadata(config, _full(rotary), entries)
 
 
 def hf_config(config: GemmaConfig, rotary: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json from a configuration that `as_hf` gave."""
-    c, full = config, {key: value for key, value in rotary.items() if key != _LOCAL}
-    entries: dict[str, Any] = {
-        "architectures": ["Gemma3ForCausalLM" if c.qk_norm else "Gemma2ForCausalLM"],
-        "model_type": c.model_type,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": len(c.sliding_windows),
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
+    c = config
+    entries = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": c.query_pre_attn_scalar,
         "attn_logit_softcapping": c.attn_logit_softcapping,
         "final_logit_softcapping": c.final_logit_softcapping,
         "sliding_window": _window(c) or 1,
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in c.sliding_windows],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": c.attention_bias,
-        "rms_norm_eps": c.rms_norm_eps,
-        "max_position_embeddings": c.max_position_embeddings,
-        "tie_word_embeddings": c.tie_word_embeddings,
+        "layer_types": [FULL if window is None else SLIDING for window in c.sliding_windows],
     }
     if _LOCAL in rotary:
         entries["rope_local_base_freq"] = rotary[_LOCAL]
-    return entries | hf_rope_settings(full, c.rope, c.head_dim)
+    name = "Gemma3ForCausalLM" if c.qk_norm else "Gemma2ForCausalLM"
+    return sizes.hf_config(c, _full(rotary), name, entries)
+
+
+def _full(rotary: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rotary.items() if key != _LOCAL}
 
 
 def _window(config: GemmaConfig) -> int | None:

@@ -3,18 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from jaxllm.formats.base import Weight
 from jaxllm.models.gemma.config import GemmaConfig
-from jaxllm.models.names import GGUF_COMMON, HF_IGNORED
-from jaxllm.models.rule import Rule, Written, inverted
+from jaxllm.models.names import GGUF_COMMON, GGUF_MLP, GGUF_O, GGUF_QK, GGUF_QK_NORMS, GGUF_V, HF_IGNORED
+from jaxllm.models.rule import Rule, Written, fixed, inverted
 
 # Models of text and images have a prefix, in transformers 5 another than before.
 _MODEL = r"(?:model|language_model\.model|model\.language_model)\."
-_M = _MODEL + r"layers\.(\d+)\."
+_M, _G = _MODEL + r"layers\.(\d+)\.", r"blk\.(\d+)\."
 _A, _L = r"layers.\1.self_attn.", r"layers.\1."
 _HALF = r"(input|post_attention|pre_feedforward|post_feedforward)"
 
-_HF = [
+_HF = (
     Rule(_MODEL + r"embed_tokens\.weight", "embed_tokens.weight"),
     Rule(_MODEL + r"norm\.weight", "norm.weight"),
     Rule(r"(?:lm_head|language_model\.lm_head)\.weight", "lm_head.weight"),
@@ -22,25 +21,20 @@ _HF = [
     Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
     Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
     Rule(_M + r"mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.\2_proj.weight"),
-]
+)
 _HF_IMAGES = (r"(?:model\.)?vision_tower\..*", r"(?:model\.)?multi_modal_projector\..*")
-
-_G = r"blk\.(\d+)\."
-
-_GGUF = [
+_GGUF = (
     *GGUF_COMMON,
-    Rule(_G + r"attn_(q|k|v)\.(weight|bias)", _A + r"\2_proj.\3"),
-    Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
-    Rule(_G + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight"),
+    GGUF_QK,
+    GGUF_V,
+    GGUF_O,
+    GGUF_QK_NORMS,
+    GGUF_MLP,
     Rule(_G + r"post_attention_norm\.weight", _L + "post_attention_layernorm.weight"),
     Rule(_G + r"ffn_norm\.weight", _L + "pre_feedforward_layernorm.weight"),
-    Rule(_G + r"ffn_(gate|up|down)\.weight", _L + r"mlp.\2_proj.weight"),
     Rule(_G + r"post_ffw_norm\.weight", _L + "post_feedforward_layernorm.weight"),
-]
-
-
-def hf_rules(config: GemmaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
-    return _HF
+)
+hf_rules, gguf_rules = fixed(*_HF), fixed(*_GGUF)
 
 
 def hf_ignored(config: GemmaConfig) -> tuple[str, ...]:
@@ -50,10 +44,6 @@ def hf_ignored(config: GemmaConfig) -> tuple[str, ...]:
 def hf_written(config: GemmaConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
     """The tensors that transformers has, whose norms are smaller by 1 than what they multiply by."""
     return _shifted(inverted(_HF, shapes, config), config.norm_offset - 1.0)
-
-
-def gguf_rules(config: GemmaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
-    return _GGUF
 
 
 def gguf_written(config: GemmaConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
