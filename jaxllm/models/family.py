@@ -87,10 +87,10 @@ class Family:
         options: what a user can choose for its models: for each option, the choices by name, each with the keyword
             arguments that it adds to the call of `model`.
         presets: descriptions of published models by name, each in a dialect of a JSON file.
-        matformer: how its models are sliced; None: they cannot be. The first group in patterns of its rules for layers
-            has to be the layer's number.
         divided: given a configuration, the path of a parameter that its model does not have, and an adapter's change of
             it: the changes of those parameters that the model holds in its place.
+        matformer: how its models are sliced; None: they cannot be. The first group in patterns of its rules for layers
+            has to be the layer's number.
     """
 
     name: str
@@ -99,8 +99,8 @@ class Family:
     dialects: Mapping[str, Dialect]
     options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    matformer: MatFormer | None = None
     divided: Callable[[Any, str, LowRank], Mapping[str, LowRank]] = undivided
+    matformer: MatFormer | None = None
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:
