@@ -2,7 +2,7 @@
 
 Run with Pythons that have mistralrs, numpy and ml_dtypes, one for each version of the format:
 
-    mistralrs 0.9.5 -> golden/uqff/1.2      mistralrs 0.8.4 -> golden/uqff/1.0      mistralrs 0.6.0 -> golden/uqff/0.2
+    mistralrs 0.9.5 -> golden/uqff/1.2      mistralrs 0.8.4 -> golden/uqff/1.0      mistralrs 0.6.0 -> golden/uqff/0.1
 
 A folder there is a model, with a file for each type. Beside them, golden.json has for each type what mistral.rs answers
 to PROMPT: for each step the most likely tokens, and their log-probabilities; or their logits, because what versions
@@ -30,7 +30,7 @@ sys.path.insert(0, str(TESTS))
 import tiny_hf  # noqa: E402
 
 ROOT = TESTS / "golden" / "uqff"
-VERSIONS = {"0.9.5": "1.2", "0.8.4": "1.0", "0.6.0": "0.2"}
+VERSIONS = {"0.9.5": "1.2", "0.8.4": "1.0", "0.6.0": "0.1"}
 PROMPT, STEPS, TOP = [3, 17, 5, 40, 22, 9], 3, 20
 RUNNERS: list[Any] = []  # 0.6.0 panics where one is dropped
 LEGACY = ("q4_0", "hqq4", "fp8", "afq4")
@@ -47,7 +47,7 @@ TYPES: dict[str, dict[str, tuple[str, ...]]] = {
         "deepseek": ("q4_0",),
     },
     "1.0": {"llama": ("q4_0", "afq4")},
-    "0.2": {
+    "0.1": {
         "llama": LEGACY,
         "qwen3_moe": ("q4_0", "afq4"),
         "qwen2": ("hqq4",),
@@ -145,7 +145,7 @@ def one(version: str, source: Path, out: Path, type: str) -> dict[str, Any]:
     except BaseException as error:  # panics too
         said["error"] = str(error).split("\n")[0][:160]
     try:
-        file = name if version == "0.2" else str(out / name)
+        file = name if version == "0.1" else str(out / name)
         said = {"loads": True, "steps": answer(old, plain(model_id=str(out), dtype=f32, from_uqff=file))}
     except BaseException as error:
         said = {"loads": False, "error": str(error).split("\n")[0][:160]} | said
