@@ -95,11 +95,12 @@ def sources(folder: Path, name: str) -> Path:
         golden = TESTS / "golden" / ("gpt_oss/mxfp4" if name == "gpt_oss" else f"checkpoints/{name}")
         shutil.copytree(golden, path)
     config = json.loads((path / "config.json").read_text())
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    rope = dict(config.get("rope_parameters") or {})
     more = {"qwen3": QWEN, "qwen2": QWEN, "qwen3_moe": SPARSE, "deepseek": DEEPSEEK}.get(name, {})
     kind = {"gpt_oss": "GptOss", "qwen3_moe": "Qwen3Moe", "deepseek": "DeepseekV3"}.get(name, name.capitalize())
     config = USUAL | config | more | {"architectures": [f"{kind}ForCausalLM"]}
-    config |= {"rope_theta": theta} if theta else {}
+    config |= {"rope_theta": rope.pop("rope_theta")} if rope else {}
+    config |= {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
     (path / "config.json").write_text(json.dumps(config, indent=1))
     (path / "tokenizer.json").write_text(json.dumps(tokenizer(config["vocab_size"])))
     template = {"chat_template": "{{ messages[0]['content'] }}"}
