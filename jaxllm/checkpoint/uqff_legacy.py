@@ -37,6 +37,29 @@ DTYPES = (
     np.uint8, np.uint32, np.int32, np.int64, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int16,
     ml_dtypes.float8_e4m3fn,
 )  # fmt: skip
+# What a layer of each kind consists of after its header: the names of tensors in version 1.x, after ".weight", and a
+# dtype or one of these. A header is the version, the kind, for kind 0 the number of bytes, and whether there is a bias,
+# which is a tensor at the end.
+TENSOR, SHAPE, BYTES, F8Q8_BYTES = "tensor", "shape", "bytes", 33
+FIELDS: tuple[tuple[tuple[str, str], ...], ...] = (
+    ((".dtype", "<u4"), (".shape", SHAPE), ("", BYTES)),
+    (("", TENSOR),),
+    (
+        *(("", TENSOR), (".scales", TENSOR), (".zeros", TENSOR), (".shape", SHAPE), (".bits", "u1")),
+        *((".group_size", "<u4"), (".axis", "u1"), (".optimization_steps", "<u4")),
+        *((".round_zeros", "u1"), (".channel_wise", "u1")),
+    ),
+    (
+        ("", TENSOR),
+        (".dequant_w_scale", "<f4"),
+        (".dequant_x_scale", "<f4"),
+        (".quant_scale", "<f4"),
+        (".dtype", "<u4"),
+    ),
+    (("", TENSOR), (".scales", TENSOR), (".biases", TENSOR), (".bits", "u1"), (".group_size", "u1")),
+    ((".num_blocks", "<u4"), (".shape", SHAPE), ("", BYTES)),
+    (("", TENSOR), (".scales", TENSOR)),
+)
 # The order of matrices in a block.
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "qkv_proj")
 ORDER = (*ATTENTION, "o_proj", "gate", "w1", "w2", "w3", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -63,7 +86,7 @@ def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> tupl
     weights = joined(tensors)
     shapes = [weights[f"{i}.weight"].shape for i in range(len(arrays))]
     config = folder.config
-    wanted = _matrices(config, any(len(shape) == 3 for shape in shapes))
+    wanted = matrices(config, any(len(shape) == 3 for shape in shapes))
     wanted = {name: shape for name, shape in wanted.items() if name not in folder.tensors}
     if len(wanted) + 1 == len(shapes) and config.get(TIED) and HEAD not in wanted:
         wanted = {HEAD: shapes[0], **wanted}
@@ -76,7 +99,7 @@ def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> tupl
     return config, {f"{names[number]}.{end}": weight for (number, _, end), weight in parts}
 
 
-def _matrices(description: Mapping[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
+def matrices(description: Mapping[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
     """The matrices of such a model with their shapes, in mistral.rs's order."""
     family = family_of(FAMILIES, HUGGING_FACE, str(description["model_type"]))
     dialect = family.dialects[HUGGING_FACE]
@@ -85,16 +108,17 @@ def _matrices(description: Mapping[str, Any], stacked: bool) -> dict[str, tuple[
     shapes = {path: param.get_value().shape for path, param in declared.items()}
     written = {each.name: each.shape(shapes) for each in tensors_of(dialect, config, shapes)}
     found: dict[str, tuple[int, ...]] = {}
-    for name in sorted((name for name in written if _NAME.fullmatch(name)), key=_place):
+    for name in sorted((name for name in written if _NAME.fullmatch(name)), key=place):
         if len(shape := written[name]) == 2 and stacked and (m := re.search(r"\.experts\.\d+\.(\w+)", name)):
             name = name.replace(m[0], f".experts.{_MIXTRAL.get(m[1], m[1])}")
             shape = (found[name][0] + 1 if name in found else 1, *shape)
         if len(shape) > 1:
             found[name] = shape
-    return {name: found[name] for name in sorted(found, key=_place)}
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
-def _place(name: str) -> tuple[int, ...]:
+def place(name: str) -> tuple[int, ...]:
+    """Where a matrix of this name comes in that order."""
     layer, expert, shared, matrix = _NAME.fullmatch(name).groups()  # type: ignore[union-attr]
     rank = ORDER.index(matrix) if matrix in ORDER else -1
     part = 2 if shared else 1 if ".experts." in name else 0
@@ -119,57 +143,30 @@ class _Layer(Cursor):
         if version >> 16 or version >> 8 > MINOR:
             said = f"{version >> 16}.{version >> 8 & 255}.{version & 255}"
             raise InputError(f"UQFF version {said} is not supported in files of numbered layers; 0.1 and 0.2 are")
-        self.kind = self.number("u1")
 
     def tensors(self) -> dict[str, HostArray]:
         """Its tensors as version 1.x has them, by the end of their names."""
-        readers = (self._gguf, self._dense, self._hqq, self._fp8, self._afq, self._f8q8, self._mxfp4)
-        if self.kind >= len(readers):
-            raise InputError(f"the unknown format {self.kind}; known are 0 to {len(readers) - 1}")
-        length = self.number() if self.kind == 0 else 0
+        kind = self.number("u1")
+        if kind >= len(FIELDS):
+            raise InputError(f"the unknown format {kind}; known are 0 to {len(FIELDS) - 1}")
+        length = self.number() if kind == 0 else 0
         biased = self.number("u1")
-        found = {f"weight.{end}" if end else "weight": array for end, array in readers[self.kind](length).items()}
-        found["weight.format"] = np.array(self.kind, np.uint8)
+        found: dict[str, HostArray] = {}
+        for name, field in FIELDS[kind]:
+            if field == TENSOR:
+                found[name] = self._tensor()
+            elif field == SHAPE:
+                found[name] = np.array(self.dims(self.number()), np.uint32)
+            elif field == BYTES:
+                found[name] = self._bytes(length if kind == 0 else int(found[".num_blocks"]) * F8Q8_BYTES)
+            else:
+                found[name] = np.array(self.number(field), field)
+        found = {f"weight{end}": array for end, array in found.items()} | {"weight.format": np.array(kind, np.uint8)}
         if biased:
             found["bias"] = self._tensor()
         if self.left:
             raise InputError(f"damaged: {self.left} bytes behind its end")
         return found
-
-    def _gguf(self, length: int) -> dict[str, HostArray]:
-        type = np.array(self.number(), np.uint32)
-        return {"dtype": type, "shape": self._shape(), "": self._bytes(length)}
-
-    def _dense(self, _: int) -> dict[str, HostArray]:
-        return {"": self._tensor()}
-
-    def _hqq(self, _: int) -> dict[str, HostArray]:
-        found = {end: self._tensor() for end in ("", "scales", "zeros")}
-        found["shape"] = self._shape()
-        found |= {
-            end: np.array(self.number(d), d) for end, d in (("bits", "u1"), ("group_size", "<u4"), ("axis", "u1"))
-        }
-        self.take(4 + 1 + 1)  # steps of the search, whether zeros are rounded, whether channels have their own
-        return found
-
-    def _fp8(self, _: int) -> dict[str, HostArray]:
-        found = {"": self._tensor(), "dequant_w_scale": np.array(self.number("<f4"), np.float32)}
-        self.take(4 + 4 + 4)  # the scale of activations, the inverse of the first, the dtype of results
-        return found
-
-    def _afq(self, _: int) -> dict[str, HostArray]:
-        found = {end: self._tensor() for end in ("", "scales", "biases")}
-        return found | {end: np.array(self.number("u1"), np.uint8) for end in ("bits", "group_size")}
-
-    def _f8q8(self, _: int) -> dict[str, HostArray]:
-        count = self.number()
-        return {"num_blocks": np.array(count, np.uint32), "shape": self._shape(), "": self._bytes(count * 33)}
-
-    def _mxfp4(self, _: int) -> dict[str, HostArray]:
-        return {end: self._tensor() for end in ("", "scales")}
-
-    def _shape(self) -> np.ndarray:
-        return np.array(self.dims(self.number()), np.uint32)
 
     def _tensor(self) -> HostArray:
         nbytes, code, dims = self.number(), self.number(), self.dims(self.number())
