@@ -10,7 +10,7 @@ from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.uqff_legacy import BYTES, DTYPES, FIELDS, MINOR, SHAPE, TENSOR
 from jaxllm.placing import DerivedArray
 
-VERSION = MINOR << 8
+LAST_OF_0_1 = 4  # the last kind that version 0.1 has; its layers are those of 0.2, so that older readers take them
 _CODES = {np.dtype(dtype): code for code, dtype in enumerate(DTYPES)}
 _Piece = bytes | DerivedArray
 
@@ -22,7 +22,7 @@ def layer(laid: Laid, code: int, bias: DerivedArray | None) -> DerivedArray:
         laid: its tensors, by the end of their names, from `exports_uqff.lay`.
         code: the number of its kind.
     """
-    pieces: list[_Piece] = [struct.pack("<IB", VERSION, code)]
+    pieces: list[_Piece] = [struct.pack("<IB", (1 if code <= LAST_OF_0_1 else MINOR) << 8, code)]
     pieces += [struct.pack("<I", _nbytes(laid[".weight"]))] if code == 0 else []
     pieces.append(struct.pack("<B", bias is not None))
     for name, field in FIELDS[code]:

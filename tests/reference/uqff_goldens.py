@@ -120,6 +120,7 @@ def tokenizer(size: int) -> dict[str, Any]:
 
 def answer(old: bool, which: Any, isq: str | None = None) -> list[dict[str, list]]:
     """The most likely tokens of each step."""
+    os.environ |= {"MISTRALRS_CPU_KV_F32": "1", "HF_HUB_OFFLINE": "1", "RUST_LOG": "error"}
     import mistralrs
 
     runner = mistralrs.Runner(which=which, in_situ_quant=isq, max_seqs=1, prefix_cache_n=0, token_source="none")
@@ -157,7 +158,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # a type in a process of its own: some panic
     given = parser.parse_args().one
-    os.environ |= {"MISTRALRS_CPU_KV_F32": "1", "HF_HUB_OFFLINE": "1", "RUST_LOG": "error"}
     if given:
         version, source, out, type = given
         result = one(version, Path(source), Path(out), type)
