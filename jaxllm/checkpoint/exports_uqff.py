@@ -3,7 +3,8 @@
 Nothing is rounded. Tensors are lazy, and know their shapes even if the weight's leaves are only shapes.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from jaxllm.checkpoint.repack import derived
 from jaxllm.errors import InputError
 from jaxllm.formats import hqq
 from jaxllm.formats.affine import Affine
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Leaf, Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.scaled import E4M3_MAX, Scaled
+from jaxllm.placing import DerivedArray
 
+NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 F8E4M3 = 9  # candle's number for the dtype, which mistral.rs writes for FP8 layers
 
 
@@ -43,9 +46,11 @@ def kind(weight: Weight) -> Kind:
     match weight:
         case GGML():
             return Kind(weight.type.lower().replace("_k", "k"), 0, _ggml)
+        case Dense() if len(weight.shape) > 2:  # mistral.rs multiplies by stacks only in GGUF's types
+            return Kind(NAMES[weight.format], 0, _plain_ggml)
         case Dense():
             return Kind("unquant", 1, _dense)
-        case Affine(name="HQQ", bits=4 | 8):
+        case Affine(name="HQQ", bits=4 | 8) if weight.out_groups is not None:
             return Kind(f"hqq{weight.bits}", 2, _hqq)
         case Scaled(block=(None, None)) if weight.values.dtype == jnp.float8_e4m3fn:
             return Kind("fp8", 3, _fp8)
@@ -58,18 +63,23 @@ def kind(weight: Weight) -> Kind:
     raise InputError(f"{weight.format}, which UQFF has no layers for")
 
 
-def lay(weight: Weight) -> Laid:
-    """The tensors of a matrix, or of a stack of them. Raises InputError if UQFF cannot hold it."""
+def lay(weight: Weight, shape: Sequence[int]) -> Laid:
+    """The tensors of a matrix, or of a stack of them. Raises InputError if UQFF cannot hold it.
+
+    Args:
+        shape: the matrix's; that of the weight may be another where groups run across rows (HQQ).
+    """
     how = kind(weight)
     tensors = {f".weight{end}": array for end, array in how.write(weight).items()}
+    tensors |= {".weight.shape": _sizes(*shape)} if ".weight.shape" in tensors else {}
     return tensors | {".weight.format": _scalar(how.code, np.uint8)}
 
 
-def _scalar(value: float, dtype: np.typing.DTypeLike) -> repack.DerivedArray:
+def _scalar(value: float, dtype: np.typing.DTypeLike) -> DerivedArray:
     return derived((), dtype, lambda: np.array(value, dtype))
 
 
-def _sizes(*sizes: int) -> repack.DerivedArray:
+def _sizes(*sizes: int) -> DerivedArray:
     return derived((len(sizes),), np.uint32, lambda: np.array(sizes, np.uint32))
 
 
@@ -79,38 +89,40 @@ def _ggml(weight: GGML) -> Laid:
     return {"": flat, ".dtype": _scalar(number, np.uint32), ".shape": _sizes(*weight.shape)}
 
 
+def _plain_ggml(weight: Dense) -> Laid:
+    nbytes = math.prod(weight.shape) * weight.values.dtype.itemsize
+    flat = derived((nbytes,), np.uint8, lambda: np.ascontiguousarray(weight.values).reshape(-1).view(np.uint8))
+    number = int(GGMLQuantizationType[NAMES[weight.format].upper()])
+    return {"": flat, ".dtype": _scalar(number, np.uint32), ".shape": _sizes(*weight.shape)}
+
+
 def _dense(weight: Dense) -> Laid:
     return {"": as_it_is(weight.values)}
 
 
 def _hqq(weight: Affine) -> Laid:
-    """Groups along the first axis of the matrix read as `[64, -1]`, or along the second of `[-1, group]`; halves of the
-    rows of that are on top of each other in a byte."""
-    (out, in_), bits, across = matrix(weight), weight.bits, weight.out_groups is not None
-    group = hqq.GROUP if across else weight.group
-    rows, cols = (group, out * in_ // group) if across else (out * in_ // group, group)
-    parts = 8 // bits
-    if rows % parts:
-        raise InputError(f"{[out, in_]} in groups of {group}: {rows} groups do not fill bytes")
+    """Groups along the first axis of the matrix read as `[64, -1]`; halves of the rows of that are on top of each other
+    in a byte."""
+    (out, in_), bits = matrix(weight), weight.bits
+    count = out * in_ // hqq.GROUP
 
     def packed() -> np.ndarray:
-        codes = repack.bit_stream(np.asarray(weight.codes).reshape(out, -1), bits, in_).reshape(rows, cols)
-        return codes if parts == 1 else codes[: rows // 2] << bits | codes[rows // 2 :]
+        codes = repack.bit_stream(np.asarray(weight.codes).reshape(out, -1), bits, in_).reshape(hqq.GROUP, count)
+        return codes if bits == 8 else codes[: hqq.GROUP // 2] << bits | codes[hqq.GROUP // 2 :]
 
-    def grid(leaf: object) -> repack.DerivedArray:
+    def grid(leaf: Leaf) -> DerivedArray:
         def values() -> np.ndarray:
-            return np.asarray(leaf)[int(across) :].astype(np.float32).reshape(shape)
+            return np.asarray(leaf)[1:].astype(np.float32).reshape(1, count)  # group 0 is for padding
 
-        shape = (1, cols) if across else (rows, 1)
-        return derived(shape, np.float32, values)
+        return derived((1, count), np.float32, values)
 
-    numbers = {"axis": int(not across), "bits": bits, "round_zeros": 0, "channel_wise": 1}
+    numbers = {"axis": 0, "bits": bits, "round_zeros": 0, "channel_wise": 1}
     return {
-        "": derived((rows // parts, cols), np.uint8, packed),
+        "": derived((hqq.GROUP * bits // 8, count), np.uint8, packed),
         ".scales": grid(weight.scales),
         ".zeros": grid(weight.zeros),
         ".shape": _sizes(out, in_),
-        ".group_size": _scalar(group, np.uint32),
+        ".group_size": _scalar(hqq.GROUP, np.uint32),
         ".optimization_steps": _scalar(hqq.STEPS, np.uint32),
         **{f".{name}": _scalar(value, np.uint8) for name, value in numbers.items()},
     }

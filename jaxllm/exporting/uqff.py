@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from jaxllm.checkpoint.exports_uqff import kind, lay
 from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.uqff_legacy import HEAD, place
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, shards, write_files
-from jaxllm.encodings import Encoding
+from jaxllm.encodings import Encoding, encoding
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import hugging_face, other_dtype, stacked
 from jaxllm.exporting.model import Model, Values
 from jaxllm.exporting.writer import PLAIN, Output, Writer
+from jaxllm.formats import hqq
 from jaxllm.formats.base import Weight
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
@@ -40,6 +42,7 @@ from jaxllm.requantize import encoded, on_host, planned
 
 VERSIONS = ("1.2", "0.2")
 PRODUCER = "jaxllm"
+ROUTER = ".block_sparse_moe.gate.weight"  # Mixtral's, a layer of version 0.2
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -47,8 +50,10 @@ EMBEDDING = "model.embed_tokens.weight"
 class _Layer:
     """A matrix, or a stack of them, that becomes a layer.
 
-    made: the weight, of shapes; why: why in this type.
+    made: the weight, of shapes.
+    why: why in this type.
     type: what it is encoded in; None: it has GGML's blocks already.
+    read_as: the sizes that a matrix is encoded in; HQQ's groups run across rows.
     """
 
     module: str
@@ -56,7 +61,8 @@ class _Layer:
     made: Weight
     why: str
     type: Encoding | None
-    importance: np.ndarray | None
+    importance: np.ndarray | None = None
+    read_as: tuple[int, int] = (0, 0)
 
     def weight(self) -> Weight:
         """Encoded matrix by matrix: floats of only one of them are in memory."""
@@ -67,13 +73,15 @@ class _Layer:
                 continue
             own = self.importance if self.importance is None or self.importance.ndim == 1 else self.importance[i]
             with on_host(), located(self.module):
-                one = encoded(self.values.matrix(i), self.type, own if self.type.uses_importance else None)
+                floats = self.values.matrix(i).reshape(self.read_as)
+                one = encoded(floats, self.type, own if self.type.uses_importance else None)
             parts.append(jax.tree.map(np.asarray, one))
         return parts[0] if len(self.values.shape) == 2 else jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
-    def laid(self) -> Laid:
+    def laid(self, weight: Weight) -> Laid:
+        """The tensors of a weight like `made`."""
         with located(self.module):
-            return lay(self.made)
+            return lay(weight, self.values.shape)
 
 
 def uqff(
@@ -105,7 +113,10 @@ def uqff(
     layers, rest = dict[str, _Layer](), list[Written]()
     for written in wanted:
         values = Values(model, written)
-        layer = None if old and written.name == EMBEDDING else _layer(writer, written, values)
+        layer = None if old and written.name == EMBEDDING else _layer(writer, written, values, dtype)
+        if old and written.name.endswith(ROUTER):
+            module, type = written.name.removesuffix(".weight"), encoding(dtype.name)
+            layer = _Layer(module, values, planned(values.shape, type), "a router", type, None, values.shape[-2:])
         if layer is None:
             rest.append(written)
         else:
@@ -115,13 +126,14 @@ def uqff(
     plain = [_plain(writer, each, dtype) for each in rest if each not in biases.values()]
     name = "mixed" if recipe.type is None else recipe.type.name.replace("_k", "k")
     if old:
-        parts = [_numbered(writer, layers, biases)]
+        parts = [_numbered(writer, layers, biases, dtype)]
         metadata = dict[str, str]()
     else:
         tensors = [_scalar(f"{reading.VERSION}.{key}", n) for key, n in _version().items()]
         for module, layer in layers.items():
             tensors += _named(pool, layer)
-            tensors += [_plain(writer, biases[module], dtype)] if module in biases else []
+            if module in biases:
+                tensors.append(_plain(writer, biases[module], _of_bias(layer, dtype)))
         parts = shards(tensors, limit)
         metadata = {"uqff.producer": PRODUCER, "uqff.version": ".".join(map(str, _version().values()))}
     names = [f"{name}-{i}.uqff" for i in range(len(parts))]
@@ -154,21 +166,27 @@ def _untied(wanted: Iterable[Written]) -> list[Written]:
     return list(named.values())
 
 
-def _layer(writer: Writer, written: Written, values: Values) -> _Layer | None:
+def _layer(writer: Writer, written: Written, values: Values, dtype: np.dtype) -> _Layer | None:
     """The layer that a tensor becomes; None: it stays plain."""
     type, why = writer.choice(written, values)
     if type is None:
         return None
-    module = written.name.removesuffix(".weight")
+    module, (*lead, out, in_) = written.name.removesuffix(".weight"), values.shape
     if values.is_in(blocks := type.name.upper()):
         size, nbytes, _ = BLOCK_TYPES[blocks]
-        shape = (*values.shape[:-1], values.shape[-1] // size, nbytes)
-        own = GGML(jax.ShapeDtypeStruct(shape, np.uint8), blocks)
-        return _Layer(module, values, own, f"{why}; already in it", None, None)
-    made = planned(values.shape, type)
+        own = jax.ShapeDtypeStruct((*lead, out, in_ // size, nbytes), np.uint8)
+        return _Layer(module, values, GGML(own, blocks), f"{why}; already in it", None)
+    read_as = (out, in_)
+    if type.name.startswith("hqq"):
+        read_as = (hqq.GROUP, out * in_ // hqq.GROUP)
+        if out * in_ % hqq.GROUP or read_as[1] % type.block:
+            type, read_as, why = encoding("f16"), (out, in_), f"{why}; {[out, in_]} are not whole blocks of {type.name}"
+    if type.name == "f16":  # nothing else fits; mistral.rs wants the model's own dtype
+        type = encoding(dtype.name)
+    made = planned((*lead, *read_as), type)
     with located(module):
         kind(made)
-    return _Layer(module, values, made, why, type, writer.importance(written, values))
+    return _Layer(module, values, made, why, type, writer.importance(written, values), read_as)
 
 
 def _plain(writer: Writer, written: Written, dtype: np.dtype) -> Tensor:
@@ -176,32 +194,38 @@ def _plain(writer: Writer, written: Written, dtype: np.dtype) -> Tensor:
     return writer.plain(written.name, Values(writer.model, written), PLAIN["F32"] if exact else dtype)
 
 
+def _of_bias(layer: _Layer, dtype: np.dtype) -> np.dtype:
+    """The dtype of its bias, as mistral.rs has it."""
+    return PLAIN["F32"] if isinstance(layer.made, GGML) or len(layer.values.shape) > 2 else dtype
+
+
 def _named(pool: ThreadPoolExecutor, layer: _Layer) -> list[Tensor]:
     """The tensors of a layer in version 1.2."""
 
     def compute() -> dict[str, np.ndarray]:
-        return {layer.module + end: array.map() for end, array in lay(layer.weight()).items()}
+        return {layer.module + end: array.map() for end, array in layer.laid(layer.weight()).items()}
 
-    return together(pool, {layer.module + end: array for end, array in layer.laid().items()}, compute)
+    return together(pool, {layer.module + end: array for end, array in layer.laid(layer.made).items()}, compute)
 
 
-def _numbered(writer: Writer, layers: Mapping[str, _Layer], biases: Mapping[str, Written]) -> list[Tensor]:
+def _numbered(
+    writer: Writer, layers: Mapping[str, _Layer], biases: Mapping[str, Written], dtype: np.dtype
+) -> list[Tensor]:
     """The layers of version 0.2."""
     tensors = []
     for number, module in enumerate(sorted(layers, key=lambda module: place(f"{module}.weight"))):
         layer, bias = layers[module], biases.get(module)
         code, values = kind(layer.made).code, None if bias is None else Values(writer.model, bias)
+        kept = _of_bias(layer, dtype)
 
-        def array(laid: Laid, code: int = code, values: Values | None = values) -> DerivedArray:
-            own = (
-                None if values is None else derived(values.stored, PLAIN["F32"], lambda: values.plain(0, PLAIN["F32"]))
-            )
+        def array(laid: Laid, code: int = code, values: Values | None = values, kept: np.dtype = kept) -> DerivedArray:
+            own = None if values is None else derived(values.stored, kept, partial(values.plain, 0, kept))
             return legacy.layer(laid, code, own)
 
         def compute(n: str = str(number), layer: _Layer = layer, array: Any = array) -> dict[str, np.ndarray]:
-            return {n: array(lay(layer.weight())).map()}
+            return {n: array(layer.laid(layer.weight())).map()}
 
-        tensors += together(writer.pool, {str(number): array(layer.laid())}, compute)
+        tensors += together(writer.pool, {str(number): array(layer.laid(layer.made))}, compute)
     return tensors
 
 
