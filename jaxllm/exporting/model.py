@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxllm.checkpoint import matching
 from jaxllm.checkpoint.opening import Checkpoint
+from jaxllm.checkpoint.schemes import read_array
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -162,7 +163,7 @@ class Values:
         part = source.parts[(i if number is None else number) if source.stacked else 0]
         if len(part.shape) > 2:
             index = np.unravel_index(i if number is None else number, part.shape[:-2])
-        blocks = np.asarray(part.leaf("blocks")[index])
+        blocks = np.asarray(read_array(part.leaf("blocks"))[index])
         blocks = blocks if source.rows is None else blocks[source.rows]
         return blocks if self.written.rows is None else blocks[self.written.rows]
 

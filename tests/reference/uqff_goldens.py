@@ -40,7 +40,7 @@ TYPES: dict[str, dict[str, tuple[str, ...]]] = {
         "llama": ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q8_1", "hqq4", "hqq8", "fp8", *AFQ, "f8q8", "mxfp4"),
         "qwen3": ("q2k", "q3k", "q4k", "q5k", "q6k", "q8k"),
         "qwen3_moe": ("q4_0", "afq4"),
-        "qwen2": ("q4_0", "fp8"),
+        "qwen2": ("q4_0", "fp8", "afq4"),
         "mixtral": ("q8_0",),
         "phi3": ("hqq4",),
         "gpt_oss": ("q4_0", "mxfp4"),
@@ -86,9 +86,10 @@ def sources(folder: Path, name: str) -> Path:
     """A Hugging Face directory of one of these models, as mistral.rs wants it."""
     path = folder / name
     if name == "llama":
-        tiny_hf.write(path, "llama", intermediate_size=64)
+        tiny_hf.write(path, "llama", intermediate_size=64, vocab_size=64)
     elif name == "qwen3":  # rows of 256; those of o_proj and down_proj are too short for K-quants
-        tiny_hf.write(path, "llama", model_type="qwen3", hidden_size=256, intermediate_size=32, num_attention_heads=2)
+        sizes = {"hidden_size": 256, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+        tiny_hf.write(path, "llama", model_type="qwen3", **sizes)
     elif name in ("qwen3_moe", "deepseek"):
         tiny_hf.write(path, name)
     else:
