@@ -145,7 +145,7 @@ def test_layers_that_mistral_rs_cannot_run_stand_for_the_source(tmp_path, name, 
         parts = [known] if known is not None else [source[each] for each in single]
         wanted = np.stack([np.asarray(jax.tree.map(np.asarray, part).dequantize()) for part in parts])
         off = np.asarray(jax.tree.map(np.asarray, weight).dequantize()) - wanted.reshape(weight.shape)
-        assert np.linalg.norm(off) < 0.16 * np.linalg.norm(wanted), key
+        assert np.linalg.norm(off) < 0.2 * np.linalg.norm(wanted), key
         checked += 1
     assert checked > 8
 
@@ -316,7 +316,7 @@ def test_what_we_write_was_read_by_mistral_rs():
     differences = {name: value for name, value in outcome.items() if isinstance(value, float)}
     unread = {name for name in outcome if name not in differences}
     assert {name[4:] for name in unread if name.startswith("1.2")} <= own
-    assert max(differences.values()) < 0.2
+    assert max(differences.values()) < 0.3
     exact = [value for name, value in differences.items() if re.match(r"1\.2 (phi3|llama afq)", name)]
     assert len(exact) == 7 and max(exact) < 3e-3
 
