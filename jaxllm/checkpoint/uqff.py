@@ -85,13 +85,20 @@ def files(path: Path) -> list[Path]:
     if (stem := _stem(path.name)) == path.stem:
         return [path]
     numbered = {int(m[2]): f for f in path.parent.iterdir() if (m := _NUMBERED.fullmatch(f.name)) and m[1] == stem}
-    outputs = optional_json(path.parent, REPORT).values.get("outputs")
-    shards = [output.get("shards") for output in outputs or () if isinstance(output, dict)]
-    listed = next((s for s in shards if isinstance(s, list) and path.name in s), ())
+    listed = next((shards for shards in _reported(path.parent) if path.name in shards), ())
     for i in range(max(max(numbered) + 1, len(listed))):
         if i not in numbered:
             raise InputError(f"{path.with_name(f'{stem}-{i}.uqff')}: missing; {path.name} is a part of the same model")
     return [numbered[i] for i in sorted(numbered)]
+
+
+def _reported(folder: Path) -> list[Sequence[str]]:
+    """What a report says of files that belong together: the names of some."""
+    outputs = optional_json(folder, REPORT).values.get("outputs")
+    found = (
+        [output.get("shards") for output in outputs if isinstance(output, dict)] if isinstance(outputs, list) else []
+    )
+    return [shards for shards in found if isinstance(shards, list)]
 
 
 def _stem(name: str) -> str:

@@ -8,8 +8,8 @@ from jaxllm.formats.ggml_encode import ENCODERS
 CONTAINERS = ("huggingface", "mlx", "gguf", "uqff")  # of several that hold a type, the first is used
 MIXED = ("gguf", "uqff")  # which mix types
 # What mistral.rs reads; others it would not.
-UQFF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "hqq4", "hqq8")
-UQFF += ("afq2", "afq3", "afq4", "afq6", "afq8", "fp8", "f8q8", "mxfp4")
+UQFF = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "hqq4", "hqq8", "fp8", "f8q8", "mxfp4"}
+UQFF |= {f"q{bits}_k" for bits in (2, 3, 4, 5, 6)} | {f"afq{bits}" for bits in (2, 3, 4, 6, 8)}
 _PLAIN = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 

@@ -62,14 +62,14 @@ class _Layer:
     why: str
     type: Encoding | None
     importance: np.ndarray | None = None
-    read_as: tuple[int, int] = (0, 0)
+    read_as: tuple[int, ...] = ()
 
     def weight(self) -> Weight:
         """Encoded matrix by matrix: floats of only one of them are in memory."""
         parts = []
         for i in range(self.values.count):
             if self.type is None:
-                parts.append(replace(self.made, blocks=self.values.blocks(i)))
+                parts.append(self.made.with_leaves({"blocks": self.values.blocks(i)}))
                 continue
             own = self.importance if self.importance is None or self.importance.ndim == 1 else self.importance[i]
             with on_host(), located(self.module):
@@ -116,7 +116,7 @@ def uqff(
         layer = None if old and written.name == EMBEDDING else _layer(writer, written, values, dtype)
         if old and written.name.endswith(ROUTER):
             module, type = written.name.removesuffix(".weight"), encoding(dtype.name)
-            layer = _Layer(module, values, planned(values.shape, type), "a router", type, None, values.shape[-2:])
+            layer = _Layer(module, values, planned(values.shape, type), "a router", type, None, values.shape)
         if layer is None:
             rest.append(written)
         else:
@@ -176,7 +176,7 @@ def _layer(writer: Writer, written: Written, values: Values, dtype: np.dtype) ->
         size, nbytes, _ = BLOCK_TYPES[blocks]
         own = jax.ShapeDtypeStruct((*lead, out, in_ // size, nbytes), np.uint8)
         return _Layer(module, values, GGML(own, blocks), f"{why}; already in it", None)
-    read_as = (out, in_)
+    read_as: tuple[int, ...] = (out, in_)
     if type.name.startswith("hqq"):
         read_as = (hqq.GROUP, out * in_ // hqq.GROUP)
         if out * in_ % hqq.GROUP or read_as[1] % type.block:
