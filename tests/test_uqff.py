@@ -145,7 +145,7 @@ def test_layers_that_mistral_rs_cannot_run_stand_for_the_source(tmp_path, name, 
         parts = [known] if known is not None else [source[each] for each in single]
         wanted = np.stack([np.asarray(jax.tree.map(np.asarray, part).dequantize()) for part in parts])
         off = np.asarray(jax.tree.map(np.asarray, weight).dequantize()) - wanted.reshape(weight.shape)
-        assert np.linalg.norm(off) < 0.2 * np.linalg.norm(wanted), key
+        assert np.linalg.norm(off) < 0.25 * np.linalg.norm(wanted), key
         checked += 1
     assert checked > 8
 
@@ -335,6 +335,28 @@ def test_types_and_versions_that_uqff_does_not_have(llama, tmp_path):
         convert(llama, tmp_path / "out", to="q4_0", container="uqff", uqff_version="0.3")
     with pytest.raises(InputError, match=r"uqff_version '0\.2': only UQFF"):
         convert(llama, tmp_path / "out", to="q4_0", container="gguf", uqff_version="0.2")
+
+
+@pytest.mark.parametrize("type", ["q8_0", "afq4"])
+def test_rows_in_the_order_of_gguf(tmp_path, type):
+    """mistral.rs keeps them as they are in a GGUF file that it converts, neighbours being pairs."""
+    shutil.copytree(ROOT / "1.2/llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"_mistralrs_qk_rope_layout": "adjacent"}))
+    file = tmp_path / f"model/{type}-0.uqff"
+    tensors, _ = read_safetensors(file)
+    for part, heads in (("q", tiny_hf.HEADS), ("k", tiny_hf.KV_HEADS)):
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        for key in (name, f"{name}.scales", f"{name}.biases"):
+            if key in tensors:
+                halves = tensors[key].reshape(heads, 2, tiny_hf.HEAD_DIM // 2, -1)
+                tensors[key] = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensors[key].shape)
+    write_safetensors(file, tensors)
+    before, after = (
+        jaxllm.load(path, dtype="float32", weights="float32", progress=False, mesh="tp=2")
+        for path in (path_of("1.2/llama", type), file)
+    )
+    np.testing.assert_array_equal(before.logits([PROMPT]), after.logits([PROMPT]))
 
 
 def broken(folder: Path, change) -> Path:

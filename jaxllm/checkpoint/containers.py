@@ -15,7 +15,7 @@ from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.texts import Texts, read_texts
-from jaxllm.checkpoint.uqff import RESIDUAL, is_uqff, read_folder, weights_of
+from jaxllm.checkpoint.uqff import LAYOUT, RESIDUAL, in_half_split_order, is_uqff, read_folder, weights_of
 from jaxllm.checkpoint.uqff_legacy import is_legacy, legacy_weights
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -94,7 +94,9 @@ def _open_uqff(path: Path) -> Opened:
     config, weights = legacy_weights(folder, arrays) if is_legacy(arrays) else (folder.config, weights_of(arrays))
     if twice := weights.keys() & folder.tensors.keys():
         raise InputError(f"tensor '{min(twice)}' is in {RESIDUAL} too")
-    texts, tensors = read_texts(folder.path, config), {**folder.tensors, **weights}
+    tensors = {**folder.tensors, **in_half_split_order(config, weights)}
+    config = {key: value for key, value in config.items() if key != LAYOUT}
+    texts = read_texts(folder.path, config)
     return Opened(path.resolve().name, HUGGING_FACE, str(config["model_type"]), config, tensors, texts)
 
 

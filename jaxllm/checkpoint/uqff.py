@@ -12,17 +12,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from jaxllm.checkpoint import integer_schemes, scaled_schemes
+from jaxllm.checkpoint import integer_schemes, repack, scaled_schemes
 from jaxllm.checkpoint.declared import Declared
 from jaxllm.checkpoint.quantized import join
-from jaxllm.checkpoint.repack import derived
 from jaxllm.checkpoint.safetensors import DTYPES, HFDirectory, optional_json, read_header
 from jaxllm.checkpoint.schemes import FLOATS, Part, Scheme, expect
-from jaxllm.entries import read_json
+from jaxllm.entries import Entries, read_json
 from jaxllm.errors import InputError
 from jaxllm.formats import mxfp4
 from jaxllm.formats.base import Weight
@@ -31,11 +31,13 @@ from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.scaled import Scaled
+from jaxllm.layers.rope import half_split_rows
 from jaxllm.placing import FileArray, HostArray
 
 RESIDUAL, REPORT = "residual.safetensors", "uqff_report.json"
 MAJOR, MINOR, PATCH = 1, 2, 0
 VERSION = "uqff.version"
+LAYOUT = "_mistralrs_qk_rope_layout"
 # Tensors of GGML types that are plain numbers.
 PLAIN = {"F32": DTYPES["F32"], "F16": DTYPES["F16"], "BF16": DTYPES["BF16"]}
 _NUMBERED = re.compile(r"(.+)-(\d+)\.uqff")
@@ -134,7 +136,32 @@ def _bias(array: HostArray) -> HostArray:
     """mistral.rs 0.9.5 casts the biases of FP8 layers to FP8, without a scale: what it wrote, in floats."""
     if array.dtype.name != "float8_e4m3fn":
         return array
-    return derived(array.shape, np.float32, lambda: np.asarray(array).astype(np.float32))
+    return repack.derived(array.shape, np.float32, lambda: np.asarray(array).astype(np.float32))
+
+
+def in_half_split_order(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights with the rows of q and k as Hugging Face has them.
+
+    Files that mistral.rs made of a GGUF file keep its order, in which the two values that a rotary angle turns are
+    neighbours; the config says so.
+
+    Raises:
+        InputError: the config says something else, or the matrices are not of such heads.
+    """
+    entries = Entries(config, "config.json")
+    if entries.choice(LAYOUT, ("adjacent", ""), "") == "":
+        return dict(weights)
+    heads = entries.integer("num_attention_heads")
+    counts = {"q": heads, "k": entries.integer("num_key_value_heads", default=heads)}
+    found = {}
+    for name, weight in weights.items():
+        if m := re.fullmatch(r"model\.layers\.\d+\.self_attn\.(q|k)_proj\.(weight|bias)", name):
+            size, rest = divmod(weight.shape[0], counts[m[1]])
+            if rest or size % 2:
+                raise InputError(f"'{name}' has {weight.shape[0]} rows, which are not {counts[m[1]]} heads of pairs")
+            weight = repack.arranged(weight, half_split_rows(counts[m[1]], size, size))
+        found[name] = weight
+    return found
 
 
 def _check(arrays: Mapping[str, HostArray]) -> None:
