@@ -184,7 +184,7 @@ def test_the_container_of_a_type(to, container, found):
     ("options", "message"),
     [
         ({"to": "hqq2"}, "no container holds hqq2"),
-        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf can"),
+        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf, uqff can"),
         ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf, uqff"),
         ({"to": "gptq4"}, r"gptq4 calibrates on a text: give one \(--text\)"),
         ({"to": "int4", "text": "a"}, "text 'a': int4 is not calibrated"),

@@ -243,7 +243,7 @@ def _report(name: str, names: Sequence[str], layers: Mapping[str, _Layer], versi
     types = {module: kind(layer.made).name for module, layer in layers.items()}
     details, fallbacks = [], []
     for module, layer in layers.items():
-        said = {"module": module, "shape": [*layer.made.shape]}
+        said = {"module": module, "shape": [*layer.values.shape]}
         details.append(said | {"default_target": name, "resolved_target": types[module], "stored": types[module]})
         if "whole blocks" in layer.why:
             fallbacks.append(said | {"from": name, "to": types[module], "reason": layer.why})
