@@ -31,6 +31,7 @@ from jaxllm.checkpoint.exports_uqff import kind, lay
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.convert import convert
 from jaxllm.errors import InputError
+from jaxllm.requantize import quantize
 
 ROOT = Path(__file__).parent / "golden" / "uqff"
 PROMPT = [3, 17, 5, 40, 22, 9]
@@ -185,8 +186,8 @@ def test_layers_are_written_as_mistral_rs_writes_them(name, type):
 
 @pytest.mark.parametrize(("name", "type"), [case for case in GOLDENS if case[0].startswith("0") and case[1] != "hqq4"])
 def test_old_layers_are_written_as_mistral_rs_writes_them(name, type):
-    (tensors, _), arrays = read_safetensors(path_of(name, type)), uqff.read_folder(path_of(name, type))[1]
-    weights = uqff_legacy.legacy_weights(uqff.read_folder(path_of(name, type))[0], arrays)[1]
+    tensors, _ = read_safetensors(path_of(name, type))
+    weights = uqff_legacy.legacy_weights(*uqff.read_folder(path_of(name, type)))
     named = [key for key in weights if key.endswith(".weight")]
     for number, key in enumerate(named):
         laid = lay(weights[key], weights[key].shape)
@@ -319,6 +320,23 @@ def test_what_we_write_was_read_by_mistral_rs():
     assert max(differences.values()) < 0.3
     exact = [value for name, value in differences.items() if re.match(r"1\.2 (phi3|llama afq)", name)]
     assert len(exact) == 7 and max(exact) < 3e-3
+
+
+def test_rows_whose_groups_run_across_them_are_looked_up():
+    weight = quantize(np.random.default_rng(0).normal(size=(192, 64)).astype(np.float32), "hqq4")
+    ids = np.array([[0, 191, 64], [2, 3, 130]])
+    tensors = {f"x{end}": array.map() for end, array in lay(weight, weight.shape).items()}
+    np.testing.assert_array_equal(weight.take(ids).dequantize(), independent(tensors, "x")[ids])
+
+
+def test_old_files_have_biases(tmp_path):
+    source = ROOT.parent / "checkpoints/qwen2"
+    convert(source, tmp_path / "out", to="q8_0", container="uqff", uqff_version="0.2", progress=False)
+    ours, theirs = (open_checkpoint(path).tensors for path in (tmp_path / "out", source))
+    biases = [name for name in theirs if name.endswith(".bias")]
+    assert len(biases) == 6
+    for name in biases:
+        np.testing.assert_array_equal(np.asarray(ours[name].values), np.asarray(theirs[name].values))
 
 
 @pytest.mark.parametrize("type", ["hqq4", "fp8", "f8q8"])

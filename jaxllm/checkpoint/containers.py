@@ -91,11 +91,11 @@ def _open_directory(path: Path) -> Opened:
 
 def _open_uqff(path: Path) -> Opened:
     folder, arrays = read_folder(path)
-    config, weights = legacy_weights(folder, arrays) if is_legacy(arrays) else (folder.config, weights_of(arrays))
+    weights = legacy_weights(folder, arrays) if is_legacy(arrays) else weights_of(arrays)
     if twice := weights.keys() & folder.tensors.keys():
         raise InputError(f"tensor '{min(twice)}' is in {RESIDUAL} too")
-    tensors = {**folder.tensors, **in_half_split_order(config, weights)}
-    config = {key: value for key, value in config.items() if key != LAYOUT}
+    tensors = {**folder.tensors, **in_half_split_order(folder.config, weights)}
+    config = {key: value for key, value in folder.config.items() if key != LAYOUT}
     texts = read_texts(folder.path, config)
     return Opened(path.resolve().name, HUGGING_FACE, str(config["model_type"]), config, tensors, texts)
 

@@ -3,7 +3,7 @@
 Which layer is which, a file does not say: it depends on the order in which mistral.rs went through the model. We know
 from the model which matrices there are, and which of them residual.safetensors holds. The layers are the others, in
 mistral.rs's order, and have to have their shapes. Experts are stacks or single matrices, as mistral.rs's backend wanted
-them. Tied heads are layers too; such a model becomes one whose head has a matrix of its own.
+them. Tied heads are layers too; where there is one, it is the head.
 
 Every layer is rewritten as the tensors that version 1.x has for it, of which `uqff` makes weights. Nothing is read
 except headers.
@@ -31,7 +31,7 @@ from jaxllm.parallel import make_mesh
 from jaxllm.placing import FileArray, HostArray
 
 MINOR = 2
-HEAD, TIED = "lm_head.weight", "tie_word_embeddings"
+HEAD = "lm_head.weight"
 # By their numbers in files.
 DTYPES = (
     np.uint8, np.uint32, np.int32, np.int64, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int16,
@@ -68,11 +68,12 @@ _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def is_legacy(arrays: Mapping[str, FileArray]) -> bool:
+    """Whether these are the tensors of such files."""
     return bool(arrays) and all(name.isdecimal() for name in arrays)
 
 
-def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> tuple[Mapping[str, Any], dict[str, Weight]]:
-    """A config, and the weights by Hugging Face's names.
+def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> dict[str, Weight]:
+    """The weights by Hugging Face's names.
 
     Raises:
         InputError: the version is not known, layers are missing or damaged, or they do not fit the model.
@@ -85,18 +86,16 @@ def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> tupl
             tensors |= {f"{i}.{end}": array for end, array in _Layer(arrays[str(i)]).tensors().items()}
     weights = joined(tensors)
     shapes = [weights[f"{i}.weight"].shape for i in range(len(arrays))]
-    config = folder.config
-    wanted = matrices(config, any(len(shape) == 3 for shape in shapes))
+    wanted = matrices(folder.config, any(len(shape) == 3 for shape in shapes))
     wanted = {name: shape for name, shape in wanted.items() if name not in folder.tensors}
-    if len(wanted) + 1 == len(shapes) and config.get(TIED) and HEAD not in wanted:
+    if len(wanted) + 1 == len(shapes) and HEAD not in wanted:
         wanted = {HEAD: shapes[0], **wanted}
-        config = {**config, TIED: False}
     elif HEAD in wanted and shapes and shapes[0] != wanted[HEAD]:
         wanted[HEAD] = wanted.pop(HEAD)  # at last, as in GPT-OSS
     _check(shapes, wanted)
     names = {f"{i}": name.removesuffix(".weight") for i, name in enumerate(wanted)}
     parts = [(key.partition("."), weight) for key, weight in weights.items()]
-    return config, {f"{names[number]}.{end}": weight for (number, _, end), weight in parts}
+    return {f"{names[number]}.{end}": weight for (number, _, end), weight in parts}
 
 
 def matrices(description: Mapping[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
