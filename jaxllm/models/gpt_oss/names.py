@@ -32,6 +32,11 @@ _HF = [
     # MLX stores gate and up separately.
     Rule(_E + r"(gate|up|down)_proj\.weight", _X + r"\2_proj"),
     Rule(_E + r"(gate|up|down)_proj\.bias", _X + r"\2_bias", present=column),
+    # UQFF has them joined, like transformers, but as [experts, out, in].
+    Rule(_E + r"gate_up_proj\.weight", _X + "gate_proj", _every_other(0)),
+    Rule(_E + r"gate_up_proj\.weight", _X + "up_proj", _every_other(1)),
+    Rule(_E + r"gate_up_proj\.bias", _X + "gate_bias", _every_other(0), column),
+    Rule(_E + r"gate_up_proj\.bias", _X + "up_bias", _every_other(1), column),
 ]
 
 _G = r"blk\.(\d+)\."
