@@ -101,7 +101,8 @@ class Decoder(nnx.Module):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
             context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks())
-            x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
+            with jax.named_scope(f"layers.{i}"):
+                x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
         return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
