@@ -180,21 +180,27 @@ class Sketch:
 
     def phases(self, sent: tuple[float, float] = (0.0, 0.0)) -> tuple[Phase, Phase]:
         """Decoding and prefill, given the bytes that a device sends in a decode step and for all prompts."""
-        decode, prefill = self.costs
-        tokens = self.batch, self.batch * self.context
-        return Phase(tokens[0], decode.flops, decode.nbytes, sent[0]), Phase(
-            tokens[1], prefill.flops, prefill.nbytes, sent[1]
+        decode, prefill = (
+            Phase(tokens, cost.flops, cost.nbytes, nbytes)
+            for tokens, cost, nbytes in zip((self.batch, self.batch * self.context), self.costs, sent, strict=True)
         )
+        return decode, prefill
+
+    @cached_property
+    def _chosen(self) -> list[int]:
+        """A layer of each kind, and those whose caches these read."""
+        return sorted({i for group in self.kinds for i in _with_owner(self.model, group[0])})
+
+    def compiled(self, time: int) -> jax.stages.Compiled:
+        """A step that adds `time` tokens to each sequence, of the model with one layer of each kind."""
+        reduced, options = _only(self.model, self._chosen), dict(self.topology.compiler_options)
+        sizes = self.rows, time, self.capacity
+        return lower_step(reduced, self.mesh, *sizes, self.dtype, self.int8_blocks).compile(options or None)
 
     def planned(self) -> Plan:
         """Compile it, and put everything together."""
-        chosen = sorted({i for group in self.kinds for i in _with_owner(self.model, group[0])})
-        steps = {}
-        for name, time in (("decode", 1), ("prefill", self.chunk)):
-            lowered = lower_step(
-                _only(self.model, chosen), self.mesh, self.rows, time, self.capacity, self.dtype, self.int8_blocks
-            )
-            steps[name] = lowered.compile(compiler_options=dict(self.topology.compiler_options) or None)
+        chosen = self._chosen
+        steps = {"decode": self.compiled(1), "prefill": self.compiled(self.chunk)}
         found = {name: collectives_between(step.as_text() or "", self.mesh) for name, step in steps.items()}
 
         def of(phase: str, layer: int | None) -> list[Collective]:

@@ -186,7 +186,8 @@ def _published(name: str, config: str, description: Mapping[str, object]) -> Des
 
     def sources(sketch: Decoder) -> dict[str, Source]:
         shapes = {path: param.get_value().shape for path, param in parameters(sketch).items()}
-        return {path: Source(path, (format(path, shape),)) for path, shape in shapes.items()}
+        vector = dense(jnp.float32)
+        return {path: Source(path, ((format if len(s) > 1 else vector)(path, s),)) for path, s in shapes.items()}
 
     return Described(name, checkpoint.family, checkpoint.config, sources, None)
 

@@ -89,7 +89,13 @@ def _cpus(text: str, shape: str) -> np.ndarray:
 
 def _tpus(text: str) -> np.ndarray:
     _need("libtpu", "the compiler of TPUs")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server to ask about this machine's TPUs
+    # There is no server to ask about this machine's TPUs, and none to be told of.
+    for name, value in (
+        ("SKIP_MDS_QUERY", "1"),
+        ("WORKER_HOSTNAMES", "localhost"),
+        ("ACCELERATOR_TYPE", "v5litepod-8"),
+    ):
+        os.environ.setdefault(f"TPU_{name}", value)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need the chips for itself
     try:
         return np.array(topologies.get_topology_desc(platform="tpu", topology_name=text).devices)
