@@ -6,7 +6,6 @@ models of your own there are the functions that it is made of.
 
 import argparse
 import json
-import os
 import sys
 from types import ModuleType
 
@@ -47,7 +46,6 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # compilers tell of what they miss: the chips
     jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for the chips whose compilers are installed
     chip, _, shape = args.topology.partition(":")
     if chip == "cpu" and shape.isdecimal():
