@@ -14,7 +14,7 @@ class Chip:
         flops, flops_fp8, flops_int8: dense operations per second with operands in bfloat16, FP8 and int8. Where a chip
             has no such products, those of bfloat16.
         links: bytes per second that leave a device for others of its pod or node: half of what is published, which
-            counts both directions.
+            counts both directions. (GPUs of different nodes have less than that between them.)
         source: where the numbers are from.
     """
 

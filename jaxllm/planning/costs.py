@@ -84,7 +84,8 @@ def _matrices(module: nnx.Module, rows: float) -> Cost:
         if (moe := routed.get(id(param))) is None:
             cost += Cost(flops * rows, nbytes)
         else:
-            share = moe.route.k / moe.num_experts
+            route: Any = moe.route
+            share = route.k / moe.num_experts
             cost += Cost(flops * rows * share, nbytes * (1 - (1 - share) ** rows))
     return cost
 

@@ -117,7 +117,8 @@ class Plan:
         dtype: of the activations.
         weights: bytes on one device by format.
         cache: bytes of keys and values on one device.
-        temporaries: bytes that the programs need beside these, by program.
+        temporaries: bytes that the programs need beside these, by program; of one layer of each kind. (Of all layers it
+            is a little more: 33 MiB for Llama 3.1 8B on 8 x H100.)
         kinds: the layers by kind; `ends`: the collectives of a decode step before and after the layers.
         decode, prefill: a decode step with the context full, and the processing of prompts that fill it.
         ranking: the meshes of a search, the best first.
@@ -245,10 +246,10 @@ class Plan:
 
 
 def _listed(collectives: Iterable[Collective]) -> str:
-    """For example "2 x all-reduce of 28 KiB over tp"."""
+    """For example "2 x all-reduce of 229 kB over tp"."""
     counted = Counter((c.kind, c.nbytes, " and ".join(c.axes)) for c in collectives)
     return ", ".join(
-        f"{count} x {kind} of {nbytes / 1024:.4g} KiB over {axes}" for (kind, nbytes, axes), count in counted.items()
+        f"{count} x {kind} of {_si(nbytes, 'B')} over {axes}" for (kind, nbytes, axes), count in counted.items()
     )
 
 
