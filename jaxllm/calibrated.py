@@ -150,8 +150,10 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
         states = [np.asarray(_embed(decoder.embed_tokens, row[None], model.dtype)) for row in tokens]
         states = [x * x.dtype.type(decoder.embedding_scale) for x in states]
         own = [i for i, layer in enumerate(decoder.layers) if layer.cache_of is None]
-        if len(own) < len(decoder.layers):
-            raise InputError("layers that share another's cache cannot be calibrated one by one")
+        if len(own) < len(decoder.layers) or decoder.ends is not None:
+            raise InputError(
+                "layers that are given more than the previous one's output cannot be calibrated one by one"
+            )
         for i, layer in enumerate(decoder.layers):
             angles = layer.rope.angles(positions, empty.limits) if layer.rope else None
             context = Context(positions, jnp.full(1, length, jnp.int32), angles, length, False)

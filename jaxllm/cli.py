@@ -55,6 +55,20 @@ def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("quantize", "organization", "topology", "imatrix")}
 
 
+def add_matformer(p: argparse.ArgumentParser) -> None:
+    """The option `--matformer`, a pair for `load`."""
+
+    def pair(text: str) -> tuple[str, str]:
+        file, _, name = text.rpartition(":")
+        if not file or not name:
+            raise argparse.ArgumentTypeError(f"'{text}' is not CSV:SLICE, a file and the name of a slice in it")
+        return file, name
+
+    p.add_argument(
+        "--matformer", type=pair, metavar="CSV:SLICE", help="a smaller model inside a Gemma 3n, as a line of CSV has it"
+    )
+
+
 def add_adapters(p: argparse.ArgumentParser) -> None:
     """The option for adapters; `adapters` reads it."""
     p.add_argument(

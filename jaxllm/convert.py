@@ -29,17 +29,20 @@ from jaxllm.checkpoint.demo import is_demo
 from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
 from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
 from jaxllm.checkpoint.exports import Export, awq, export, gptq
+from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.unfinished import GB, check_target
+from jaxllm.checkpoint.uqff import REPORT, is_uqff
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
-from jaxllm.cli import Parser, adapters, add_adapters, execute
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import directory
 from jaxllm.exporting.gguf import gguf
 from jaxllm.exporting.model import Model, read_model
-from jaxllm.exporting.target import CONTAINERS, made_by, target
+from jaxllm.exporting.target import CONTAINERS, MIXED, made_by, target
+from jaxllm.exporting.uqff import VERSIONS, uqff
 from jaxllm.exporting.writer import WORKERS, Output
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
@@ -51,7 +54,9 @@ from jaxllm.recipe import ORGANIZATIONS, Plan, recipe
 LAYOUTS = ("demo", "huggingface")
 DEMO_CONFIG = "config_demo.json"
 # Files that hold weights or run code when they are opened, their indexes (".index."), and hidden files.
-_LEFT_OUT = re.compile(r"\.(safetensors|bin|pth?|ckpt|pkl|pickle|np[yz]|h5|msgpack|gguf|onnx\w*|ot)$|\.index\.|^\.")
+_LEFT_OUT = re.compile(
+    r"\.(safetensors|bin|pth?|ckpt|pkl|pickle|np[yz]|h5|msgpack|gguf|uqff|onnx\w*|ot)$|\.index\.|^\."
+)
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of an archive such as torch's
 
 
@@ -65,11 +70,13 @@ def convert(
     topology: str | os.PathLike | None = None,
     imatrix: str | os.PathLike | None = None,
     text: str | os.PathLike | None = None,
+    matformer: tuple[str | os.PathLike, str] | None = None,
     adapters: Sequence[AdapterPath] = (),
     max_shard_size: int | str = "5GB",
     model_parallel: int | None = None,
     n_experts: int | None = None,
     config: str | os.PathLike | None = None,
+    uqff_version: str = VERSIONS[0],
     dry_run: bool = False,
     progress: bool = True,
 ) -> Plan | None:
@@ -92,14 +99,16 @@ def convert(
             It appears when everything is written.
         to: a type such as "q4_k", "afq4", "fp8_block", "int4" or "gptq4"; "bfloat16" (rounded to nearest, ties to even)
             or "float32"; "demo", or "huggingface" from the demo's files, both of which change no value.
-        container: "gguf", "huggingface" or "mlx"; by default the first of them that holds the type.
+        container: "huggingface", "mlx", "gguf" or "uqff"; by default the first of them that holds the type.
         organization, topology, imatrix: see `load`.
         text: a file with the text that GPTQ and AWQ calibrate on.
+        matformer: see `load`.
         adapters: low-rank adapters (LoRA) that are added to the matrices, see `load`.
         max_shard_size: bytes per file, or text such as "500MB"; a larger tensor gets its own file.
         model_parallel: how many files to write for the demo, one per GPU.
         n_experts: the expected number of experts, for "demo".
         config: for "huggingface", a config.json to use unchanged, or the demo's ModelArgs; by default those in `src`.
+        uqff_version: of UQFF files: "1.2", or "0.2", which mistral.rs read before its version 0.8.4.
         dry_run: only say what would be written.
         progress: whether to show progress, and a final line, on stderr.
 
@@ -113,6 +122,8 @@ def convert(
         raise InputError(f"adapters mean nothing to '{to}', which changes no value")
     if config is not None and to != "huggingface":
         raise InputError(f"config '{config}': only to 'huggingface' takes one")
+    if matformer is not None and to in LAYOUTS:
+        raise InputError(f"matformer '{matformer[1]}': '{to}' changes no model")
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
     begun, pool = time.perf_counter(), ThreadPoolExecutor(WORKERS)
@@ -123,9 +134,11 @@ def convert(
         else:
             name, kind = target(to, container)
             check_target(dst, kind == "gguf")
-            wanted = _Wanted(name, kind, organization, topology, imatrix, text, adapters, dry_run)
+            options = (matformer, adapters, uqff_version, dry_run)
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, *options)
             types = partial(_types, src, dst, wanted, limit, pool)
-            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and not adapters
+            same = not adapters and matformer is None
+            dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and same
             output = _dtype(src, dst, name, limit, types) if dtype_only else types()
         plan = output.plan if output.plan.rows else None
         if dry_run:
@@ -172,7 +185,7 @@ def _layout(
 
 def _is_directory(src: Path) -> bool:
     """Whether this is a Hugging Face directory."""
-    return src.is_dir() and not is_demo(src) and (src / "config.json").exists()
+    return src.is_dir() and not is_demo(src) and not is_uqff(src) and (src / "config.json").exists()
 
 
 def _dtype(src: Path, dst: Path, to: str, limit: int, types: Callable[[], Output]) -> Output:
@@ -206,18 +219,22 @@ class _Wanted:
     topology: str | os.PathLike | None
     imatrix: str | os.PathLike | None
     text: str | os.PathLike | None
+    matformer: tuple[str | os.PathLike, str] | None
     adapters: Sequence[AdapterPath]
+    uqff_version: str
     dry_run: bool
 
     def check(self) -> None:
         """Raise InputError for what means nothing together."""
-        calibrates = self.container != "gguf" and made_by(self.name, self.container) is None
+        if self.uqff_version not in VERSIONS or (self.container != "uqff" and self.uqff_version != VERSIONS[0]):
+            raise InputError(f"uqff_version '{self.uqff_version}': only UQFF has one, {' or '.join(VERSIONS)}")
+        calibrates = made_by(self.name, self.container) is None
         if self.text is not None and not calibrates:
             raise InputError(f"text '{self.text}': {self.name} is not calibrated; give an imatrix if the type uses one")
         if self.text is None and calibrates:
             raise InputError(f"{self.name} calibrates on a text: give one (--text)")
-        if self.topology is not None and self.container != "gguf":
-            raise InputError(f"topology '{self.topology}': a directory has one type; only a GGUF file mixes them")
+        if self.topology is not None and self.container not in MIXED:
+            raise InputError(f"topology '{self.topology}': a directory has one type; only GGUF and UQFF mix them")
         for option, value in (("organization", self.organization), ("imatrix", self.imatrix)):
             if value is not None and calibrates:
                 raise InputError(f"{option} '{value}': {self.name} takes none")
@@ -227,18 +244,25 @@ def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolEx
     """Matrices in another type."""
     wanted.check()
     checkpoint = open_checkpoint(src)
+    checkpoint = checkpoint if wanted.matformer is None else sliced(checkpoint, *wanted.matformer)
     known = importance_for(wanted.imatrix, checkpoint)
     chosen = recipe(made_by(wanted.name, wanted.container), wanted.organization, wanted.topology, known)
-    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:7])
+    changes = (*(wanted.matformer or ()), *wanted.adapters, wanted.uqff_version)
+    source = _fingerprint(src, wanted.container, wanted.name, *astuple(wanted)[2:6], *changes)
+    folder = src.parent if src.is_file() and is_uqff(src) else src
+    others = _others(folder) if folder.is_dir() else {}
     encodes = chosen.encodes if chosen else lambda name, source: True
     with located(src):
-        model = read_model(checkpoint, src, read_adapters(wanted.adapters), encodes)
+        model = read_model(checkpoint, folder, read_adapters(wanted.adapters), encodes)
         if wanted.container == "gguf":
             return gguf(model, chosen, dst, source, pool)
+        if wanted.container == "uqff":
+            assert chosen is not None
+            return uqff(model, chosen, wanted.uqff_version, dst, others, limit, source, pool)
         how = export(wanted.container, wanted.name)
         if how.encoding not in ENCODINGS:
             model, how = _calibrated(src, model, how, wanted)
-        return directory(model, chosen, how, dst, _others(src) if src.is_dir() else {}, limit, source, pool)
+        return directory(model, chosen, how, dst, others, limit, source, pool)
 
 
 def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[Model, Export]:
@@ -250,7 +274,14 @@ def _calibrated(src: Path, model: Model, how: Export, wanted: _Wanted) -> tuple[
     if wanted.dry_run:  # all that is written about are the shapes
         names = (name for name in model.shapes if name.startswith("layers.") and model.is_matrix(name))
         return replace(model, made={name: _blank(how, model.shapes[name]) for name in names}), how
-    loaded = load(src, dtype="float32", adapters=wanted.adapters, merge_adapters=True, progress=False)
+    loaded = load(
+        src,
+        dtype="float32",
+        matformer=wanted.matformer,
+        adapters=wanted.adapters,
+        merge_adapters=True,
+        progress=False,
+    )
     tokens = text_chunks(loaded, text)
     calibrated = with_awq if how.name == "awq" else partial(with_gptq, bits=bits, symmetric=symmetric)
     result = calibrated(loaded, tokens, group=group)
@@ -270,7 +301,7 @@ def _blank(how: Export, shape: tuple[int, ...]) -> Weight:
 
 def _others(src: Path) -> dict[str, Path | bytes]:
     """The files that come along."""
-    return {file.name: file for file in sorted(_directory(src).iterdir()) if _comes_along(file)}
+    return {file.name: file for file in sorted(_directory(src).iterdir()) if _comes_along(file) and file.name != REPORT}
 
 
 def _directory(src: Path) -> Path:
@@ -340,7 +371,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--topology", metavar="FILE", help="YAML with other types for some layers or matrices")
     p.add_argument("--imatrix", metavar="FILE", help="an importance matrix, see jaxllm calibrate")
     p.add_argument("--text", metavar="FILE", help="the text that GPTQ and AWQ calibrate on")
+    add_matformer(p)
     add_adapters(p)
+    p.add_argument("--uqff-version", choices=VERSIONS, default=VERSIONS[0], help="of UQFF files (%(default)s)")
     p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -360,8 +393,8 @@ def run(args: argparse.Namespace) -> None:
     if to is None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
-    options = {name: getattr(args, name) for name in (*names, "imatrix", "text", "dry_run")}
-    options["adapters"] = adapters(args)
+    names += ("imatrix", "text", "matformer", "uqff_version", "dry_run")
+    options = {name: getattr(args, name) for name in names} | {"adapters": adapters(args)}
     try:
         plan = convert(*paths, to=to, **options)
         if args.dry_run and plan is not None:

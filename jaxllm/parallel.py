@@ -159,6 +159,19 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
     return local(shard, (PartitionSpec(), specs), PartitionSpec())(ids, weight)
 
 
+def sums_of_squares(*xs: jax.Array) -> jax.Array:
+    """The sum of squares over the last axis of each `x[batch, time, features]`, whose features are sharded over tp.
+
+    Returns:
+        float32 `[batch, time, arrays]`, replicated. All arrays take one sum over devices.
+    """
+
+    def shard(*xs: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in xs], axis=-1), TP)
+
+    return local(shard, (PartitionSpec(None, None, TP),) * len(xs), PartitionSpec())(*xs)
+
+
 def gated_specs(block: Gated, column: PartitionSpec, row: PartitionSpec) -> Gated:
     """How each leaf of a gated block is sharded when its matrices are sharded by `column` and `row`."""
     bias = None

@@ -139,6 +139,23 @@ LazyArray = FileArray | DerivedArray | JoinedArray
 HostArray = Any  # a numpy array or one of these; code uses what they share, and `schemes.Part` checks more
 
 
+def taken(leaf: HostArray, positions: np.ndarray, axis: int) -> LazyArray:
+    """The positions along an axis; nothing is read. Each run of neighbours is one slice of the file."""
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+
+    def part(run: np.ndarray) -> DerivedArray:
+        index = (slice(None),) * axis + (slice(run[0], run[-1] + 1),)
+        shape = (*leaf.shape[:axis], len(run), *leaf.shape[axis + 1 :])
+
+        def read() -> Any:
+            return (leaf.map() if isinstance(leaf, LazyArray) else leaf)[index]
+
+        return DerivedArray(shape, leaf.dtype, read)
+
+    parts = tuple(map(part, runs))
+    return parts[0] if len(parts) == 1 else JoinedArray(parts, axis)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a parameter comes from: rows of one tensor, or, if `stacked`, of one tensor per expert.

@@ -79,8 +79,8 @@ class Programs:
         def extend(
             leaves: list[jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, window: int
         ) -> tuple[tuple[jax.Array, KVCache], dict[str, tracking.Statistics]]:
-            model = merge(leaves)
-            with tracking.collecting(model, self.tracks) as seen:
+            model, real = merge(leaves), jnp.arange(tokens.shape[1]) < counts[:, None]
+            with tracking.collecting(model, self.tracks, real) as seen:
                 return model(tokens, cache, counts, window, self.dtype), seen
 
         def head(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:

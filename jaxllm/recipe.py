@@ -25,7 +25,7 @@ from jaxllm.tracking import Statistics
 
 ORGANIZATIONS = ("default", "moqe")
 # Embedding tables and heads decide the answer, so they get a better type (as in mistral.rs and llama.cpp).
-SENSITIVE = ("embed_tokens.weight", "lm_head.weight")
+SENSITIVE = ("embed_tokens.weight", "lm_head.weight", "ends.embed_tokens_per_layer.weight")
 _EXPERT = re.compile(r"\.experts\.")
 HEADERS = ("matrix", "from", "to", "why", "bits")
 

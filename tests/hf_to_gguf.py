@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import gguf
 import numpy as np
@@ -25,6 +26,21 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+}
+PAIRED = ("llama", "granite", "smollm3")  # architectures whose converters reorder q and k to pair neighbours
+SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
 }
 
 
@@ -49,6 +65,7 @@ def convert(
         more_metadata, more_tensors: instead of, or beside, what there is, by the names in the file.
     """
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     arch = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -58,8 +75,15 @@ def convert(
     values = metadata(config, tensors, per_layer)
     if writer.arch == "deepseek2":
         values, tensors = deepseek_metadata(values, config, split_kv_b), deepseek_tensors(tensors, config, split_kv_b)
+    if writer.arch == "glm4moe":
+        values = glm4_moe_metadata(values, config)
+        tensors = {name.replace("correction_bias", "correction.bias"): tensor for name, tensor in tensors.items()}
     if writer.arch == "gpt-oss":
         tensors = gpt_oss_tensors(tensors)
+    if writer.arch == "gemma3n":
+        values, tensors = values | gemma3n_metadata(config), gemma3n_tensors(tensors, config)
+    elif writer.arch.startswith("gemma"):
+        tensors = gemma_tensors(tensors)
     for key, value in (values | (more_metadata or {})).items():
         add[type(value)](key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
@@ -79,7 +103,7 @@ def convert(
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in (tensors | rope_tensors(config)).items():
         part = name.split(".")[-2]
-        if writer.arch == "llama" and part in heads:
+        if writer.arch in PAIRED and part in heads:
             tensor = neighbours(tensor, heads[part])
         if re.search(r"\.experts\.\d+\..*weight$", name):
             before, _, rest = name.partition(".experts.")
@@ -112,6 +136,7 @@ def neighbours(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     def each(value: int) -> int | list[int]:
@@ -132,11 +157,17 @@ def metadata(config: dict, tensors: dict, per_layer: bool) -> dict[str, object]:
     }
     if config.get("sliding_window"):
         values["attention.sliding_window"] = config["sliding_window"]
+    if "full_attention" in config["rope_parameters"]:
+        values["rope.freq_base_swa"] = float(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(cap):
+            values[cap] = config[cap]
     if experts := config.get("num_local_experts") or config.get("num_experts"):
         values |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
         if config.get("norm_topk_prob") is False and config["model_type"] == "qwen3_moe":
             values["expert_weights_norm"] = False  # otherwise each architecture has its own way
         values["expert_feed_forward_length"] = config.get("moe_intermediate_size") or config["intermediate_size"]
+    values |= {key: float(config[name]) for name, key in SCALES.items() if name in config}
     if rope["rope_type"] in ("linear", "yarn"):
         values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] in ("yarn", "longrope"):
@@ -190,6 +221,21 @@ def deepseek_metadata(values: dict, config: dict, split_kv_b: bool) -> dict[str,
     return values
 
 
+def glm4_moe_metadata(values: dict, config: dict) -> dict[str, object]:
+    """`Glm4MoeModel.set_gguf_parameters`."""
+    return values | {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": config["norm_topk_prob"],
+        "nextn_predict_layers": config["num_nextn_predict_layers"],
+    }
+
+
 def deepseek_tensors(tensors: dict, config: dict, split_kv_b: bool) -> dict[str, np.ndarray]:
     """`DeepseekV2Model.modify_tensors`."""
     heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
@@ -224,6 +270,39 @@ def gpt_oss_tensors(tensors: dict) -> dict[str, np.ndarray]:
     return out
 
 
+def gemma_tensors(tensors: dict) -> dict[str, np.ndarray]:
+    """`Gemma2Model` and `Gemma3Model`: without what is for images, and norms as what they multiply by."""
+    text = {name: x for name, x in tensors.items() if not name.startswith(("vision_tower", "multi_modal"))}
+    return {
+        name.removeprefix("language_model."): x.astype(np.float32) + 1 if name.endswith("norm.weight") else x
+        for name, x in text.items()
+    }
+
+
+def gemma3n_metadata(config: dict) -> dict[str, object]:
+    """`Gemma3NModel.set_gguf_parameters`."""
+    pattern = config["activation_sparsity_pattern"]
+    return {
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "activation_sparsity_scale": [NormalDist().inv_cdf(s) if s else -math.inf for s in pattern],
+    }
+
+
+def gemma3n_tensors(tensors: dict, config: dict) -> dict[str, np.ndarray]:
+    """`Gemma3NModel.modify_tensors`: small matrices in stacks, and rows of zeros for ids beyond a table."""
+    out = {name + ".weight" * name.endswith("_scale"): tensor for name, tensor in tensors.items()}
+    for kind in ("altup_projections", "altup_unembed_projections"):
+        parts = [out.pop(f"model.{kind}.{i}.weight") for i in range(config["altup_num_inputs"] - 1)]
+        out[f"model.{kind}.weight"] = np.stack(parts)
+    table = out["model.embed_tokens_per_layer.weight"]
+    beyond = np.zeros((config["vocab_size"] - len(table), table.shape[1]), table.dtype)
+    return out | {"model.embed_tokens_per_layer.weight": np.concatenate([table, beyond])}
+
+
 def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """GGML's bytes `[E, out, in / 32 * 17]`: the scale, then element i with i + 16, where neighbours shared a byte."""
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 2, 16)
@@ -233,6 +312,7 @@ def mxfp4_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def rope_tensors(config: dict) -> dict[str, np.ndarray]:
     rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{size}.weight": np.array(rope[f"{size}_factor"], np.float32) for size in ("long", "short")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import MODEL_ARCH_NAMES
-from hf_to_gguf import ARCHITECTURES, deepseek_metadata, metadata, rope_tensors
+from hf_to_gguf import ARCHITECTURES, deepseek_metadata, gemma3n_metadata, glm4_moe_metadata, metadata, rope_tensors
 from test_demo_layout import fields
 from tiny_ggml import write
 from tiny_gguf import Tiny
@@ -30,6 +30,7 @@ from jaxllm.models.family import DEEPSEEK_DEMO, GGUF, HUGGING_FACE, family_of
 GOLDEN = Path(__file__).parent / "golden"
 
 MISSING = object()
+KINDS = ("full_attention", "sliding_attention")
 DAMAGES = {
     "missing": MISSING,
     "null": None,
@@ -60,7 +61,12 @@ UNREAD_BY = {
     "qwen2_moe": {"layer_types", "max_window_layers", "qkv_bias"},
     "qwen3_moe": {"max_window_layers"},
     "deepseek2": {"vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"},
-    "gpt-oss": {"attention.value_length", "feed_forward_length"},
+    "gemma2": {"attention.value_length"},
+    "gemma3": {"attention.value_length"},
+    "gemma3n": {"attention.value_length"},
+    "gemma3n_text": {"altup_coef_clip", "attention_bias"},  # of training; the tensors show it
+    "gemma3_text": {"_sliding_window_pattern", "sliding_window_pattern", "attn_logit_softcapping"},  # and layer_types
+    "smollm3": {"layer_types", "no_rope_layer_interval"},
 }
 
 
@@ -83,10 +89,14 @@ def gguf(folder, per_layer=False, split=True):
     arch = MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]]
     values = metadata(config, {}, per_layer)
     names = [f"blk.{i}.attn_norm.weight" for i in range(config["num_hidden_layers"])]
+    if arch == "gemma3n":
+        values |= gemma3n_metadata(config)
     if arch == "deepseek2":
         values = deepseek_metadata(values, config, split)
         names += [f"blk.{i}.exp_probs_b.bias" for i in (1, 2)] if config["model_type"] == "deepseek_v3" else []
         names += [] if split else ["blk.0.attn_kv_b.weight"]
+    elif arch == "glm4moe":
+        values = glm4_moe_metadata(values, config)
     elif "expert_count" in values and arch != "gpt-oss":
         names += [f"blk.{i}.ffn_gate_inp.weight" for i in range(config["num_hidden_layers"])]
     tensors = {name: tensor(4, 4) for name in ("token_embd.weight", *names)}
@@ -113,6 +123,14 @@ CASES = {
             "qwen3_moe",
             "mixtral",
             "mistral",
+            "gemma2",
+            "gemma3_text",
+            "gemma3n",
+            "granite",
+            "smollm3_listed",
+            "olmo2",
+            "glm4",
+            "glm4_moe_groups",
         )
     },
     "hf deepseek v2": lambda: hugging_face("deepseek/v2"),
@@ -127,6 +145,10 @@ CASES = {
     "gguf deepseek v2": lambda: gguf("deepseek/v2", split=False),
     "gguf deepseek v3": lambda: gguf("deepseek/v3"),
     "gguf gpt_oss": lambda: gguf("gpt_oss/bf16"),
+    "gguf gemma2": lambda: gguf("checkpoints/gemma2"),
+    "gguf gemma3": lambda: gguf("checkpoints/gemma3_text"),
+    "gguf gemma3n": lambda: gguf("checkpoints/gemma3n"),
+    **{f"gguf {n}": lambda n=n: gguf(f"checkpoints/{n}") for n in ("granite", "smollm3", "olmo2", "glm4", "glm4_moe")},
     "demo v2": lambda: demo("v2"),
     "demo v3": lambda: demo("v3"),
 }
@@ -178,7 +200,7 @@ def test_a_damaged_entry_is_named_or_does_not_matter(name):
             except Exception as error:
                 wrong.append(f"{where}: {type(error).__name__}: {error}")
             else:
-                settings = key in ("rope_parameters", "mlp_only_layers", "scale_fmt")
+                settings = key in ("rope_parameters", *KINDS, "mlp_only_layers", "scale_fmt")
                 empty = settings and damage in ("object", "list")
                 truth = damage == "true" and not isinstance(value_at(description, path), bool)
                 if (damage in NEVER or truth) and not empty and dotted not in unread:
@@ -256,7 +278,33 @@ REFUSED = {  # what must not be believed: a case, entries and their values, and 
     "a router without experts": ("gguf qwen3_moe", {"qwen3moe.expert_count": 0}, "'expert_count' is missing or 0"),
     "more experts used": ("gguf qwen3_moe", {"qwen3moe.expert_used_count": 9}, "is 9, more than 'expert_count'"),
     "groups in a file": ("gguf deepseek v3", {"deepseek2.expert_group_count": 3}, "not 3 equal groups"),
+    "experts without a sigmoid": ("gguf glm4_moe", {"glm4moe.expert_gating_func": 1}, "is 1, not 2 .sigmoid."),
+    "values of another size": ("gguf granite", {"granite.attention.value_length": 9}, "'attention.value_length' 9 is"),
+    "layers that only predict": ("gguf glm4_moe", {"glm4moe.nextn_predict_layers": 2}, "_layers' is 2, not a whole"),
+    "layers of no kind": ("hf smollm3_listed", {"no_rope_layers": [1]}, "'no_rope_layers' is .1., not a list of 2"),
+    "a window": ("hf smollm3_listed", {"use_sliding_window": True, "sliding_window": 8}, "'use_sliding_window' is not"),
     "a field of no ModelArgs": ("demo v3", {"n\nheads": 1}, r"'n\\nheads' is not a field of the demo's ModelArgs"),
+    "text in words": ("hf gemma3_text", {"text_config": "x"}, "'text_config' is 'x', not a JSON object"),
+    "one rope for two kinds": (
+        "hf gemma3_text",
+        {"rope_parameters": {"rope_type": "default"}},
+        "'rope_type' is no kind of layer; there have to be settings for 'full_attention' and for",
+    ),
+    "a rope of one kind": (
+        "hf gemma3_text",
+        {"rope_parameters/full_attention/factor": MISSING},
+        "full_attention: rope_parameters: rope scaling 'linear' without 'factor'",
+    ),
+    "every token at once": ("hf gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
+    "text nowhere": ("hf gemma3n", {"model_type": "gemma3n"}, "'text_config' is missing"),
+    "keys from nowhere": (
+        "hf gemma3n",
+        {"num_kv_shared_layers": 5},
+        r"layer 1 shares keys and values, but no layer of its type \('layer_types'\) is before layer 1",
+    ),
+    "nothing left": ("hf gemma3n", {"activation_sparsity_pattern/0": 1.0}, "not a list of 6 numbers from 0 to below 1"),
+    "another GELU": ("hf gemma2", {"hidden_activation": "gelu"}, "'hidden_activation' is 'gelu', not one of gelu_py"),
+    "no window and a half": ("gguf gemma2", {"gemma2.attention.sliding_window_pattern": 0.5}, "is 0.5, not a whole"),
     "fields: groups": ("demo v3", {"n_expert_groups": 3}, r"not 3 equal groups \('n_expert_groups'\)"),
     "fields: chosen groups": ("demo v3", {"n_limited_groups": 5}, "'n_limited_groups' is 5, more than 'n_expert_gr"),
     "fields: chosen experts": ("demo v2", {"n_activated_experts": 9}, "more than 'n_routed_experts', which is 8"),

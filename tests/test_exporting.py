@@ -23,12 +23,15 @@ from jaxllm.layers.parameter import parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = np.array([[1, 5, 9, 2, 33, 7]])
+OTHERS = ("granite", "smollm3", "olmo2", "glm4", "glm4_moe_groups")
 SOURCES = {
     "phi3": GOLDEN / "checkpoints" / "phi3",
     "qwen2": GOLDEN / "checkpoints" / "qwen2",
     "mixtral": GOLDEN / "checkpoints" / "mixtral",
     "llama3_rope": GOLDEN / "checkpoints" / "llama3_rope",
     "gpt_oss": GOLDEN / "gpt_oss" / "bf16",
+    "gemma3_text": GOLDEN / "checkpoints" / "gemma3_text",
+    **{name: GOLDEN / "checkpoints" / name for name in OTHERS},
 }
 TINY = ("llama", "qwen3_moe", "deepseek")
 
@@ -57,7 +60,9 @@ def same(model, other):
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "qwen3_moe", "deepseek"]))
+@pytest.mark.parametrize(
+    "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", *OTHERS])
+)
 def test_to_gguf_and_back_is_the_same_model(sources, tmp_path, name):
     model = load(sources[name])
     convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)
@@ -172,6 +177,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(sources, tmp_path):
         ("mxfp4", "gguf", ("mxfp4", "gguf")),
         ("bf16", "gguf", ("bfloat16", "gguf")),
         ("gptq4", None, ("gptq4", "huggingface")),
+        ("hqq4", None, ("hqq4", "uqff")),
+        ("q4k", "uqff", ("q4_k", "uqff")),
     ],
 )
 def test_the_container_of_a_type(to, container, found):
@@ -181,9 +188,9 @@ def test_the_container_of_a_type(to, container, found):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "hqq4"}, "no container holds hqq4"),
-        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf can"),
-        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf"),
+        ({"to": "hqq2"}, "no container holds hqq2"),
+        ({"to": "q4_k", "container": "mlx"}, "mlx cannot hold q4_k; gguf, uqff can"),
+        ({"to": "q4_k", "container": "onnx"}, "container 'onnx': choose one of huggingface, mlx, gguf, uqff"),
         ({"to": "gptq4"}, r"gptq4 calibrates on a text: give one \(--text\)"),
         ({"to": "int4", "text": "a"}, "text 'a': int4 is not calibrated"),
         ({"to": "q4_k", "organization": "moqe"}, "moqe: the model has no routed experts"),

@@ -25,6 +25,18 @@ FILES = {
     "qwen3_moe_b": {},
     "phi3": {},
     "phi3_longrope": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3n": {},
+    "granite": {},
+    "smollm3": {},
+    "olmo2": {},
+    "glm4": {},
+    "glm4_moe": {},
+    "glm4_moe, predicting further": {  # a layer that is not the model's
+        "more_metadata": {"block_count": 3, "nextn_predict_layers": 1},
+        "more_tensors": {f"blk.2.{name}.weight": np.ones(4) for name in ("attn_norm", "nextn.eh_proj")},
+    },
 }
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from covering import in_turn, some
+from safetensors.numpy import load_file, save_file
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 SPARSE = [name for name in NAMES if "mixtral" in name or "moe" in name]
-CASES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2")]
+WIDE = [("olmo2", mesh) for mesh in ("tp=2", "tp=8")]  # heads padded or copied, and a norm over all of them
+SAMPLES = [*in_turn(NAMES, "tp=8", *some(["tp=1", "tp=2"], [])), *in_turn(SPARSE, "ep=4", "tp=2,ep=2"), *WIDE]
+CASES = [*dict.fromkeys(SAMPLES)]
 # mixtral_stacked and _transposed are one tensor for all experts, as in GGUF files.
-NOT_IN_GGUF = ["mixtral_stacked", "odd", "qwen2_window", "qwen3_moe"]
+NOT_IN_GGUF = ["gemma3", "mixtral_stacked", "odd", "qwen2_window", "qwen3_moe", "smollm3_listed", "glm4_moe_groups"]
 
 
 def golden(name):
@@ -41,4 +44,13 @@ def test_the_older_spelling_of_a_config_means_the_same(load_once, name, tmp_path
     shutil.copy(CHECKPOINTS / name / "config_old.json", tmp_path / name / "config.json")
     expected = golden(name)
     got = load_once(tmp_path / name, dtype="float32").logits(expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], atol=1e-3)
+
+
+def test_a_layer_for_multi_token_prediction_is_ignored(load_once, tmp_path):
+    shutil.copytree(CHECKPOINTS / "glm4_moe", tmp_path / "a")
+    more = {f"model.layers.2.{name}.weight": np.ones(3, np.float32) for name in ("eh_proj", "self_attn.q_proj")}
+    save_file(load_file(tmp_path / "a" / "model.safetensors") | more, tmp_path / "a" / "model.safetensors")
+    expected = golden("glm4_moe")
+    got = load_once(tmp_path / "a", dtype="float32").logits(expected["tokens"])
     np.testing.assert_allclose(got, expected["logits"], atol=1e-3)

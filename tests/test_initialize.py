@@ -18,6 +18,7 @@ from jaxllm.plan import dense, fill_with_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = {name: tiny_hf.COMMON | config for name, config in tiny_hf.MODELS.items()}
+CONFIGS["olmo2"] = tiny_hf.COMMON | tiny_hf.LLAMA | {"model_type": "olmo2", "num_hidden_layers": 3}
 CONFIGS["gpt_oss"] = json.loads((GOLDEN / "gpt_oss" / "bf16" / "config.json").read_text())
 DEMO = {"vocab_size": 96, "dim": 64, "inter_dim": 96, "moe_inter_dim": 32, "n_layers": 2, "n_heads": 4}
 DEMO |= {"n_routed_experts": 4, "n_shared_experts": 1, "n_activated_experts": 2, "kv_lora_rank": 32}
@@ -71,7 +72,7 @@ def test_logits_have_a_sensible_scale(make):
     assert 0.3 < np.std(make("deepseek", mesh="ep=3,tp=2").logits(tokens)) < 3
 
 
-@pytest.mark.parametrize("name", ["deepseek", "gpt_oss"])
+@pytest.mark.parametrize("name", ["deepseek", "gpt_oss", "olmo2"])
 def test_numbers_are_as_documented(make, name):
     """Independent and uniform, with a variance of 1 / (size of the input); norms 1, biases and sinks 0."""
     rows, vectors = [], 0
@@ -119,6 +120,8 @@ BILLIONS = {
     "deepseek-v3-671b": 671,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
+    "gemma-3n-e2b": 4.4,
+    "gemma-3n-e4b": 6.8,
 }
 
 

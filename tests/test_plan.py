@@ -32,8 +32,17 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize("mesh", ["tp=1", "tp=8", "tp=2,ep=4"])
-@pytest.mark.parametrize("name", ["checkpoints/qwen2_moe", "checkpoints/phi3", "deepseek/v3"])
-def test_a_plan_is_what_loading_gives(load_once, name, mesh):
+@pytest.mark.parametrize(
+    ("name", "sums"),  # of a layer: OLMo 2 has one more, for the norms over all heads
+    [
+        ("checkpoints/qwen2_moe", 2),
+        ("checkpoints/phi3", 2),
+        ("deepseek/v3", 2),
+        ("checkpoints/olmo2", 3),
+        ("checkpoints/gemma3n", 2),
+    ],
+)
+def test_a_plan_is_what_loading_gives(load_once, name, sums, mesh):
     made = jaxllm.plan(str(GOLDEN / name), f"cpu:{1 if mesh == 'tp=1' else 8}", mesh, context=64)
     loaded = load_once(GOLDEN / name, mesh=mesh, weights="packed")
     held = {p.name: device_bytes(p.weight) for p in loaded.placed}
@@ -42,8 +51,8 @@ def test_a_plan_is_what_loading_gives(load_once, name, mesh):
     for kind in made.kinds:
         assert kind.weights == sum(size for n, size in held.items() if n.startswith(f"layers.{kind.first}."))
     assert sum(kind.count for kind in made.kinds) == len(loaded.programs.empty_cache(1, 256).keys)
-    # Attention's sum, the feed-forward block's, that of the embedding; and the logits are gathered.
-    expected = [["all-reduce"] * 2] * len(made.kinds), ["all-reduce", "all-gather"]
+    # Those of the layers, that of the embedding; and the logits are gathered.
+    expected = [["all-reduce"] * sums] * len(made.kinds), ["all-reduce", "all-gather"]
     found = [[c.kind for c in kind.collectives] for kind in made.kinds], [c.kind for c in made.ends]
     assert found == (([[]] * len(made.kinds), []) if mesh == "tp=1" else expected)
 

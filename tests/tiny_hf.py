@@ -53,34 +53,37 @@ MODELS = {"llama": LLAMA, "qwen3_moe": QWEN3_MOE, "deepseek": DEEPSEEK}
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    vocab, hidden = config["vocab_size"], config["hidden_size"]
     out = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "lm_head.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
     }
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        out |= {f"{layer}.{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")}
+        out |= {f"{layer}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
         attention = latent(config) if "kv_lora_rank" in config else plain(config)
         out |= {f"{layer}.self_attn.{n}.weight": shape for n, shape in attention.items()}
-        sparse = config["model_type"] != "llama" and i >= config.get("first_k_dense_replace", 0)
+        sparse = config["model_type"] in ("qwen3_moe", "deepseek_v3") and i >= config.get("first_k_dense_replace", 0)
         if not sparse:
-            out |= block(f"{layer}.mlp", config["intermediate_size"])
+            out |= block(f"{layer}.mlp", hidden, config["intermediate_size"])
             continue
         experts, width = config.get("num_experts") or config["n_routed_experts"], config["moe_intermediate_size"]
-        out[f"{layer}.mlp.gate.weight"] = (experts, HIDDEN)
+        out[f"{layer}.mlp.gate.weight"] = (experts, hidden)
         for e in range(experts):
-            out |= block(f"{layer}.mlp.experts.{e}", width)
+            out |= block(f"{layer}.mlp.experts.{e}", hidden, width)
         if "n_shared_experts" in config:
             out[f"{layer}.mlp.gate.e_score_correction_bias"] = (experts,)
-            out |= block(f"{layer}.mlp.shared_experts", width)
+            out |= block(f"{layer}.mlp.shared_experts", hidden, width)
     return out
 
 
 def plain(config: dict) -> dict[str, tuple[int, ...]]:
-    norms = {"q_norm": (HEAD_DIM,), "k_norm": (HEAD_DIM,)} if config["model_type"] == "qwen3_moe" else {}
-    kv = (KV_HEADS * HEAD_DIM, HIDDEN)
-    return {"q_proj": (HEADS * HEAD_DIM, HIDDEN), "k_proj": kv, "v_proj": kv, "o_proj": (HIDDEN, 64)} | norms
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    norms = {} if config["model_type"] == "llama" else {"q_norm": (head_dim,), "k_norm": (head_dim,)}
+    kv, rows = (kv_heads * head_dim, hidden), heads * head_dim
+    return {"q_proj": (rows, hidden), "k_proj": kv, "v_proj": kv, "o_proj": (hidden, rows)} | norms
 
 
 def latent(config: dict) -> dict[str, tuple[int, ...]]:
@@ -95,16 +98,17 @@ def latent(config: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def block(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    narrow = (HIDDEN, width)
+def block(name: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    narrow = (hidden, width)
     return {f"{name}.gate_proj.weight": narrow[::-1], f"{name}.up_proj.weight": narrow[::-1]} | {
         f"{name}.down_proj.weight": narrow
     }
 
 
-def write(path: Path, name: str, seed: int = 0) -> Path:
-    """A directory of one of MODELS. Matrices keep the variance of their input, norms are uniform in 0.5 .. 1.5."""
-    rng, config = np.random.default_rng(seed), COMMON | MODELS[name]
+def write(path: Path, name: str, seed: int = 0, **other: object) -> Path:
+    """A directory of one of MODELS, with `other` entries in its config. Matrices keep the variance of their input,
+    norms are uniform in 0.5 .. 1.5."""
+    rng, config = np.random.default_rng(seed), COMMON | MODELS[name] | other
     tensors = {}
     for key, shape in shapes(config).items():
         w = rng.normal(size=shape) / shape[-1] ** 0.5 if len(shape) > 1 else rng.uniform(0.5, 1.5, shape)

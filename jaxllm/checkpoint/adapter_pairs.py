@@ -61,10 +61,7 @@ class Pairs[Target: Hashable]:
 
     def add(self, target: Target, side: str, name: str, array: np.ndarray | FileArray) -> None:
         """`side` is "a" or "b"; `name` is the tensor's own. Raises InputError if it cannot be one of a pair."""
-        if not jnp.issubdtype(array.dtype, jnp.floating) or 0 in array.shape:
-            raise InputError(
-                f"tensor '{name}' has shape {list(array.shape)} and dtype {array.dtype}: not of an adapter"
-            )
+        usable(name, array, 2)
         if side in (pair := self.found.setdefault(target, {})):
             raise InputError(f"tensors '{pair[side][0]}' and '{name}' are for the same matrix")
         pair[side] = name, array
@@ -77,6 +74,13 @@ class Pairs[Target: Hashable]:
                 raise InputError(f"tensor '{name}' has no partner {'B' if side == 'a' else 'A'}; is the file complete?")
             a, b = (np.asarray(pair[side][1]).astype(np.float32) for side in "ab")
             yield target, a, b
+
+
+def usable(name: str, array: np.ndarray | FileArray, least: int = 1) -> None:
+    """Raises InputError unless a tensor has floats, and `least` axes or more."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < least or 0 in array.shape:
+        shape = [*array.shape]
+        raise InputError(f"tensor '{name}' of {array.dtype} and shape {shape} cannot be a part of an adapter")
 
 
 def not_plain(name: str) -> InputError:

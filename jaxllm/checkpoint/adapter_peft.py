@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.checkpoint.adapter_pairs import AdapterFile, Pairs, low_rank, not_plain
+from jaxllm.checkpoint.adapter_pairs import AdapterFile, Pairs, low_rank, not_plain, usable
 from jaxllm.checkpoint.safetensors import read_header
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError, located
@@ -71,6 +71,7 @@ def read_peft(path: Path, config: Entries) -> AdapterFile:
             elif ".lora_" in name:
                 raise not_plain(name)
             elif not name.endswith(".base_layer.weight"):  # an adapted table of the base, saved unchanged beside it
+                usable(name, array)
                 replaced[name.replace(".base_layer", "")] = np.asarray(array)
         changes = dict(scales.change(module, depth, a, b) for (module, depth), a, b in pairs.complete())
         for module, a, b in tables.complete():
@@ -147,15 +148,22 @@ class _Config:
 
 
 def _fits(pattern: str, key: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+    return re.match(_whole(pattern), key) is not None
+
+
+def _whole(pattern: str) -> str:
+    """What a pattern of `rank_pattern` or `alpha_pattern` means: the last parts of a name."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _patterns(config: Entries, key: str) -> Entries:
     values = config.get(key, {}, lambda value: isinstance(value, dict), "an object")
     for pattern in values:
+        if not pattern.isprintable():  # it will be part of one-line messages
+            raise InputError(f"{config.where}: '{key}': {pattern[:64]!r} is not a pattern of names")
         try:
-            re.compile(pattern)
-        except re.error as error:
+            re.compile(_whole(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{config.where}: '{key}': {pattern[:64]!r} is not a pattern: {error}") from error
     return Entries(values, f"{config.where}: {key}")
 

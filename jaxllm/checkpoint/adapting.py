@@ -19,6 +19,7 @@ from jaxllm.errors import InputError, located
 from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.dense import Dense
 from jaxllm.models.families import FAMILIES
+from jaxllm.models.family import Dialect, Family
 from jaxllm.models.rule import Rule
 from jaxllm.placing import DerivedArray, Source
 from jaxllm.requantize import floats, on_host
@@ -58,37 +59,63 @@ def adapter(file: AdapterFile, config: Any, declared: Mapping[str, Declaration])
         InputError: the adapter is for another model; lists everything that does not fit.
     """
     adapted, rules = _rules(file, config)
-    changes, complaints = _changes(file.changes, adapted, rules, declared)
-    replaced, more = _replaced(file.replaced, adapted, rules, declared)
+    changes, complaints = _changes(file.changes, adapted, rules, declared, partial(_family(config).divided, config))
+    shifts = _shifts(_family(config).dialects[file.dialect], adapted, declared) if file.replaced else {}
+    whole = {name: values - shifts.get(name, 0) for name, values in file.replaced.items()}
+    replaced, more = _replaced(whole, adapted, rules, declared)
     with located(file.where):
         report(complaints + more)
     return Adapter(file.name, file.where, changes, replaced)
 
 
+def _family(config: Any) -> Family:
+    return next(family for family in FAMILIES if isinstance(config, family.config))
+
+
 def _rules(file: AdapterFile, config: Any) -> tuple[Any, Sequence[Rule]]:
     """The configuration as checkpoints with the adapter's names have it, and the rules for these names."""
-    family = next(family for family in FAMILIES if isinstance(config, family.config))
+    family = _family(config)
     if file.dialect not in family.dialects:
         raise InputError(
             f"{file.where}: has names of {file.dialect} files, which models like {family.name} do not have"
         )
     dialect = family.dialects[file.dialect]
-    if file.kind and file.kind not in dialect.kinds:
-        raise InputError(f"{file.where}: is for models of type {file.kind[:64]!r}, and this is one like {family.name}")
     adapted = dialect.adapted(config)
+    # A family's kinds may differ in the order of rows, which the shapes would not tell.
+    kinds = [kind for kind in dialect.kinds if kind == getattr(adapted, "model_type", kind)] or dialect.kinds
+    if file.kind and file.kind not in kinds:
+        raise InputError(f"{file.where}: is for models of type {file.kind[:64]!r}, and this is {' or '.join(kinds)}")
     return adapted, dialect.rules(adapted, file.changes)
 
 
+def _shifts(dialect: Dialect, adapted: Any, declared: Mapping[str, Declaration]) -> dict[str, float]:
+    """What tensors in files of the adapter's kind are larger by than the parameters (Gemma's norms)."""
+    if dialect.written is None:
+        return {}
+    shapes = {name: declaration.shape for name, declaration in declared.items()}
+    return {written.name: written.shift for written in dialect.written(adapted, shapes) if written.shift}
+
+
 def _changes(
-    tensors: Mapping[str, LowRank], config: Any, rules: Sequence[Rule], declared: Mapping[str, Declaration]
+    tensors: Mapping[str, LowRank],
+    config: Any,
+    rules: Sequence[Rule],
+    declared: Mapping[str, Declaration],
+    divided: Callable[[str, LowRank], Mapping[str, LowRank]],
 ) -> tuple[dict[str, LowRank], list[str]]:
     """What is added to each parameter; and complaints. An adapter need not change every matrix of a stack."""
     found, complaints = named(tensors, rules)
-    changes, sources = {}, []
+    changes: dict[str, LowRank] = {}
+    sources = []
     for target, slots in found.items():
         first = next(iter(slots.values()))[0]
         if target not in declared:
-            complaints.append(_no_place(first, target))
+            parts = divided(target, tensors[first])
+            misfits = [
+                _misfit(first, c.shape, declared[p].shape) for p, c in parts.items() if c.shape != declared[p].shape
+            ]
+            complaints += misfits if parts else [_no_place(first, target)]
+            changes |= parts
             continue
         shape, numbers = declared[target].shape, [slot for slot in slots if slot is not None]
         source = source_of(config, tensors, list(slots.values()), bool(numbers))

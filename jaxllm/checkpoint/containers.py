@@ -15,6 +15,8 @@ from jaxllm.checkpoint.gguf import GGUFFile, open_gguf
 from jaxllm.checkpoint.quantized import assemble
 from jaxllm.checkpoint.safetensors import open_directory
 from jaxllm.checkpoint.texts import Texts, read_texts
+from jaxllm.checkpoint.uqff import LAYOUT, RESIDUAL, in_half_split_order, is_uqff, read_folder, weights_of
+from jaxllm.checkpoint.uqff_legacy import is_legacy, legacy_weights
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.models.deepseek.config import DEMO_TYPE
@@ -87,6 +89,17 @@ def _open_directory(path: Path) -> Opened:
     return Opened(path.resolve().name, HUGGING_FACE, kind, folder.config, assemble(folder), texts)
 
 
+def _open_uqff(path: Path) -> Opened:
+    folder, arrays = read_folder(path)
+    weights = legacy_weights(folder, arrays) if is_legacy(arrays) else weights_of(arrays)
+    if twice := weights.keys() & folder.tensors.keys():
+        raise InputError(f"tensor '{min(twice)}' is in {RESIDUAL} too")
+    tensors = {**folder.tensors, **in_half_split_order(folder.config, weights)}
+    config = {key: value for key, value in folder.config.items() if key != LAYOUT}
+    texts = read_texts(folder.path, config)
+    return Opened(path.resolve().name, HUGGING_FACE, str(config["model_type"]), config, tensors, texts)
+
+
 def _open_ggml(path: Path, gqa: int = 1) -> Opened:
     return _as_gguf(open_ggml(path, gqa))
 
@@ -105,6 +118,7 @@ def _as_gguf(file: GGUFFile | GGMLFile) -> Opened:
 
 CONTAINERS: list[Container] = [
     Container("files of DeepSeek's demo (model*-mp*.safetensors)", is_demo, _open_demo, frozenset({"config"})),
+    Container("UQFF", is_uqff, _open_uqff),
     Container("a Hugging Face directory", Path.is_dir, _open_directory),
     Container("a GGML file from before GGUF", is_ggml, _open_ggml, frozenset({"gqa"})),
     Container("a GGUF file", lambda path: True, _open_gguf),  # last: anything unrecognised is refused as a GGUF file

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxllm.formats.affine import WORD, word_values
+from jaxllm.formats.base import Axes, Weight, block_index
 from jaxllm.placing import DerivedArray, HostArray
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble of a word that each of its 8 columns is in
@@ -16,6 +17,20 @@ AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble of a word that each
 
 def derived(shape: tuple[int, ...], dtype: np.typing.DTypeLike, compute: Callable[[], np.ndarray]) -> DerivedArray:
     return DerivedArray(tuple(shape), np.dtype(dtype), compute)
+
+
+def arranged(weight: Weight, rows: np.ndarray) -> Weight:
+    """The weight whose row i is this one's row `rows[i]`. Raises InputError if that would split a block."""
+
+    def moved(leaf: HostArray, axes: Axes) -> HostArray:
+        [index, *_] = block_index(axes, rows, None)
+        if index is None:
+            return leaf
+        axis = leaf.ndim - len(axes)
+        shape = (*leaf.shape[:axis], len(index), *leaf.shape[axis + 1 :])
+        return derived(shape, leaf.dtype, lambda: np.asarray(leaf).take(index, axis))
+
+    return weight.with_leaves({name: moved(weight.leaf(name), axes) for name, axes in weight.axes.items()})
 
 
 def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:

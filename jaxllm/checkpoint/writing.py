@@ -23,6 +23,7 @@ from jaxllm.placing import FileArray, JoinedArray
 
 PIECE = 1 << 18  # about how many values are in memory at a time
 AHEAD = 4  # tensors whose computation is begun before it is their turn
+METADATA = MappingProxyType({"format": "pt"})
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 Advance = Callable[[int], object]
@@ -183,9 +184,9 @@ def shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
     return parts or [[]]
 
 
-def safetensors_file(name: str, tensors: Sequence[Tensor]) -> File:
+def safetensors_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str] = METADATA) -> File:
     """A safetensors file. Dtypes with large items come first, so that every tensor is aligned."""
-    header = _header(sorted(tensors, key=lambda t: -t.dtype.itemsize))
+    header = _header(sorted(tensors, key=lambda t: -t.dtype.itemsize), metadata)
     start, places = len(header) + 8, {}
     for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
         places[tensor.name] = start
@@ -224,8 +225,8 @@ def nth(array: FileArray, shape: tuple[int, ...], i: int) -> FileArray:
     return dataclasses.replace(array, offset=array.offset + i * math.prod(shape) * array.dtype.itemsize, shape=shape)
 
 
-def _header(tensors: Iterable[Tensor]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Iterable[Tensor], metadata: Mapping[str, str] = METADATA) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for t in tensors:
         begin, end = end, end + t.nbytes

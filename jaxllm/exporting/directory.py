@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,25 +51,13 @@ def directory(
     Raises:
         InputError: such a directory cannot hold this model.
     """
-    checkpoint, writer = model.checkpoint, Writer(model, recipe, pool)
-    files = dict(others)
-    if checkpoint.dialect == HUGGING_FACE:
-        entries = {k: v for k, v in checkpoint.description.items() if k not in ("quantization_config", "quantization")}
-        wanted = as_in_the_source(checkpoint)
-    else:
-        said = described(
-            checkpoint.family, checkpoint.dialect, HUGGING_FACE, checkpoint.description, checkpoint.tensors,
-            checkpoint.config, model.shapes,
-        )  # fmt: skip
-        entries, wanted = said.entries, said.written
-        if checkpoint.dialect == GGUF and checkpoint.texts.tokenizer is not None:
-            files |= huggingface_tokenizer(checkpoint.description)
-            entries = entries | special_ids(checkpoint.description)
+    writer, (entries, wanted, texts) = Writer(model, recipe, pool), hugging_face(model)
+    files = {**others, **texts}
     if how.container == "mlx":
-        wanted = _stacked(wanted)
+        wanted = stacked(wanted, "switch_mlp")
     if how == export("huggingface", "mxfp4") and any(_is_stack(model, written) for written in wanted):
         how = export("huggingface", "mxfp4_experts")  # as GPT-OSS has them, beside plain matrices
-    dtype = _other_dtype(model, how)
+    dtype = DTYPES.get(how.name) or other_dtype(model)
     tensors: list[Tensor] = []
     left_out: list[str] = []
     groups: dict[str, int] = {}
@@ -84,12 +73,29 @@ def directory(
     return Output(Plan(writer.rows), tensors, write)
 
 
-def _stacked(wanted: Sequence[Written]) -> list[Written]:
-    """Single experts as the stacks that MLX has in their place."""
+def hugging_face(model: Model) -> tuple[dict[str, Any], Sequence[Written], Mapping[str, bytes]]:
+    """The model as Hugging Face's directories have it: config.json without quantization, the tensors, and other files
+    that the source does not have. Raises InputError if they cannot hold it."""
+    checkpoint = model.checkpoint
+    if checkpoint.dialect == HUGGING_FACE:
+        entries = {k: v for k, v in checkpoint.description.items() if k not in ("quantization_config", "quantization")}
+        return entries, as_in_the_source(checkpoint), {}
+    said = described(
+        checkpoint.family, checkpoint.dialect, HUGGING_FACE, checkpoint.description, checkpoint.tensors,
+        checkpoint.config, model.shapes,
+    )  # fmt: skip
+    if checkpoint.dialect != GGUF or checkpoint.texts.tokenizer is None:
+        return said.entries, said.written, {}
+    ids = special_ids(checkpoint.description)
+    return said.entries | ids, said.written, huggingface_tokenizer(checkpoint.description)
+
+
+def stacked(wanted: Sequence[Written], block: str) -> list[Written]:
+    """Single experts as the stacks that `block`, in their place, has in MLX's and mistral.rs's files."""
     stacks = {}
     for written in wanted:
         path, number = written.parts[0]
-        name = re.sub(r"experts\.\d+\.\w+\.weight$", f"switch_mlp.{path.rpartition('.')[2]}.weight", written.name)
+        name = re.sub(r"experts\.\d+\.\w+\.weight$", f"{block}.{path.rpartition('.')[2]}.weight", written.name)
         stacks[name] = written if number is None else Written(name, ((path, None),), None)
     return list(stacks.values())
 
@@ -99,10 +105,8 @@ def _is_stack(model: Model, written: Written) -> bool:
     return number is None and len(model.declared[path].shape) == 3 and model.is_matrix(path)
 
 
-def _other_dtype(model: Model, how: Export) -> np.dtype:
+def other_dtype(model: Model) -> np.dtype:
     """The dtype of what is not quantized: that of the source's floats, or bfloat16 for files that mix dtypes."""
-    if how.name in DTYPES:
-        return DTYPES[how.name]
     matrices = {
         part.values.dtype
         for name, source in model.sources.items()

@@ -83,12 +83,12 @@ def _tensor(writer: Writer, written: Written) -> tuple[Tensor, str]:
         )
     size, nbytes, _ = BLOCK_TYPES[kind]
     shape = (*values.shape[:-1], values.shape[-1] // size * nbytes)
-    same = isinstance(held, GGML) and held.type == kind and len(written.parts) == 1 and not values.regrouped
+    same = values.is_in(kind)
     importance = writer.importance(written, values)
 
     def compute(i: int) -> np.ndarray:
         if same:  # nothing is decoded
-            return _blocks(values, i).reshape(values.shape[-2], -1)
+            return values.blocks(i).reshape(values.shape[-2], -1)
         with on_host(), located(written.name):
             own = importance if importance is None or importance.ndim == 1 else importance[i]
             blocks = encode(values.matrix(i), kind, None if own is None else jnp.asarray(own))
@@ -97,17 +97,6 @@ def _tensor(writer: Writer, written: Written) -> tuple[Tensor, str]:
     result = GGML(np.broadcast_to(np.uint8(0), (*values.shape[:-1], values.shape[-1] // size, nbytes)), kind)
     writer.note(written, result, f"{why}; already in it" if same else why)
     return in_parts(writer.pool, written.name, np.dtype(np.uint8), shape, compute, values.count, WORKERS), kind
-
-
-def _blocks(values: Values, i: int) -> np.ndarray:
-    """The blocks of a matrix as they are, rows in the order of the new file."""
-    [(source, number)], index = values.sources, tuple[Any, ...]()
-    part = source.parts[(i if number is None else number) if source.stacked else 0]
-    if len(part.shape) > 2:
-        index = np.unravel_index(i if number is None else number, part.shape[:-2])
-    blocks = np.asarray(part.leaf("blocks")[index])
-    blocks = blocks if source.rows is None else blocks[source.rows]
-    return blocks if values.written.rows is None else blocks[values.written.rows]
 
 
 def _metadata(model: Model, entries: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from jaxllm.checkpoint import matching
 from jaxllm.checkpoint.adapter_files import AdapterFile
 from jaxllm.checkpoint.adapting import adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.opening import Checkpoint
+from jaxllm.checkpoint.schemes import read_array
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
+from jaxllm.formats.ggml import GGML
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.rule import Written
 from jaxllm.parallel import make_mesh
@@ -171,7 +174,23 @@ class Values:
             if self.written.turned:
                 parts = [part.T if turn else part for part, turn in zip(parts, self.written.turned, strict=True)]
             joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-            return joined if self.written.rows is None else joined[self.written.rows]
+            joined = joined if self.written.rows is None else joined[self.written.rows]
+            return joined + self.written.shift if self.written.shift else joined  # -0 + 0 is not -0
+
+    def is_in(self, type: str) -> bool:
+        """Whether these are blocks of this GGML type already, so that nothing has to be decoded."""
+        held = self.sources[0][0].parts[0]
+        return isinstance(held, GGML) and held.type == type and len(self.sources) == 1 and not self.regrouped
+
+    def blocks(self, i: int) -> np.ndarray:
+        """The blocks of a matrix as they are, rows in the order of the file. Only if it `is_in` some type."""
+        [(source, number)], index = self.sources, tuple[Any, ...]()
+        part = source.parts[(i if number is None else number) if source.stacked else 0]
+        if len(part.shape) > 2:
+            index = np.unravel_index(i if number is None else number, part.shape[:-2])
+        blocks = np.asarray(read_array(part.leaf("blocks"))[index])
+        blocks = blocks if source.rows is None else blocks[source.rows]
+        return blocks if self.written.rows is None else blocks[self.written.rows]
 
     def plain(self, i: int, dtype: np.dtype) -> np.ndarray:
         """The same as plain numbers, as they are stored.

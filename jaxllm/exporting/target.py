@@ -5,7 +5,11 @@ from jaxllm.encodings import ENCODINGS, NUMBERS
 from jaxllm.errors import InputError
 from jaxllm.formats.ggml_encode import ENCODERS
 
-CONTAINERS = ("huggingface", "mlx", "gguf")  # of several that hold a type, the first is used
+CONTAINERS = ("huggingface", "mlx", "gguf", "uqff")  # of several that hold a type, the first is used
+MIXED = ("gguf", "uqff")  # which mix types
+# What mistral.rs reads; others it would not.
+UQFF = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "hqq4", "hqq8", "fp8", "f8q8", "mxfp4"}
+UQFF |= {f"q{bits}_k" for bits in (2, 3, 4, 5, 6)} | {f"afq{bits}" for bits in (2, 3, 4, 6, 8)}
 _PLAIN = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
@@ -35,10 +39,11 @@ def target(to: str | int, container: str | None) -> tuple[str, str]:
 
 def _holders(name: str) -> list[str]:
     in_gguf = name.upper() in ENCODERS or name in _PLAIN.values()
-    return [c for c in CONTAINERS if (c, name) in EXPORTS or (c == "gguf" and in_gguf)]
+    others = {"gguf": in_gguf, "uqff": name in UQFF}
+    return [c for c in CONTAINERS if (c, name) in EXPORTS or others.get(c)]
 
 
 def made_by(name: str, container: str) -> str | None:
     """The encoding that makes a type's weights; None: its own calibration does."""
-    made = name if container == "gguf" else export(container, name).encoding
-    return made if container == "gguf" or made in ENCODINGS else None
+    made = name if container in MIXED else export(container, name).encoding
+    return made if container in MIXED or made in ENCODINGS else None

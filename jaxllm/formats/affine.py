@@ -107,6 +107,8 @@ class Affine(Weight):
             index = self.in_groups if self.in_groups.ndim == 1 else self.in_groups[..., None, :]
             return jnp.take_along_axis(values, jnp.broadcast_to(index, shape), axis=-1)
         if self.out_groups is not None:
+            if values.ndim == 2:  # a matrix, or rows of one that were looked up
+                return values[self.out_groups]
             return jnp.take_along_axis(values, jnp.broadcast_to(self.out_groups[..., None], shape), axis=-2)
         return jnp.repeat(values, self.group, axis=-1)[..., : shape[-1]]
 

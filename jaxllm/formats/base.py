@@ -12,7 +12,7 @@ Every format keeps this invariant: if all bytes of its leaves are zero, the matr
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
@@ -175,17 +175,25 @@ class Weight(ABC):
             cols=padded_index(cols, self.unit("in") * shards(entries[-1], mesh)),
         )
 
-    def arrange(self, rows: np.ndarray | None = None, cols: np.ndarray | None = None) -> Self:
+    def arrange(
+        self,
+        rows: np.ndarray | None = None,
+        cols: np.ndarray | None = None,
+        taking: Callable[[Leaf, np.ndarray, int], Leaf] | None = None,
+    ) -> Self:
         """The matrix whose row i is this one's row `rows[i]`, and the same for columns; an index of -1 gives zeros.
 
         Blocks move unchanged: nothing is dequantized. Raises InputError if an index would split a block.
+
+        Args:
+            taking: gives the positions along an axis of a leaf; by default `take`.
         """
         leaves = {}
         for name, axes in self.axes.items():
             leaf = self.leaf(name)
             for i, index in enumerate(block_index(axes, rows, cols)):
                 if index is not None:
-                    leaf = take(leaf, index, leaf.ndim - len(axes) + i)
+                    leaf = (taking or take)(leaf, index, leaf.ndim - len(axes) + i)
             leaves[name] = leaf
         return self.with_leaves(leaves)
 

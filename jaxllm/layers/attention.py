@@ -49,6 +49,7 @@ class Attention(nnx.Module):
         score_cap: c in `c tanh(scores / c)`, which keeps scores within c; None: no cap.
         qkv_bias, o_bias: whether the projections have biases.
         q_norm, k_norm, v_norm: norms over each query, key and value head.
+        qk_norm: a function of all queries and all keys of a token together, see `QKNorm`.
         sliding_window: how many positions a token attends to, its own included; None: all of them.
         sinks: whether each head has a learned score for attending to nothing.
         own_keys: whether the layer computes keys and values; otherwise it reads another layer's cache.
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
         q_norm: nnx.Module | None = None,
         k_norm: nnx.Module | None = None,
         v_norm: nnx.Module | None = None,
+        qk_norm: nnx.Module | None = None,
         sliding_window: int | None = None,
         sinks: bool = False,
         own_keys: bool = True,
@@ -87,7 +89,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(k_shape, COLUMN, rows=k_rows, bias=qkv_bias) if own_keys else None
         self.v_proj = Linear(v_shape, COLUMN, rows=v_rows, bias=qkv_bias) if own_keys else None
         self.o_proj = Linear((hidden_size, num_heads * value_dim), ROW, cols=o_cols, bias=o_bias)
-        self.q_norm, self.k_norm, self.v_norm = q_norm, k_norm, v_norm
+        self.q_norm, self.k_norm, self.v_norm, self.qk_norm = q_norm, k_norm, v_norm, qk_norm
         self.sinks = declare((num_heads,), PartitionSpec(TP), rows=heads.query) if sinks else None
 
     def __call__(self, x: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
@@ -105,6 +107,7 @@ class Attention(nnx.Module):
             q = self.q_proj(x)
         else:
             q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+            q, k = (q, k) if self.qk_norm is None else self.qk_norm(q, k)
             k, v = self._placed(k, self.k_norm, context), _heads(v, self.value_dim)
             v = v if self.v_norm is None else self.v_norm(v)
         q = self._placed(q, self.q_norm, context)

@@ -40,6 +40,20 @@ class Block(Protocol):
         """`x[batch, time, hidden]` after this layer, and the cache with the new tokens added."""
 
 
+class Ends(Protocol):
+    """What some models do before their first layer and after their last one.
+
+    Between the two, x has the shape that the model's blocks expect.
+    """
+
+    def begin(self, tokens: jax.Array, x: jax.Array) -> tuple[jax.Array, Sequence[jax.Array]]:
+        """The first layer's input, from `tokens[batch, time]` and their embeddings `x[batch, time, hidden]`; and what
+        each layer finds in its context as `per_layer`."""
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """The last layer's output as `[batch, time, hidden]`."""
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model.
 
@@ -52,6 +66,7 @@ class Decoder(nnx.Module):
         embedding_scale: what embeddings are multiplied by.
         logit_scale: what logits are multiplied by.
         logit_cap: c in `c tanh(logits / c)`, which keeps logits within c; None: no cap.
+        ends: what the model does before its first layer and after its last one, a module and `Ends`; None: nothing.
     """
 
     def __init__(
@@ -65,11 +80,13 @@ class Decoder(nnx.Module):
         embedding_scale: float = 1.0,
         logit_scale: float = 1.0,
         logit_cap: float | None = None,
+        ends: Any | None = None,
     ) -> None:
         vocabulary, tp = (config.vocab_size, config.hidden_size), mesh.shape[TP]
         self.config, self.cache_spec = config, cache_spec
         self.embedding_scale, self.logit_scale, self.logit_cap = embedding_scale, logit_scale, logit_cap
         self.embed_tokens = Embedding(vocabulary, tp)
+        self.ends = ends
         self.layers = nnx.List(blocks)
         self.norm = norm
         self.lm_head = None if config.tie_word_embeddings else Embedding(vocabulary, tp)
@@ -96,14 +113,16 @@ class Decoder(nnx.Module):
         ropes = dict.fromkeys(layer.rope for layer in self.layers)  # each once: layers of a kind share angles
         angles = {rope: rope.angles(positions, cache.limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
+        x, inputs = (x, [None] * len(self.layers)) if self.ends is None else self.ends.begin(tokens, x)
         own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
-            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks())
+            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), inputs[i])
             with jax.named_scope(f"layers.{i}"):
                 x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
+        x = x if self.ends is None else self.ends.end(x)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
         return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
@@ -121,6 +140,6 @@ def apply(
 
     What is set around it (`int8_blocks`, `kind`) are arguments, because jit knows traces by their arguments.
     """
-    real = None if kind is None else jnp.arange(x.shape[1]) < context.counts[:, None]
+    real = None if kind is None else jnp.arange(context.positions.shape[1]) < context.counts[:, None]
     with rounding(context.int8_blocks), tracking.collecting(layer, kind, real) as seen:
         return *layer(x, cache, context), seen

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
@@ -11,6 +12,10 @@ from jaxllm.formats.base import Weight
 MANY = 2**14  # layers, heads, experts, dimensions of a head
 WIDEST = 2**24  # all heads together
 POSITIONS = 2**31 - 1
+
+# The names of the entries for `routing`.
+HF_ROUTING = "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"
+GGUF_ROUTING = "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"
 
 
 def gguf_entries(metadata: Mapping[str, object], architectures: Sequence[str]) -> tuple[str, Entries]:
@@ -71,3 +76,32 @@ def typed_windows(config: Entries, count: int, window: int) -> list[int | None]:
     if unknown := [entry for entry in types if entry not in ("full_attention", "sliding_attention")]:
         raise InputError(f"{config.where}: 'layer_types' with {reprlib.repr(unknown[0])} are not supported")
     return [window if entry == "sliding_attention" else None for entry in types]
+
+
+def routing(
+    config: Entries, experts: str, chosen: str, groups: str = "", limited: str = "", least: int = 1
+) -> dict[str, Any]:
+    """The numbers of experts and groups, in total and chosen, by Hugging Face's names; the arguments name the entries.
+
+    Args:
+        groups, limited: "" if the model does not choose groups.
+        least: how many experts a group's score needs at least.
+    """
+    count = config.integer(experts, most=MANY)
+    used = config.integer_up_to(chosen, count, experts)
+    sizes = {"n_routed_experts": count, "num_experts_per_tok": used}
+    if not groups:
+        return sizes | {"n_group": 1, "topk_group": 1}
+    number = config.integer_up_to(groups, count, experts, 1)
+    kept = config.integer_up_to(limited, number, groups, 1)
+    if count % number or (number > 1 and count // number < least):
+        raise InputError(
+            f"{config.where}: {count} experts ('{experts}') are not {number} equal groups ('{groups}') of {least} or "
+            "more"
+        )
+    if used > kept * (count // number):
+        raise InputError(
+            f"{config.where}: '{chosen}' is {used}, more than the {kept * (count // number)} experts in {kept} "
+            f"groups ('{limited}') of {number} ('{groups}')"
+        )
+    return sizes | {"n_group": number, "topk_group": kept}

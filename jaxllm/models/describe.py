@@ -94,9 +94,11 @@ def tensors_of(dialect: Dialect, config: Any, shapes: Mapping[str, tuple[int, ..
 
 
 def _unlike(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """What differs between two values, by field names."""
+    """What differs between two values, by field names; without what is of a file, and not of the model it holds."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
         for field in dataclasses.fields(a):
+            if not field.compare:
+                continue
             yield from _unlike(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}".lstrip("."))
     elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):

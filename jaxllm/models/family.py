@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jaxllm.errors import InputError
+from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.base import Weight
 from jaxllm.layers.decoder import Decoder
 from jaxllm.models.rule import Rule, Written
@@ -19,6 +22,10 @@ def nothing(config: Any) -> Sequence[str]:
 
 def unchanged(config: Any) -> Any:
     return config
+
+
+def undivided(config: Any, path: str, change: LowRank) -> Mapping[str, LowRank]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,23 @@ class Dialect:
 
 
 @dataclass(frozen=True)
+class MatFormer:
+    """How smaller models are cut out of a family's models, which were trained for that (Devvrit et al., 2023).
+
+    Attributes:
+        config: given a configuration, the layers that are kept, and the width of each one's feed-forward block: the
+            smaller model's configuration. Raises InputError if there is no such model.
+        places: given the configuration, the smaller model's, the layers that are kept, and the path of a parameter in
+            the larger model: its rows and its columns that are kept (None: all).
+        description: given a config.json and the smaller model's configuration, the smaller model's config.json.
+    """
+
+    config: Callable[[Any, Sequence[int], Sequence[int]], Any]
+    places: Callable[[Any, Any, Sequence[int], str], tuple[np.ndarray | None, np.ndarray | None]]
+    description: Callable[[Mapping[str, Any], Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models that share an architecture.
 
@@ -63,6 +87,10 @@ class Family:
         options: what a user can choose for its models: for each option, the choices by name, each with the keyword
             arguments that it adds to the call of `model`.
         presets: descriptions of published models by name, each in a dialect of a JSON file.
+        divided: given a configuration, the path of a parameter that its model does not have, and an adapter's change of
+            it: the changes of those parameters that the model holds in its place.
+        matformer: how its models are sliced; None: they cannot be. The first group in patterns of its rules for layers
+            has to be the layer's number.
     """
 
     name: str
@@ -71,6 +99,8 @@ class Family:
     dialects: Mapping[str, Dialect]
     options: Mapping[str, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    divided: Callable[[Any, str, LowRank], Mapping[str, LowRank]] = undivided
+    matformer: MatFormer | None = None
 
 
 def family_of(families: Sequence[Family], dialect: str, kind: str) -> Family:

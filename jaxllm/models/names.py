@@ -1,4 +1,4 @@
-"""Names that several families share in Hugging Face checkpoints: stacks of experts, and tensors that we ignore."""
+"""Names that several families share: rules for what most models have, stacks of experts, and tensors that we ignore."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
+from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.rule import Rule, transposed
 
 # Frequencies, which we compute from the configuration, and some quantizers' scales for an FP8 cache, which ours is
@@ -33,6 +34,50 @@ GGUF_COMMON = (
     Rule(r"output\.weight", "lm_head.weight"),
     Rule(r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.input_layernorm.weight"),
 )
+# Frequencies that are read with the configuration.
+GGUF_IGNORED = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd")
+
+
+def paired_rows(config: Any, m: re.Match) -> np.ndarray:
+    """Rows of q or k (group 2) in half-split order, where the file pairs neighbours; config is a `Sizes`."""
+    heads = config.num_attention_heads if m[2] == "q" else config.num_key_value_heads
+    return half_split_rows(heads, config.head_dim, config.rope.rotary_dim)
+
+
+# The matrices of grouped-query attention and of a gated feed-forward block.
+_HF, _GGUF, _A, _MLP = r"model\.layers\.(\d+)\.", r"blk\.(\d+)\.", r"layers.\1.self_attn.", r"layers.\1.mlp."
+HF_ATTENTION = Rule(_HF + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3")
+HF_QK_PAIRED = Rule(_HF + r"self_attn\.(q|k)_proj\.(weight|bias)", _A + r"\2_proj.\3", paired_rows)
+HF_VO = Rule(_HF + r"self_attn\.(v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3")
+HF_QK_NORMS = Rule(_HF + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight")
+HF_MLP = Rule(_HF + r"mlp\.(gate|up|down)_proj\.(weight|bias)", _MLP + r"\2_proj.\3")
+GGUF_QK = Rule(_GGUF + r"attn_(q|k)\.(weight|bias)", _A + r"\2_proj.\3")
+GGUF_QK_PAIRED = Rule(_GGUF + r"attn_(q|k)\.(weight|bias)", _A + r"\2_proj.\3", paired_rows)
+GGUF_V = Rule(_GGUF + r"attn_v\.(weight|bias)", _A + r"v_proj.\2")
+GGUF_O = Rule(_GGUF + r"attn_output\.(weight|bias)", _A + r"o_proj.\2")
+GGUF_QK_NORMS = Rule(_GGUF + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight")
+GGUF_FFN_NORM = Rule(_GGUF + r"ffn_norm\.weight", r"layers.\1.post_attention_layernorm.weight")
+GGUF_MLP = Rule(_GGUF + r"ffn_(gate|up|down)\.(weight|bias)", _MLP + r"\2_proj.\3")
+# DeepSeek's experts and router, which others have taken over; transformers' stacks are in `expert_rules`.
+HF_EXPERTS = (
+    Rule(_HF + r"mlp\.gate\.weight", _MLP + "gate.weight"),
+    Rule(_HF + r"mlp\.gate\.e_score_correction_bias", _MLP + "e_score_correction_bias"),
+    Rule(_HF + r"mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _MLP + r"experts.\3_proj"),
+    Rule(_HF + r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", _MLP + r"shared_expert.\2_proj.weight"),
+)
+GGUF_EXPERTS = (
+    Rule(_GGUF + r"ffn_gate_inp\.weight", _MLP + "gate.weight"),
+    Rule(_GGUF + r"exp_probs_b\.bias", _MLP + "e_score_correction_bias"),
+    Rule(_GGUF + r"ffn_(gate|up|down)_exps\.weight", _MLP + r"experts.\2_proj"),
+    Rule(_GGUF + r"ffn_(gate|up|down)_shexp\.weight", _MLP + r"shared_expert.\2_proj.weight"),
+)
+# All of a model whose tensors are called as Llama's are.
+HF_LLAMA = (*HF_COMMON, HF_ATTENTION, HF_MLP)
+GGUF_LLAMA = (*GGUF_COMMON, GGUF_QK_PAIRED, GGUF_V, GGUF_O, GGUF_FFN_NORM, GGUF_MLP)
+
+
+def gguf_ignored(config: Any) -> tuple[str, ...]:
+    return GGUF_IGNORED
 
 
 def hf_ignored(config: Any) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from jaxllm.models.config import POSITIONS
 GGUF_KINDS = ("none", "linear", "yarn", "longrope")
 MSCALE = 1000.0  # upper limit for YaRN's temperature
 HF_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "su")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
+_THETAS = {FULL: 1e6, SLIDING: 1e4}  # Gemma's, where a file gives none
 
 
 @np.errstate(all="ignore")
@@ -148,6 +150,39 @@ def hf_rope(config: Entries, head_dim: int, key: str = "head_dim", supported: Co
         scale = given.number("attention_factor", scale)
         base = rope.yarn(base, factor, theta, original, *ramp, given.flag("truncate", True))
     return Rope(_fixed(base, f"{given.where}: 'factor'"), scale)
+
+
+def hf_ropes_by_kind(
+    config: Entries, head_dim: int, key: str = "head_dim", supported: Collection[str] = HF_KINDS
+) -> dict[str, Rope]:
+    """Frequencies of FULL and SLIDING layers, which differ in a model; see `hf_entries_by_kind` and `hf_rope`."""
+    return {kind: hf_rope(own, head_dim, key, supported) for kind, own in hf_entries_by_kind(config).items()}
+
+
+def hf_entries_by_kind(config: Entries) -> dict[str, Entries]:
+    """A config.json as it would be if all layers were FULL, or all SLIDING.
+
+    Transformers 5 has `rope_parameters` for each kind. Older files have `rope_theta` and `rope_scaling` for FULL layers
+    and `rope_local_base_freq` for SLIDING ones.
+
+    Raises:
+        InputError: `rope_parameters` are not by kind.
+    """
+    nested = config.get("rope_parameters", {}, lambda value: isinstance(value, dict), "a JSON object")
+    if unknown := sorted(set(nested) - set(_THETAS)):
+        raise InputError(
+            f"{config.where}: rope_parameters: {unknown[0]!r} is no kind of layer; there have to be settings for "
+            f"{FULL!r} and for {SLIDING!r}"
+        )
+    full = {"rope_theta": config.values.get("rope_theta"), "rope_scaling": config.values.get("rope_scaling")}
+    sliding = {"rope_theta": config.values.get("rope_local_base_freq"), "rope_scaling": None}
+    found = {}
+    for kind, own in ((FULL, full), (SLIDING, sliding)):
+        if own["rope_theta"] is None:
+            own["rope_theta"] = _THETAS[kind]
+        values = {**config.values, **own, "rope_parameters": nested.get(kind)}
+        found[kind] = Entries(values, f"{config.where}: {kind}")
+    return found
 
 
 def _fixed(inv_freq: np.ndarray, what: str) -> tuple[float, ...]:

@@ -37,6 +37,11 @@ class Rule:
     present: Present | None = None
 
 
+def fixed(*rules: Rule) -> Callable[[Any, Mapping[str, Weight]], Sequence[Rule]]:
+    """For `Dialect.rules`: rules that are the same for all models of a family."""
+    return lambda config, tensors: rules
+
+
 def transposed(weight: Weight, m: re.Match | None = None) -> Weight:
     """For `Rule.present`: a tensor stored as `[in, out]`. Packed tensors are always `[out, in]` and stay unchanged."""
     return weight.swapped() if isinstance(weight, Dense | Scaled) else weight
@@ -57,6 +62,7 @@ class Written:
     turned: for each part, whether it is transposed before that; empty: none is.
     rows: row i of the tensor is row `rows[i]` of the joined parts (None: in order).
     stack: stored as a stack of this many matrices, each of as many rows; 0: as the parts are.
+    shift: what the tensor's values are larger by than the parts'.
     transposed: stored as `[in, out]`.
     column: stored without the last axis, which is one column; see `column`.
     """
@@ -68,6 +74,7 @@ class Written:
     column: bool = False
     turned: tuple[bool, ...] = ()
     stack: int = 0
+    shift: float = 0.0
 
     def shape(self, parameters: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """The tensor's shape in the file, from the shapes of all parameters."""

@@ -17,6 +17,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.layers.cache import CacheShape
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.experts import MoE
+from jaxllm.layers.linear import Embedding
 from jaxllm.layers.mla import LatentAttention
 from jaxllm.planning.shapes import device_bytes
 
@@ -41,7 +42,7 @@ def decode_cost(layer: Any, cache: tuple[Any, Any], batch: int, positions: int, 
     Args:
         cache: the layer's keys and values as shapes, all of which are read.
     """
-    pairs = batch * min(positions, layer.cache_shape.window or positions)
+    pairs = batch * _window(layer, positions)
     return _matrices(layer, batch) + Cost(pairs * _attended(layer, tp, 1), device_bytes(cache))
 
 
@@ -51,10 +52,15 @@ def prefill_cost(layer: Any, cache: tuple[Any, Any], batch: int, positions: int,
     A token attends to those before it, at most to its window: P(P + 1) / 2 pairs of a prompt of P tokens. At the end of
     the i-th of n chunks, i / n of the cache is read: (n + 1) / 2 of it in all.
     """
-    window, chunks = min(positions, layer.cache_shape.window or positions), math.ceil(positions / chunk)
+    window, chunks = _window(layer, positions), math.ceil(positions / chunk)
     pairs = batch * (window * (window + 1) / 2 + (positions - window) * window)
     attention = Cost(pairs * _attended(layer, tp, chunk), device_bytes(cache) * (chunks + 1) / 2)
     return _matrices(layer, batch * positions / chunks) * chunks + attention
+
+
+def _window(layer: Any, positions: int) -> int:
+    """How many of the positions a token attends to."""
+    return min(positions, getattr(layer.self_attn, "sliding_window", None) or positions)
 
 
 def head_cost(model: Decoder, batch: int) -> Cost:
@@ -63,17 +69,24 @@ def head_cost(model: Decoder, batch: int) -> Cost:
     return _matrices(head, batch)
 
 
+def ends_cost(model: Decoder, rows: float) -> Cost:
+    """What some models do with `rows` tokens before their first layer and after their last one."""
+    return Cost() if model.ends is None else _matrices(model.ends, rows)
+
+
 def _matrices(module: nnx.Module, rows: float) -> Cost:
-    """Multiplying `rows` rows by every matrix of a module.
+    """Multiplying `rows` rows by every matrix of a module, but for tables of embeddings in it.
 
     A matrix `[out, in]` takes 2 out in operations a row. Of E experts, k are chosen for each row, all alike often: then
     each device multiplies k / E of its experts' matrices by a row, and reads all of those that some row chose, which is
     1 - (1 - k / E)^rows of them.
     """
     routed = {id(param): moe for _, moe in nnx.iter_modules(module) if isinstance(moe, MoE) for param in _stacks(moe)}
+    inner = (part for _, part in nnx.iter_modules(module) if isinstance(part, Embedding) and part is not module)
+    tables = {id(part.weight) for part in inner}
     cost = Cost()
     for _, param in nnx.iter_graph(module):
-        if not isinstance(param, nnx.Param):
+        if not isinstance(param, nnx.Param) or id(param) in tables:
             continue
         weight = param.get_value()
         nbytes = device_bytes(weight)

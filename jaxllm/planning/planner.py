@@ -25,7 +25,7 @@ from jaxllm.loading import Settings
 from jaxllm.parallel import TP, make_mesh, parse_mesh
 from jaxllm.planning import topologies
 from jaxllm.planning.compiling import Collective, collectives_between, lower_step
-from jaxllm.planning.costs import Cost, decode_cost, head_cost, prefill_cost
+from jaxllm.planning.costs import Cost, decode_cost, ends_cost, head_cost, prefill_cost
 from jaxllm.planning.report import Kind, Limits, Phase, Plan, Ranked
 from jaxllm.planning.shapes import Described, describe, device_bytes
 from jaxllm.planning.topologies import Topology
@@ -161,8 +161,10 @@ class Sketch:
     @cached_property
     def costs(self) -> tuple[Cost, Cost]:
         """What one device does in a decode step, and with all prompts."""
-        decode = prefill = head_cost(self.model, self.rows)
-        tp = self.mesh.shape[TP]
+        tp, chunks = self.mesh.shape[TP], math.ceil(self.context / self.chunk)
+        head = head_cost(self.model, self.rows)
+        decode = head + ends_cost(self.model, self.rows)
+        prefill = head + ends_cost(self.model, self.rows * self.context / chunks) * chunks
         for first, *others in self.kinds:
             layer, cache, count = self.model.layers[first], self.cache_of(first), 1 + len(others)
             decode += decode_cost(layer, cache, self.rows, self.context, tp) * count

@@ -33,6 +33,8 @@ from jaxllm.requantize import planned
 
 Format = Callable[[str, tuple[int, ...]], Weight]
 
+WEIGHTS = (".safetensors", ".uqff", ".gguf")  # files in a directory that has more than config.json
+
 
 def dense(dtype: jax.typing.DTypeLike) -> Format:
     """The format where every matrix is unquantized, in one dtype."""
@@ -153,10 +155,11 @@ def describe(model: str) -> Described:
         return _published(model, model, PRESETS[model])
     path = Path(model)
     if not path.exists() and model != "demo":
-        path = _config_from_hub(model)
-    config = path / "config.json" if path.is_dir() else path
-    if config.name == "config.json" and config.exists() and not any(config.parent.glob("*.safetensors")):
-        return _published(config.resolve().parent.name if path.exists() else model, str(config), read_json(config))
+        return _published(model, str(config := _config_from_hub(model)), read_json(config))
+    if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
+        path /= "config.json"
+    if path.suffix == ".json":
+        return _published(path.resolve().parent.name, str(path), read_json(path))
     file = find_checkpoint(model)
     opened = open_checkpoint(file)
     return Described(

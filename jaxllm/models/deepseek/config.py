@@ -12,6 +12,8 @@ from jaxllm.formats.base import Weight
 from jaxllm.layers import rope
 from jaxllm.layers.rope import Rope
 from jaxllm.models.config import (
+    GGUF_ROUTING,
+    HF_ROUTING,
     MANY,
     POSITIONS,
     WIDEST,
@@ -19,6 +21,7 @@ from jaxllm.models.config import (
     gguf_entries,
     gguf_vocab_size,
     layer_count,
+    routing,
 )
 from jaxllm.models.rope_config import MSCALE, gguf_rope, hf_rope, hf_rope_entries
 
@@ -27,9 +30,7 @@ GGUF_ARCHITECTURES = ("deepseek2",)
 DEMO_TYPE = "deepseek_demo"
 SCORING = ("softmax", "sigmoid")
 GGUF_SCORING = dict(enumerate(SCORING, 1))
-# The names of the entries for `_routing`.
-HF_ROUTING = "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"
-GGUF_ROUTING = "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"
+# The names of the entries for `routing`, where they are not the usual ones.
 DEMO_ROUTING = "n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups"
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -152,7 +153,7 @@ class DeepseekConfig:
             first_k_dense_replace=given.integer("first_k_dense_replace", 0, 0, MANY),
             num_attention_heads=heads,
             n_shared_experts=given.integer("n_shared_experts", 0, 0, MANY),
-            **_routing(given, *names, least=2 if v3 else 1),
+            **routing(given, *names, least=2 if v3 else 1),
             scoring_func=given.choice("scoring_func", SCORING, "sigmoid" if v3 else "softmax"),
             group_score="top2" if v3 else "max",
             norm_topk_prob=given.flag("norm_topk_prob", v3),
@@ -203,7 +204,7 @@ class DeepseekConfig:
             first_k_dense_replace=given.integer("leading_dense_block_count", 0, 0, MANY),
             num_attention_heads=heads,
             n_shared_experts=given.integer("expert_shared_count", 0, 0, MANY),
-            **_routing(given, *GGUF_ROUTING, least=2 if biased else 1),
+            **routing(given, *GGUF_ROUTING, least=2 if biased else 1),
             scoring_func=_gguf_scoring(given, biased),
             group_score="top2" if biased else "max",
             norm_topk_prob=given.flag("expert_weights_norm"),
@@ -251,7 +252,7 @@ class DeepseekConfig:
             first_k_dense_replace=given.integer("n_dense_layers", least=0, most=MANY),
             num_attention_heads=heads,
             n_shared_experts=given.integer("n_shared_experts", least=0, most=MANY),
-            **_routing(given, *DEMO_ROUTING, least=2 if biased else 1),
+            **routing(given, *DEMO_ROUTING, least=2 if biased else 1),
             scoring_func=given.choice("score_func", SCORING),
             group_score="top2" if biased else "max",
             norm_topk_prob=sigmoid,
@@ -294,35 +295,6 @@ def _head_dims(config: Entries, heads: int) -> tuple[int, int, int]:
     most = min(MANY, WIDEST // heads)
     nope, rotary = config.integer("qk_nope_head_dim", 128, most=most), config.integer("qk_rope_head_dim", 64, most=most)
     return nope, rotary, config.integer("v_head_dim", 128, most=most)
-
-
-def _routing(
-    config: Entries, experts: str, chosen: str, groups: str = "", limited: str = "", least: int = 1
-) -> dict[str, Any]:
-    """The numbers of experts and groups, in total and chosen; the arguments name the entries.
-
-    Args:
-        groups, limited: "" if the model does not choose groups.
-        least: how many experts a group's score needs at least.
-    """
-    count = config.integer(experts, most=MANY)
-    used = config.integer_up_to(chosen, count, experts)
-    sizes = {"n_routed_experts": count, "num_experts_per_tok": used}
-    if not groups:
-        return sizes | {"n_group": 1, "topk_group": 1}
-    number = config.integer_up_to(groups, count, experts, 1)
-    kept = config.integer_up_to(limited, number, groups, 1)
-    if count % number or (number > 1 and count // number < least):
-        raise InputError(
-            f"{config.where}: {count} experts ('{experts}') are not {number} equal groups ('{groups}') of {least} or "
-            "more"
-        )
-    if used > kept * (count // number):
-        raise InputError(
-            f"{config.where}: '{chosen}' is {used}, more than the {kept * (count // number)} experts in {kept} "
-            f"groups ('{limited}') of {number} ('{groups}')"
-        )
-    return sizes | {"n_group": number, "topk_group": kept}
 
 
 def _hf_yarn(config: Entries, dim: int) -> tuple[Rope, float]:

@@ -37,4 +37,5 @@ DEEPSEEK = Family(
     },
     options={"attention": {"absorbed": {}, "naive": {"per_head_cache": True}}},
     presets=PRESETS,
+    divided=names.divided,
 )

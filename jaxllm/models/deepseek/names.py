@@ -5,10 +5,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxllm.formats.adapted import LowRank
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
 from jaxllm.models.deepseek.config import DeepseekConfig
-from jaxllm.models.names import GGUF_COMMON, HF_COMMON, HF_IGNORED, expert_rules
+from jaxllm.models.names import (
+    GGUF_COMMON,
+    GGUF_EXPERTS,
+    GGUF_FFN_NORM,
+    GGUF_MLP,
+    HF_COMMON,
+    HF_EXPERTS,
+    HF_IGNORED,
+    HF_MLP,
+    expert_rules,
+)
 from jaxllm.models.rule import Rule, Written, inverted
 
 
@@ -35,7 +46,7 @@ _G = r"blk\.(\d+)\."
 # Rotary parts pair neighbours here too: llama.cpp's converter does not reorder these rows.
 _GGUF = [
     *GGUF_COMMON,
-    Rule(_G + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
+    GGUF_FFN_NORM,
     Rule(_G + r"attn_q\.weight", _A + "q_proj.weight", _query_rows),
     Rule(_G + r"attn_q_a\.weight", _A + "q_a_proj.weight"),
     Rule(_G + r"attn_(q|kv)_a_norm\.weight", _A + r"\2_a_layernorm.weight"),
@@ -44,11 +55,8 @@ _GGUF = [
     Rule(_G + r"attn_kv_b\.weight", _A + "kv_b_proj.weight"),
     Rule(_G + r"attn_(k|v)_b\.weight", _A + r"\2_b_proj"),
     Rule(_G + r"attn_output\.weight", _A + "o_proj.weight"),
-    Rule(_G + r"ffn_(gate|up|down)\.weight", _L + r"mlp.\2_proj.weight"),
-    Rule(_G + r"ffn_gate_inp\.weight", _L + "mlp.gate.weight"),
-    Rule(_G + r"exp_probs_b\.bias", _L + "mlp.e_score_correction_bias"),
-    Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _L + r"mlp.experts.\2_proj"),
-    Rule(_G + r"ffn_(gate|up|down)_shexp\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
+    GGUF_MLP,
+    *GGUF_EXPERTS,
 ]
 
 
@@ -70,11 +78,8 @@ _HF = [
     Rule(_M + r"self_attn\.kv_a_proj_with_mqa\.(weight|bias)", _A + r"kv_a_proj_with_mqa.\2", _latent_rows),
     Rule(_M + r"self_attn\.(q_a_proj|kv_b_proj|o_proj)\.(weight|bias)", _A + r"\2.\3"),
     Rule(_M + r"self_attn\.(q_a_layernorm|kv_a_layernorm)\.weight", _A + r"\2.weight"),
-    Rule(_M + r"mlp\.(gate|up|down)_proj\.weight", _L + r"mlp.\2_proj.weight"),
-    Rule(_M + r"mlp\.gate\.weight", _L + "mlp.gate.weight"),
-    Rule(_M + r"mlp\.gate\.e_score_correction_bias", _L + "mlp.e_score_correction_bias"),
-    Rule(_M + r"mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
-    Rule(_M + r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
+    HF_MLP,
+    *HF_EXPERTS,
 ]
 
 
@@ -113,6 +118,21 @@ def hf_written(config: DeepseekConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         name = "model." + keys.replace("k_b_proj", "kv_b_proj.weight")
         written.append(Written(name, parts, None, turned=(True, False) * heads))
     return written
+
+
+def divided(config: DeepseekConfig, path: str, change: LowRank) -> dict[str, LowRank]:
+    """An adapter's change of a kv_b as changes of the two stacks that it is held as with `split_kv_b`: a head's keys,
+    transposed, and its values. Empty if `path` is no such matrix, or the change has other rows."""
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    if not (config.split_kv_b and path.endswith("kv_b_proj.weight") and len(change.b) == heads * (nope + value)):
+        return {}
+    b = np.reshape(change.b, (heads, nope + value, change.rank))
+    a, scale = (np.broadcast_to(leaf, (heads, *leaf.shape)) for leaf in (change.a, change.scale))
+    keys, values = (path.replace("kv_b_proj.weight", f"{part}_b_proj") for part in "kv")
+    return {
+        keys: LowRank(b[:, :nope].swapaxes(1, 2), a.swapaxes(1, 2), scale),
+        values: LowRank(a, b[:, nope:], scale),
+    }
 
 
 # DeepSeek's inference demo: for each Hugging Face name, the demo's name, and the axis along which it splits the tensor.

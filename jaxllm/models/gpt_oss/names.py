@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxllm.formats.base import Weight
 from jaxllm.models.gpt_oss.config import GptOssConfig
-from jaxllm.models.names import GGUF_COMMON, HF_COMMON
+from jaxllm.models.names import GGUF_COMMON, GGUF_O, GGUF_QK, GGUF_V, HF_ATTENTION, HF_COMMON
 from jaxllm.models.rule import Rows, Rule, column, transposed
 
 
@@ -20,7 +20,7 @@ _A, _L, _X = r"layers.\1.self_attn.", r"layers.\1.", r"layers.\1.mlp.experts."
 
 _HF = [
     *HF_COMMON,
-    Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
+    HF_ATTENTION,
     Rule(_M + r"self_attn\.sinks", _A + "sinks"),
     Rule(_M + r"mlp\.router\.(weight|bias)", _L + r"mlp.gate.\2"),
     Rule(_E + "gate_up_proj", _X + "gate_proj", _every_other(0), transposed),
@@ -32,14 +32,20 @@ _HF = [
     # MLX stores gate and up separately.
     Rule(_E + r"(gate|up|down)_proj\.weight", _X + r"\2_proj"),
     Rule(_E + r"(gate|up|down)_proj\.bias", _X + r"\2_bias", present=column),
+    # UQFF has them joined, like transformers, but as [experts, out, in].
+    Rule(_E + r"gate_up_proj\.weight", _X + "gate_proj", _every_other(0)),
+    Rule(_E + r"gate_up_proj\.weight", _X + "up_proj", _every_other(1)),
+    Rule(_E + r"gate_up_proj\.bias", _X + "gate_bias", _every_other(0), column),
+    Rule(_E + r"gate_up_proj\.bias", _X + "up_bias", _every_other(1), column),
 ]
 
 _G = r"blk\.(\d+)\."
 
 _GGUF = [
     *GGUF_COMMON,
-    Rule(_G + r"attn_(q|k|v)\.(weight|bias)", _A + r"\2_proj.\3"),
-    Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
+    GGUF_QK,
+    GGUF_V,
+    GGUF_O,
     Rule(_G + r"attn_sinks\.weight", _A + "sinks"),
     Rule(_G + r"post_attention_norm\.weight", _L + "post_attention_layernorm.weight"),
     Rule(_G + r"ffn_gate_inp\.(weight|bias)", _L + r"mlp.gate.\2"),

@@ -4,7 +4,7 @@ from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family
 from jaxllm.models.llama import describe, names
 from jaxllm.models.llama.config import GGUF_ARCHITECTURES, MODEL_TYPES, PRESETS, LlamaConfig
 from jaxllm.models.llama.model import llama
-from jaxllm.models.names import hf_ignored
+from jaxllm.models.names import gguf_ignored, hf_ignored
 from jaxllm.models.rope_describing import gguf_rotary, hf_rotary
 
 LLAMA = Family(
@@ -16,7 +16,7 @@ LLAMA = Family(
             GGUF_ARCHITECTURES,
             LlamaConfig.from_gguf,
             names.gguf_rules,
-            names.gguf_ignored,
+            gguf_ignored,
             describe.as_gguf,
             describe.gguf_metadata,
             gguf_rotary,

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxllm.formats.base import Weight
 from jaxllm.layers.rope import half_split_rows
+from jaxllm.models import names
 from jaxllm.models.llama.config import LlamaConfig
-from jaxllm.models.names import GGUF_COMMON, HF_COMMON, expert_rules
 from jaxllm.models.rule import Rows, Rule, Written, inverted
 
 
@@ -42,11 +42,11 @@ _A, _L = r"layers.\1.self_attn.", r"layers.\1."
 _G = r"blk\.(\d+)\."
 
 _GGUF = [
-    *GGUF_COMMON,
-    Rule(_G + r"attn_v\.(weight|bias)", _A + r"v_proj.\2"),
-    Rule(_G + r"attn_output\.(weight|bias)", _A + r"o_proj.\2"),
-    Rule(_G + r"attn_(q|k)_norm\.weight", _A + r"\2_norm.weight"),
-    Rule(_G + r"ffn_norm\.weight", _L + "post_attention_layernorm.weight"),
+    *names.GGUF_COMMON,
+    names.GGUF_V,
+    names.GGUF_O,
+    names.GGUF_QK_NORMS,
+    names.GGUF_FFN_NORM,
     Rule(_G + r"ffn_gate_inp\.weight", _L + "mlp.gate.weight"),
     Rule(_G + r"ffn_(gate|up|down)_exps\.weight", _L + r"mlp.experts.\2_proj"),
     Rule(_G + r"ffn_gate_up_exps\.weight", _L + "mlp.experts.gate_proj", _half(0, expert=True)),
@@ -55,19 +55,12 @@ _GGUF = [
     Rule(_G + r"ffn_(gate|up|down)_shexp\.weight", _L + r"mlp.shared_expert.\2_proj.weight"),
     Rule(_G + r"ffn_gate_inp_shexp\.weight", _L + "mlp.shared_expert_gate.weight"),
 ]
-_GGUF_MLP = [Rule(_G + r"ffn_(gate|up|down)\.(weight|bias)", _L + r"mlp.\2_proj.\3")]
 _GGUF_FUSED = [
     *(Rule(_G + r"attn_qkv\.(weight|bias)", _A + rf"{p}_proj.\2", _attention_rows(p, True)) for p in "qkv"),
     Rule(_G + r"ffn_up\.weight", _L + "mlp.gate_proj.weight", _half(0)),
     Rule(_G + r"ffn_up\.weight", _L + "mlp.up_proj.weight", _half(1)),
     Rule(_G + r"ffn_down\.weight", _L + "mlp.down_proj.weight"),
 ]
-# These are read with the configuration, because they change rotary frequencies.
-_GGUF_IGNORED = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight", r"blk\.\d+\.attn_rot_embd")
-
-
-def gguf_ignored(config: LlamaConfig) -> tuple[str, ...]:
-    return _GGUF_IGNORED
 
 
 def _gguf_qk(paired: bool) -> list[Rule]:
@@ -80,7 +73,7 @@ def gguf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]
     """Files of architecture `llama` pair neighbours in q and k; those of `phi3` fuse matrices."""
     if config.model_type == "phi3":
         return [*_GGUF, *_GGUF_FUSED]
-    return [*_GGUF, *_gguf_qk(paired=config.model_type == "llama"), *_GGUF_MLP]
+    return [*_GGUF, *_gguf_qk(paired=config.model_type == "llama"), names.GGUF_MLP]
 
 
 def gguf_written(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:
@@ -98,10 +91,8 @@ _HF_FUSED = [
     Rule(_M + r"mlp\.gate_up_proj\.weight", _L + "mlp.up_proj.weight", _half(1)),
 ]
 _HF = [
-    *HF_COMMON,
-    Rule(_M + r"self_attn\.(q|k|v|o)_proj\.(weight|bias)", _A + r"\2_proj.\3"),
-    Rule(_M + r"self_attn\.(q|k)_norm\.weight", _A + r"\2_norm.weight"),
-    Rule(_M + r"mlp\.(gate|up|down)_proj\.(weight|bias)", _L + r"mlp.\2_proj.\3"),
+    *names.HF_LLAMA,
+    names.HF_QK_NORMS,
     *_HF_FUSED,
     Rule(_SPARSE + r"gate\.weight", _L + "mlp.gate.weight"),
     Rule(_SPARSE + r"experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight", _L + r"mlp.experts.\3_proj"),
@@ -116,7 +107,7 @@ _HF = [
 def hf_rules(config: LlamaConfig, tensors: Mapping[str, Weight]) -> list[Rule]:
     if config.moe is None:
         return _HF
-    return [*_HF, *expert_rules(_SPARSE, config.hidden_size, config.moe.moe_intermediate_size, tensors)]
+    return [*_HF, *names.expert_rules(_SPARSE, config.hidden_size, config.moe.moe_intermediate_size, tensors)]
 
 
 _MIXTRAL = _M + r"block_sparse_moe\."
