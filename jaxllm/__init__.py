@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxllm.language_model import LanguageModel as LanguageModel
     from jaxllm.loading import load as load
     from jaxllm.parallel import make_mesh as make_mesh
+    from jaxllm.planning.planner import plan as plan
     from jaxllm.requantize import quantize as quantize
     from jaxllm.sampling import Sampler as Sampler
     from jaxllm.sampling import Sampling as Sampling
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     __version__: str
 
 # Imported on first use, so that `jaxllm --help` need not wait for JAX. No name may equal that of a module,
-# which importing the module would put in its place.
+# which importing the module would put in its place; but the module `plan` can be called.
 _MODULES = {
     "Completion": "language_model",
     "InputError": "errors",
@@ -32,6 +33,7 @@ _MODULES = {
     "initialize": "initializing",
     "load": "loading",
     "make_mesh": "parallel",
+    "plan": "planning.planner",
     "quantize": "requantize",
 }
 __all__ = sorted([*_MODULES, "__version__"])

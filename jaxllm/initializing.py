@@ -78,15 +78,15 @@ def initialize(
     if weights is None and quantize is None:
         weights = "packed"
     settings = Settings.of(mesh, recipe(quantize), dtype, weights, max_seq_len, max_batch_size, attention, progress)
-    described = _described(config)
-    arguments = model_arguments(FAMILIES, described.family, settings.options)
-    with located(described.name):
-        sketch = described.family.model(described.config, settings.mesh, 1, **arguments)
+    checkpoint = described(config)
+    arguments = model_arguments(FAMILIES, checkpoint.family, settings.options)
+    with located(checkpoint.name):
+        sketch = checkpoint.family.model(checkpoint.config, settings.mesh, 1, **arguments)
         tensors = _tensors(sketch, seed, jnp.dtype(settings.dtype))
-        return build(replace(described, tensors=tensors), settings)
+        return build(replace(checkpoint, tensors=tensors), settings)
 
 
-def _described(config: object) -> Checkpoint:
+def described(config: object) -> Checkpoint:
     """A checkpoint without tensors for the model that `config` describes, see `initialize`."""
     for family in FAMILIES:
         if isinstance(config, family.config):

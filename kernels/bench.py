@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,37 +20,21 @@ from jaxllm.errors import InputError
 from jaxllm.kernels import dispatch, shapes, tpu_report
 from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape
+from jaxllm.planning.chips import CHIPS as LIMITS
+from jaxllm.planning.chips import Chip
 
 NOT_MEASURED = "not measured"
 REPEATS = 20
 
 
-@dataclass(frozen=True)
-class Chip:
-    """A device's limits, from its maker's data sheet.
-
-    Attributes:
-        target: the compiler's name for it: a TPU topology, or a GPU's compute capability.
-        kinds: parts of the names that JAX may give it (`device_kind`).
-        bandwidth: memory bandwidth, bytes per second.
-        flops: FLOP per second with bfloat16 operands.
-        flops_fp8: FLOP per second with FP8 operands; on chips without FP8 products, with bfloat16 ones.
-    """
-
-    target: str | int
-    kinds: tuple[str, ...]
-    bandwidth: float
-    flops: float
-    flops_fp8: float
-
-
-# One device as JAX counts them. A TPU7x chip has two devices, so these are half of the chip's numbers.
-CHIPS = {
-    "TPU v5e": Chip("v5e:2x2", ("TPU v5 lite", "TPU v5e"), 819e9, 197e12, 197e12),
-    "TPU v6e": Chip("v6e:2x4", ("TPU v6 lite", "TPU v6e"), 1640e9, 918e12, 918e12),
-    "TPU7x": Chip("tpu7x:2x2x1", ("TPU7x", "TPU v7"), 3690e9, 1153e12, 2307e12),
-    "H100": Chip(90, ("H100",), 3352e9, 989e12, 1979e12),
-    "B200": Chip(100, ("B200",), 8000e9, 2250e12, 4500e12),
+# The chips that kernels are compiled for: a device's limits, and the compiler's name for it (a TPU topology, or a GPU's
+# compute capability).
+CHIPS: dict[str, tuple[Chip, str | int]] = {
+    "TPU v5e": (LIMITS["v5e"], "v5e:2x2"),
+    "TPU v6e": (LIMITS["v6e"], "v6e:2x4"),
+    "TPU7x": (LIMITS["tpu7x"], "tpu7x:2x2x1"),
+    "H100": (LIMITS["h100"], 90),
+    "B200": (LIMITS["b200"], 100),
 }
 
 # What others published for these matrices with activations in FP8, on Hopper.
@@ -72,16 +55,16 @@ def bytes_and_flops(op: str, shape: Shape) -> tuple[float, float]:
     return matrices * packed + 2 * shape.m * shape.k + 4 * shape.m * shape.n, 2.0 * shape.m * shape.n * shape.k
 
 
-def compiled(op: str, shape: Shape, group: int | None, chip: Chip) -> tuple[str, str, str, str]:
+def compiled(op: str, shape: Shape, group: int | None, target: str | int) -> tuple[str, str, str, str]:
     """Tile sizes, on-chip memory, other facts from the compiler, and its estimate of the time."""
-    if isinstance(chip.target, str):
-        made = tpu_report.compile_report(op, shape, chip.target, group=group)
+    if isinstance(target, str):
+        made = tpu_report.compile_report(op, shape, target, group=group)
         seconds = made["optimal_seconds"]
         estimate = f"{seconds * 1e6:.1f}" if seconds and seconds > 0 else "none"
         return f"{made['tile']} x {made['block']}", f"{made['vmem_bytes'] / 2**20:.1f} MiB VMEM", "", estimate
     from jaxllm.kernels import gpu_report
 
-    made = gpu_report.compile_report(op, shape, chip.target, group=group)
+    made = gpu_report.compile_report(op, shape, target, group=group)
     tile = " x ".join(map(str, made["tile"]))
     more = f"{', '.join(made['instructions'])}; {made['registers']} registers, {made['spills']} bytes spilled"
     return tile, f"{made['shared'] / 2**10:.0f} KiB shared", more, "none"
@@ -108,9 +91,9 @@ def measured(op: str, shape: Shape, group: int | None) -> float:
     return statistics.median(times)
 
 
-def rows(name: str, chip: Chip, measure: bool) -> list[tuple]:
+def rows(name: str, measure: bool) -> list[tuple]:
     """A chip's table. FP8 weights are multiplied by activations in bfloat16 (W8A16) and in FP8 (W8A8)."""
-    out = []
+    (chip, target), out = CHIPS[name], []
     cases = [
         (op, kind, group, label, shape)
         for op, named in shapes.named().items()
@@ -127,7 +110,7 @@ def rows(name: str, chip: Chip, measure: bool) -> list[tuple]:
             speed = f"{seconds * 1e6:.1f} us, {limit / seconds:.0%} of the limit"
         published = PUBLISHED.get(label, "") if group and name == "H100" else ""
         sizes = f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{limit * 1e6:.1f} ({bound})"
-        out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, chip), published, speed))
+        out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, target), published, speed))
     return out
 
 
@@ -158,12 +141,11 @@ def run(args: argparse.Namespace) -> None:
     if args.compile_only:
         jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for a TPU, since a compiler for it is installed
     kind = jax.devices()[0].device_kind
-    here = [name for name, chip in CHIPS.items() if any(k in kind for k in chip.kinds)]
+    here = [name for name, (chip, _) in CHIPS.items() if any(k in kind for k in chip.kinds)]
     if not here and not args.compile_only:
         raise InputError(f"{kind} is none of {', '.join(CHIPS)}; --compile-only needs none of them")
     for name in CHIPS if args.compile_only else here:
-        chip = CHIPS[name]
-        table = rows(name, chip, not args.compile_only)
+        chip, table = CHIPS[name][0], rows(name, not args.compile_only)
         keep = [i for i in range(len(HEADERS)) if any(row[i] for row in table)]
         print(f"\n### {name}: {chip.bandwidth / 1e12:.2f} TB/s, {chip.flops / 1e12:.0f} TFLOPS in bfloat16\n")
         for row in (HEADERS, ["---"] * len(HEADERS), *table):

@@ -23,6 +23,9 @@ FEW_ROWS = 1024  # with more there are enough programs, and the memory traffic o
 
 X_DTYPES = (jnp.float32, jnp.bfloat16)
 
+# For Blackwell, triton 3.7 would write PTX 9.1, which is of its own ptxas; that of XLA's CUDA 13.0 refuses it.
+PTX_VERSION = 87
+
 
 class Tile(NamedTuple):
     """What one program multiplies at once: `[n, k]` of the matrix and `[m, k]` of x."""
@@ -120,6 +123,7 @@ def run(launch: Launch) -> Any:
         grid=launch.grid,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        backend_options={"ptx_version": PTX_VERSION},
         **launch.constants,
     )
     # Inside `shard_map`, results vary over the same mesh axes as the arguments; jax_triton says they do not vary.

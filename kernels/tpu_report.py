@@ -1,31 +1,29 @@
 """What the TPU's compiler turns a kernel into, without a TPU: `compile_report`."""
 
 import importlib
-import os
 import re
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.formats.mxfp4 import BLOCK
 from jaxllm.kernels.shapes import Shape, abstract_weight
+from jaxllm.planning.topologies import topology
 
 # The last two prefetch operands to VMEM without changing their layout.
 NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
 INSTRUCTION = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\(")
 
 
-def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16", group: int | None = None) -> dict:
+def compile_report(op: str, shape: Shape, chips: str, dtype: str = "bfloat16", group: int | None = None) -> dict:
     """Compile one of `shapes.named()`'s ops for chips that need not be there.
 
     Args:
         op: for example "block_fp8.matmul".
-        topology: libtpu's name, for example "v6e:2x4".
+        chips: libtpu's name of a topology, for example "v6e:2x4".
         dtype: the dtype of the activations.
         group: the group size of activations that are rounded to FP8 (W8A8).
 
@@ -38,7 +36,7 @@ def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16"
     """
     format, name = op.split(".")
     module = importlib.import_module(f"jaxllm.kernels.{format}.pallas_tpu")
-    weight, mesh = abstract_weight(format, shape, group), topology_mesh(topology)
+    weight, mesh = abstract_weight(format, shape, group), topology_mesh(chips)
     arguments = [jax.ShapeDtypeStruct((shape.m, shape.k), dtype), weight]
     rows = shape.m
     if shape.experts:
@@ -74,10 +72,7 @@ def compile_report(op: str, shape: Shape, topology: str, dtype: str = "bfloat16"
 
 def topology_mesh(name: str) -> Mesh:
     """A mesh of all devices of a topology in a row. Only the compiler knows these devices."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server to ask about this machine's TPUs
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need the chips for itself
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    return Mesh(np.array(devices), ("devices",))
+    return Mesh(topology(name).devices, ("devices",))
 
 
 def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

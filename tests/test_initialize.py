@@ -113,6 +113,8 @@ def test_v3_has_its_correction_bias_without_a_checkpoint_that_shows_it(make):
 
 
 BILLIONS = {
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
     "deepseek-v2-lite-16b": 15.7,
     "deepseek-v2-236b": 235.7,
     "deepseek-v3-671b": 671,

@@ -143,14 +143,37 @@ def _repacked(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLi
     """The weight in the layout that its kernel needs."""
     if isinstance(weight, Adapted):
         return replace(weight, base=_repacked(weight.base, sharding, dtype))
+    if (repack := _repacking(weight, sharding, dtype)) is None:
+        return weight
+    made = in_kernels_layout(weight, sharding, dtype)
+    return jax.jit(repack, out_shardings=jax.tree.map(lambda leaf: leaf.format, made))(weight)
+
+
+def _repacking(
+    weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike
+) -> Callable[[Weight], Weight] | None:
     platform = sharding.mesh.devices.flat[0].platform
-    repack = dispatch.choose_for(weight, dtype, platform).kernel.layout.repack
-    if repack is None:
+    return dispatch.choose_for(weight, dtype, platform).kernel.layout.repack
+
+
+def in_kernels_layout(weight: Weight, sharding: NamedSharding, dtype: jax.typing.DTypeLike) -> Weight:
+    """The shapes, with shardings, of a placed weight in the layout that its kernel needs.
+
+    Args:
+        weight: arrays or shapes, with shardings.
+        sharding: of the matrix.
+        dtype: of the activations.
+    """
+    if (repack := _repacking(weight, sharding, dtype)) is None:
         return weight
     made = jax.eval_shape(repack, weight)
     specs = made.shard_specs(sharding.spec, sharding.mesh)
-    places = {name: place_of(made, name, NamedSharding(sharding.mesh, specs.leaf(name))) for name in made.axes}
-    return jax.jit(repack, out_shardings=made.with_leaves(places))(weight)
+
+    def placed(name: str) -> jax.ShapeDtypeStruct:
+        leaf, place = made.leaf(name), place_of(made, name, NamedSharding(sharding.mesh, specs.leaf(name)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return made.with_leaves({name: placed(name) for name in made.axes})
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:

@@ -119,7 +119,8 @@ class Decoder(nnx.Module):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
             context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), inputs[i])
-            x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
+            with jax.named_scope(f"layers.{i}"):
+                x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
         x = x if self.ends is None else self.ends.end(x)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)

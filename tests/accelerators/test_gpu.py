@@ -6,15 +6,15 @@ Needs no GPU, but triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt (non
 import dataclasses
 import re
 
-import eight_h100 as h100
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.kernels import shapes
+from jaxllm.planning.topologies import WITHOUT_A_GPU, topology
 
 WHERE = "they compile for GPUs, on machines that may have none: pip install 'jaxllm[plan]'"
 for module in ("triton", "jax_triton", "jax_plugins.xla_cuda13"):
@@ -119,7 +119,7 @@ def test_every_dtype_of_codes_and_scales(values, scales, arch):
 
 @pytest.fixture(scope="module")
 def eight_h100():
-    return h100.mesh()
+    return Mesh(topology("h100:8").devices, ("tp",))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -138,7 +138,7 @@ def test_xla_compiles_for_eight_gpus(eight_h100, name):
         return leaf.update(shape=(first, *leaf.shape[1:]), sharding=NamedSharding(eight_h100, spec))
 
     f = jax.shard_map(report.function(op), mesh=eight_h100, in_specs=specs, out_specs=out)
-    compiled = jax.jit(f).lower(*jax.tree.map(everywhere, local, specs)).compile(compiler_options=h100.WITHOUT_A_GPU)
+    compiled = jax.jit(f).lower(*jax.tree.map(everywhere, local, specs)).compile(compiler_options=WITHOUT_A_GPU)
     text = compiled.as_text()
     assert text.count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"') == (2 if group else 1)
     floats = re.findall(r"\b(?:f32|f16|bf16)\[([\d,]+)\]", text)

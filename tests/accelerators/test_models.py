@@ -6,11 +6,9 @@ import importlib.util
 import math
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from jaxllm.formats.mxfp4 import MXFP4
+import jaxllm
 from jaxllm.formats.scaled import Activations
 from jaxllm.models.deepseek.config import PRESETS as DEEPSEEK
 from jaxllm.models.deepseek.config import DeepseekConfig
@@ -19,7 +17,9 @@ from jaxllm.models.gpt_oss.config import PRESETS as GPT_OSS
 from jaxllm.models.gpt_oss.config import GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
 from jaxllm.parallel import make_mesh
-from jaxllm.plan import collectives, deepseek_fp8, dense, fill_with_shapes, lower_decode
+from jaxllm.plan import collectives, deepseek_fp8, fill_with_shapes, lower_decode
+from jaxllm.planning.shapes import mxfp4_experts
+from jaxllm.planning.topologies import WITHOUT_A_GPU, topology
 
 
 def has(*modules):
@@ -32,25 +32,6 @@ no_cuda = pytest.mark.skipif(
     not has("jax_triton", "triton", "jax_plugins.xla_cuda13") if has("jax_plugins") else True,
     reason=f"jax-triton or jax-cuda13-plugin {WHERE}",
 )
-
-
-def tpus(name):
-    from jaxllm.kernels.tpu_report import topology_mesh
-
-    return topology_mesh(name).devices
-
-
-def h100s():
-    from eight_h100 import devices
-
-    return devices()
-
-
-def mxfp4_experts(name, shape):
-    if not re.search(r"experts\.(gate|up|down)_proj$", name):
-        return dense(jnp.bfloat16)(name, shape)
-    *lead, in_ = shape
-    return MXFP4(*(jax.ShapeDtypeStruct((*lead, in_ // n), jnp.uint8) for n in (2, 32)))
 
 
 def two_layers(name, mesh):
@@ -99,11 +80,11 @@ def compiled(name, mesh_text, devices, options=None):
 
 
 @no_libtpu
-@pytest.mark.parametrize("topology", ["v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("chips", ["v6e:2x4", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_a_step_on_eight_tpus(name, mesh, topology):
+def test_a_step_on_eight_tpus(name, mesh, chips):
     kernels, packed = CASES[name, mesh]
-    program = compiled(name, mesh, tpus(topology))
+    program = compiled(name, mesh, topology(chips).devices)
     text = program.as_text()
     found = re.findall(r"%(\w+)[.\d]* = [^\n]*tpu_custom_call", text)
     for kernel, count in kernels.items():
@@ -119,11 +100,45 @@ def test_a_step_on_eight_tpus(name, mesh, topology):
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_a_step_on_eight_gpus(name, mesh):
     import jax_triton
-    from eight_h100 import WITHOUT_A_GPU
 
     kernels, packed = CASES[name, mesh]
-    text = compiled(name, mesh, h100s(), WITHOUT_A_GPU).as_text()
+    text = compiled(name, mesh, topology("h100:8").devices, WITHOUT_A_GPU).as_text()
     calls = text.count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"')
     assert calls >= sum(kernels.values())
     assert not decoded_matrices(text, packed)
     assert collectives(text)["all-reduce"] == sums(mesh)
+
+
+PLANS = {
+    "v5e:2x4": pytest.param("v5e:2x4", 16 * 2**30, 819e9, marks=no_libtpu),
+    "b200:8": pytest.param("b200:8", 180e9, 8000e9, marks=no_cuda),
+}
+
+
+@pytest.mark.parametrize(("chips", "memory", "bandwidth"), PLANS.values(), ids=PLANS)
+def test_a_plan(chips, memory, bandwidth):
+    """Llama 3.1 8B in bfloat16: 16.06 GB and a cache of 8 x 1024 positions of 128 kB; nothing reads less."""
+    made = jaxllm.plan("llama-3.1-8b", chips, "tp=8", batch=8, context=1024)
+    assert sum(made.weights.values()) == pytest.approx(2 * 8.03e9 / 8, rel=0.001)
+    assert made.cache == 8 * 1024 * 32 * 2 * 128 * 2 + 2 * 8 * 4  # of 8 heads one on each device; lengths and limits
+    assert made.fits and made.limits.memory == memory
+    assert 0 < max(made.temporaries.values()) < 2**30
+    assert made.decode.binds(made.limits) == "memory"
+    read = (16.06e9 - 2 * 0.525e9) / 8 + made.cache
+    assert made.decode.bound(made.limits) == pytest.approx(8 * bandwidth / read, rel=0.01)
+    assert [[(c.kind, c.axes) for c in kind.collectives] for kind in made.kinds] == [[("all-reduce", ("tp",))] * 2]
+    assert [c.kind for c in made.ends] == ["all-reduce", "all-gather"]
+
+
+@no_cuda
+def test_fp8_on_blackwell_compiles():
+    """Triton would write PTX that XLA's ptxas refuses, see `gpu.PTX_VERSION`."""
+    compiled("DeepSeek-V3", "tp=8", topology("b200:8").devices, WITHOUT_A_GPU)
+
+
+@no_libtpu
+def test_a_shape_that_tpus_do_not_have():
+    with pytest.raises(
+        jaxllm.InputError, match=r"^topology 'v5e:3x77': libtpu knows no such shape \(.*\); try v5e:4x4"
+    ):
+        topology("v5e:3x77")

@@ -25,6 +25,7 @@ _ROPE = {
 }
 _PUBLISHED = {"model_type": "gpt_oss", "rope_theta": 150000.0, "rope_scaling": _ROPE, "max_position_embeddings": 131072}
 _PUBLISHED |= {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64}
+_PUBLISHED |= {"quantization_config": {"quant_method": "mxfp4"}}
 _PUBLISHED |= {"num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "num_experts_per_tok": 4}
 _DEFAULTS = {
     "head_dim": 64,

@@ -2,7 +2,7 @@
 
 from jaxllm.models.family import GGUF, HUGGING_FACE, Dialect, Family
 from jaxllm.models.llama import describe, names
-from jaxllm.models.llama.config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
+from jaxllm.models.llama.config import GGUF_ARCHITECTURES, MODEL_TYPES, PRESETS, LlamaConfig
 from jaxllm.models.llama.model import llama
 from jaxllm.models.names import gguf_ignored, hf_ignored
 from jaxllm.models.rope_describing import gguf_rotary, hf_rotary
@@ -33,4 +33,5 @@ LLAMA = Family(
             names.hf_written,
         ),
     },
+    presets=PRESETS,
 )

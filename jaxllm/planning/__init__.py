@@ -1,0 +1,1 @@
+"""What a model needs on devices that need not exist, see `jaxllm.plan`."""
