@@ -163,7 +163,7 @@ WRONG = {
     "no preset": (
         "gpt-oss-21b",
         {},
-        "gpt-oss-21b: no such file, and no preset; those are deepseek-v2-lite-16b, .*120b",
+        "gpt-oss-21b: no such file, and no preset; those are llama-3.1-8b, .*120b",
     ),
     "no model": ({"model_type": "gpt2"}, {}, "config: models of type 'gpt2' are not supported"),
     "no config": ({"hidden_size": 64}, {}, "config: 'hidden_size' is not a field of the demo's ModelArgs"),

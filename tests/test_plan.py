@@ -33,13 +33,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize("mesh", ["tp=1", "tp=8", "tp=2,ep=4"])
 @pytest.mark.parametrize(
-    ("name", "sums"),  # of a layer: OLMo 2 has one more, for the norms over all heads
+    # Of a layer. OLMo 2 has one more, for the norms over all heads, and Gemma 3n for the spread of a layer's width.
+    ("name", "sums"),
     [
         ("checkpoints/qwen2_moe", 2),
         ("checkpoints/phi3", 2),
         ("deepseek/v3", 2),
         ("checkpoints/olmo2", 3),
-        ("checkpoints/gemma3n", 2),
+        ("checkpoints/gemma3n", [3, 3, 3, 2, 2, 2]),
     ],
 )
 def test_a_plan_is_what_loading_gives(load_once, name, sums, mesh):
@@ -50,9 +51,10 @@ def test_a_plan_is_what_loading_gives(load_once, name, sums, mesh):
     assert made.cache == device_bytes(loaded.programs.empty_cache(1, 256))
     for kind in made.kinds:
         assert kind.weights == sum(size for n, size in held.items() if n.startswith(f"layers.{kind.first}."))
-    assert sum(kind.count for kind in made.kinds) == len(loaded.programs.empty_cache(1, 256).keys)
-    # Those of the layers, that of the embedding; and the logits are gathered.
-    expected = [["all-reduce"] * sums] * len(made.kinds), ["all-reduce", "all-gather"]
+    assert sum(kind.count for kind in made.kinds) == len(loaded.programs._model.layers)
+    # Those of the layers, that of the embedding (Gemma 3n's second table joins in a layer's); the logits are gathered.
+    each = sums if isinstance(sums, list) else [sums] * len(made.kinds)
+    expected = [["all-reduce"] * n for n in each], ["all-reduce", "all-gather"]
     found = [[c.kind for c in kind.collectives] for kind in made.kinds], [c.kind for c in made.ends]
     assert found == (([[]] * len(made.kinds), []) if mesh == "tp=1" else expected)
 

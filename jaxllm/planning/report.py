@@ -214,8 +214,8 @@ class Plan:
         rows = [
             (
                 f"{kind.count} like layer {kind.first}",
-                f"{kind.weights / 2**20:.1f} MiB",
-                f"{kind.cache / 2**20:.2f} MiB",
+                _si(kind.weights, "B"),
+                _si(kind.cache, "B"),
                 _listed(kind.collectives),
             )
             for kind in self.kinds
