@@ -367,13 +367,11 @@ def joined(args: argparse.Namespace) -> Iterator[Group]:
 
     If one of them fails, the others end, with one line that says which and why.
     """
-    if args.coordinator == AUTO:
-        group = join_cluster()
-    else:
-        where = launch(args.coordinator, args.num_processes, args.process_id, os.environ)
-        group = Group() if where is None else join(where)
-    if group.count > 1:
+    found = args.coordinator == AUTO
+    where = None if found else launch(args.coordinator, args.num_processes, args.process_id, os.environ)
+    if found or where is not None:
         _only_python_prints()
+    group = join_cluster() if found else Group() if where is None else join(where)
     try:
         yield group
     except InputError as error:

@@ -29,8 +29,9 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start(count, *args, environment=None, each=lambda i: (), torchrun=True):
-    """`count` processes of `python *args`, which torchrun's variables tell of one another."""
+def start(count, *args, environment=None, each=lambda i: (), own=lambda i: {}, torchrun=True):
+    """`count` processes of `python *args`, each with more arguments and variables of its own; by default torchrun's, which
+    tell of one another."""
     port = free_port()
     base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     base |= {"JAX_PLATFORMS": "cpu", "JAXLLM_WAIT": "90", **(environment or {})}
@@ -39,7 +40,7 @@ def start(count, *args, environment=None, each=lambda i: (), torchrun=True):
         told = {"WORLD_SIZE": str(count), "RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, *map(str, (*args, *each(i)))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, text=True, env=base | (told if torchrun else {}), **pipes))
+        started.append(subprocess.Popen(command, text=True, env=base | own(i) | (told if torchrun else {}), **pipes))
     return started
 
 
@@ -108,6 +109,21 @@ def test_the_command_prints_in_process_0_alone(load_once, tmp_path):
     model = load_once(GOLDEN / MODELS[0], dtype="float32")
     alone = model.generate([PROMPT, [7, 8], [9]], 6)
     assert [json.loads(line)["tokens"] for line in results[0][1].splitlines()] == [answer.tokens for answer in alone]
+
+
+def test_processes_that_jax_finds(load_once):
+    """By Slurm's variables."""
+
+    def slurm(i):
+        return {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NUM_NODES": "1"}
+    given = ("--tp", 2, "--coordinator", "auto", "--prompt-ids", "1,2,3,4,5", "--max-new-tokens", 6)
+    results = generate(2, *given, torchrun=False, environment=job, own=slurm)
+    assert [(code, out) for code, out, _ in results[1:]] == [(0, "")]
+    alone = load_once(GOLDEN / MODELS[0], dtype="float32").generate(PROMPT, 6)
+    assert results[0][:2] == (0, ",".join(map(str, alone.tokens)) + "\n")
 
 
 def test_a_conversation_and_a_loss():
