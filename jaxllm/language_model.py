@@ -279,6 +279,8 @@ class LanguageModel:
         chosen = recipe(type, organization, topology, importance)
         if chosen is None:
             raise InputError("nothing to do: give a type or a topology")
+        if self.mesh.is_multi_process:
+            raise InputError("no process holds a whole matrix here: quantize while loading, with load(quantize=...)")
         chosen.check(p.name for p in self.placed)
         before = {p.name: p.encoded for p in self.placed}
 

@@ -14,13 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+from covering import some
 
 import jaxllm
 from jaxllm.errors import InputError
+from jaxllm.loading import find_checkpoint
 from jaxllm.processes import Launch, launch
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["checkpoints/qwen3_moe", "deepseek/v3_fp8", "gpt_oss/mxfp4"]
+DEMO = find_checkpoint("demo")
 PROMPT = [1, 2, 3, 4, 5]
 
 
@@ -30,8 +33,8 @@ def free_port():
 
 
 def start(count, *args, environment=None, each=lambda i: (), own=lambda i: {}, torchrun=True):
-    """`count` processes of `python *args`, each with more arguments and variables of its own; by default torchrun's, which
-    tell of one another."""
+    """`count` processes of `python *args`, each with more arguments and variables of its own; by default torchrun's,
+    which tell of one another."""
     port = free_port()
     base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     base |= {"JAX_PLATFORMS": "cpu", "JAXLLM_WAIT": "90", **(environment or {})}
@@ -81,10 +84,12 @@ jax.distributed.shutdown()
 """
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, MODELS), (4, MODELS[1:2])])
+@pytest.mark.parametrize(
+    ("count", "names"), some([(2, [*MODELS, DEMO]), (4, [*MODELS, DEMO])], [(2, MODELS), (4, MODELS[1:2])])
+)
 def test_scripts_of_several_processes(count, names, load_once):
     """The same script in each: every process has the tokens, and reads what its devices hold and no more."""
-    meshes = ("tp=4,ep=2", "tp=2,ep=4", "dp=2,tp=4")
+    meshes = ("tp=4,ep=2", "tp=2,ep=4", "dp=2,tp=4", "tp=8")
     todo = [[str(GOLDEN / name), mesh] for name, mesh in zip(names, meshes, strict=False)]
     results = finished(start(count, "-c", LIBRARY, json.dumps(todo)))
     for code, out, err in results:
