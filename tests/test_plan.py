@@ -142,6 +142,26 @@ def test_costs_of_a_dense_model_by_hand():
     assert prefill.nbytes == pytest.approx(2 * 2 * matrices + 2 * 0.525e9 + 1.5 * cache, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("model", "of_a_position", "of_a_pair"),
+    [
+        # 12 of 24 layers have a window; 64 heads of 64.
+        ("gpt-oss-20b", 12 * 64 * 2 * (64 + 64), 12 * 64 * 2 * (64 + 64)),
+        # 128 heads on latents of 512 with 64 of positions; a prompt's are expanded to 192 and 128.
+        ("deepseek-v3-671b", 61 * 128 * 2 * (512 + 64 + 512), 61 * 128 * 2 * (192 + 128)),
+    ],
+)
+def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
+    described, short, long = describe(model), 4096, 8192
+    (decode, prefill), (decode_long, prefill_long) = (
+        Sketch.of(described, topology("cpu:1"), "tp=1", 1, n).costs for n in (short, long)
+    )
+    assert decode_long.flops - decode.flops == of_a_position * (long - short)
+    pairs = (long * (long + 1) - short * (short + 1)) / 2
+    linear = prefill_long.flops - prefill.flops - of_a_pair * pairs  # the matrices, and windows
+    assert 0.9 < linear / ((long - short) * 2 * {"gpt": 3.03e9, "dee": 36.1e9}[model[:3]]) < 1.1
+
+
 def test_all_devices_do_what_one_does():
     """Over tp; and with ep each does its part of the experts and all of the rest."""
     one, tp, ep = (
