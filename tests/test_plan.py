@@ -86,7 +86,7 @@ def test_weights_as_kernels_want_them(monkeypatch):
     assert fill(model, mesh, lambda name, _: Source(name, (blocks,)), "float32") == {"down": blocks.nbytes // 4}
     made = model.down.get_value()
     assert isinstance(made, MXFP4) and made.shape == declared.shape
-    assert [leaf.sharding.spec for leaf in jax.tree.leaves(made)] == [("ep", None, "tp")] * 2
+    assert [leaf.sharding.spec for leaf in jax.tree.leaves(made)] == [EXPERT_ROW] * 2
 
 
 CODE = """
