@@ -134,8 +134,8 @@ def convert(
         else:
             name, kind = target(to, container)
             check_target(dst, kind == "gguf")
-            options = (matformer, adapters, uqff_version, dry_run)
-            wanted = _Wanted(name, kind, organization, topology, imatrix, text, *options)
+            more = (matformer, adapters, uqff_version, dry_run)
+            wanted = _Wanted(name, kind, organization, topology, imatrix, text, *more)
             types = partial(_types, src, dst, wanted, limit, pool)
             same = not adapters and matformer is None
             dtype_only = name in TARGETS and kind == "huggingface" and _is_directory(src) and same
@@ -393,8 +393,8 @@ def run(args: argparse.Namespace) -> None:
     if to is None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
-    names += ("imatrix", "text", "matformer", "uqff_version", "dry_run")
-    options = {name: getattr(args, name) for name in names} | {"adapters": adapters(args)}
+    more = ("imatrix", "text", "matformer", "uqff_version", "dry_run")
+    options = {name: getattr(args, name) for name in (*names, *more)} | {"adapters": adapters(args)}
     try:
         plan = convert(*paths, to=to, **options)
         if args.dry_run and plan is not None:

@@ -227,3 +227,11 @@ def test_other_refusals(tmp_path, capsys):
     assert "--matformer: 'small' is not CSV:SLICE, a file and the name" in capsys.readouterr().err
     with pytest.raises(InputError, match="matformer 'small': 'demo' changes no model"):
         convert(FOLDER, tmp_path / "out", to="demo", model_parallel=1, matformer=(CSV, "small"))
+
+
+def test_what_is_too_narrow_for_a_type_stays_plain(tmp_path):
+    """Also tables, which get the general type in MLX's directories: those by layer have rows of 48."""
+    plan = convert(FOLDER, tmp_path / "made", to="afq8", dry_run=True, progress=False)
+    types = {row.name: row.result.format for row in plan.rows}
+    assert types["model.embed_tokens_per_layer.weight"] == "float16"
+    assert types["model.embed_tokens.weight"] == "MLX 8-bit"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.checkpoint.computed import together
 from jaxllm.checkpoint.exports import Export, export, planned
 from jaxllm.checkpoint.writing import Advance, Tensor, write_directory
-from jaxllm.encodings import ENCODINGS, Encoding
+from jaxllm.encodings import ENCODINGS, Encoding, fitting
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.model import Model, Values, as_in_the_source
 from jaxllm.exporting.writer import PLAIN, Output, Writer, dense_shapes
@@ -176,7 +176,8 @@ def _choice(writer: Writer, written: Written, values: Values, how: Export) -> tu
         return None, "calibrated"
     type, why = writer.choice(written, values)
     if path in SENSITIVE and type is not None and how.encoding in ENCODINGS:
-        type, why = ENCODINGS[how.encoding], "general type"
+        type = fitting(ENCODINGS[how.encoding], values.shape[-1])
+        why = "general type" if type.name == how.encoding else why
     if type is None or type.name != how.encoding:
         return None, why
     try:
