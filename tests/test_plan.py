@@ -1,5 +1,6 @@
 """Plans against real loads, published sizes and counts by hand, and the largest model on 256 emulated devices."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,16 +17,22 @@ import jax
 import psutil
 import pytest
 from covering import some
+from flax import nnx
 
 import jaxllm
 from jaxllm.cli import main
+from jaxllm.declaration import Declaration
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.kernels.cpu import library
 from jaxllm.layers.parameter import parameters
-from jaxllm.parallel import make_mesh
+from jaxllm.parallel import EXPERT_ROW, make_mesh
+from jaxllm.placing import Source
 from jaxllm.planning import picture
 from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.compiling import Collective, collectives_between
-from jaxllm.planning.planner import Sketch, meshes
-from jaxllm.planning.shapes import describe, device_bytes
+from jaxllm.planning.planner import Sketch, best, meshes, only
+from jaxllm.planning.shapes import describe, device_bytes, fill
 from jaxllm.planning.topologies import topology
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,6 +74,19 @@ def test_quantized_as_loading_does(load_once):
         vector = isinstance(p.weight, jax.Array)
         formats["float32 vectors" if vector else p.weight.format] += device_bytes(p.weight)
     assert made.weights == formats
+
+
+def test_weights_as_kernels_want_them(monkeypatch):
+    """GGUF's MXFP4 in another order, where there are no native kernels, which take it as it is."""
+    monkeypatch.setattr(library, "missing", lambda: "switched off")
+    mesh, declared = make_mesh("tp=2,ep=2"), Declaration((4, 8, 128), EXPERT_ROW)
+    model = nnx.Module()
+    model.down = nnx.Param(declared, declared=declared)
+    blocks = GGML(jax.ShapeDtypeStruct((4, 8, 4, 17), "uint8"), "MXFP4")
+    assert fill(model, mesh, lambda name, _: Source(name, (blocks,)), "float32") == {"down": blocks.nbytes // 4}
+    made = model.down.get_value()
+    assert isinstance(made, MXFP4) and made.shape == declared.shape
+    assert [leaf.sharding.spec for leaf in jax.tree.leaves(made)] == [EXPERT_ROW] * 2
 
 
 CODE = """
@@ -142,6 +162,26 @@ def test_costs_of_a_dense_model_by_hand():
     assert prefill.nbytes == pytest.approx(2 * 2 * matrices + 2 * 0.525e9 + 1.5 * cache, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("model", "of_a_position", "of_a_pair"),
+    [
+        # 12 of 24 layers have a window; 64 heads of 64.
+        ("gpt-oss-20b", 12 * 64 * 2 * (64 + 64), 12 * 64 * 2 * (64 + 64)),
+        # 128 heads on latents of 512 with 64 of positions; a prompt's are expanded to 192 and 128.
+        ("deepseek-v3-671b", 61 * 128 * 2 * (512 + 64 + 512), 61 * 128 * 2 * (192 + 128)),
+    ],
+)
+def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
+    described, short, long = describe(model), 4096, 8192
+    (decode, prefill), (decode_long, prefill_long) = (
+        Sketch.of(described, topology("cpu:1"), "tp=1", 1, n).costs for n in (short, long)
+    )
+    assert decode_long.flops - decode.flops == of_a_position * (long - short)
+    pairs = (long * (long + 1) - short * (short + 1)) / 2
+    linear = prefill_long.flops - prefill.flops - of_a_pair * pairs  # the matrices, and windows
+    assert 0.9 < linear / ((long - short) * 2 * {"gpt": 3.03e9, "dee": 36.1e9}[model[:3]]) < 1.1
+
+
 def test_all_devices_do_what_one_does():
     """Over tp; and with ep each does its part of the experts and all of the rest."""
     one, tp, ep = (
@@ -184,6 +224,31 @@ def test_a_search_ranks_every_mesh():
     assert sorted(r.mesh for r in made.ranking) == sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
     assert made.mesh == made.ranking[0].mesh and all(r.fits and r.compiled for r in made.ranking)
     assert all(ranked.mesh in str(made) for ranked in made.ranking)
+
+
+def test_a_chips_bounds():
+    """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding."""
+    chip = CHIPS["v5e"]
+    devices = dataclasses.replace(topology("cpu:8"), chip=chip)
+    made = best(describe(str(GOLDEN / "checkpoints/qwen2_moe")), devices, 1, 64)
+    bounds = [ranked.bound for ranked in made.ranking if ranked.compiled]
+    assert len(bounds) == 3 < len(made.ranking) and bounds == sorted(bounds, reverse=True)
+    assert made.decode.bound(made.limits) == bounds[0] and made.decode.binds(made.limits) == "memory"
+    sent = sum(c.sent for c in made.ends) + sum(kind.count * c.sent for kind in made.kinds for c in kind.collectives)
+    assert made.decode.sent == sent
+    times = made.decode.times(made.limits)
+    rates = {"compute": made.decode.flops / chip.flops, "memory": made.decode.nbytes / chip.bandwidth}
+    assert times == {**rates, "links": sent / chip.links}
+    assert bounds[0] == 1 / max(times.values())
+    assert "a bound, not a measurement" in str(made)
+
+
+def test_layers_that_share_a_cache():
+    model = Sketch.of(describe(str(GOLDEN / "checkpoints/gemma3n")), topology("cpu:1"), "tp=1", 1, 64).model
+    shared = [layer.cache_of for layer in model.layers]
+    assert shared == [None, None, None, None, 2, 3]
+    assert [layer.cache_of for layer in only(model, [3, 5]).layers] == [None, 0]
+    assert [layer.cache_of for layer in model.layers] == shared
 
 
 def test_what_does_not_fit_says_what_would(monkeypatch):
@@ -270,8 +335,8 @@ def test_an_error_is_one_line(case, capsys, monkeypatch):
 def test_a_config_alone_is_enough(tmp_path):
     """In the format that it declares, or else in bfloat16."""
     config = json.loads((GOLDEN / "checkpoints/mixtral/config.json").read_text())
-    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}
-    for more, format in (({}, "bfloat16"), (fp8, "FP8")):
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    for more, format in (({}, "bfloat16"), (fp8, "FP8 16x16")):
         (tmp_path / "config.json").write_text(json.dumps(config | more))
         sketch = Sketch.of(describe(str(tmp_path)), topology("cpu:1"), "tp=1", 1, 64)
         assert any(name.startswith(format) for name in sketch.weights)

@@ -55,7 +55,7 @@ def roofline(points: Mapping[str, float], bandwidth: float, flops: Mapping[str, 
     for name, intensity in points.items():
         reached = min(flops["bfloat16"], bandwidth * intensity)
         drawn.append(f'<circle cx="{x(intensity):.1f}" cy="{y(reached):.1f}" r="5"/>')
-        drawn.append(_text(x(intensity) + 8, y(reached) + 14, f"{name}: {intensity:.3g} FLOP/B"))
+        drawn.append(_text(min(x(intensity) + 8, WIDTH - 150), y(reached) + 14, f"{name}: {intensity:.3g} FLOP/B"))
     drawn.append(_text(10, HEIGHT - 8, f"operations per byte read; the slope is {bandwidth / 1e12:.2f} TB/s"))
     return _svg(drawn, HEIGHT)
 

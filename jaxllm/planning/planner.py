@@ -68,7 +68,7 @@ def plan(
         raise InputError(f"context {context}: {described.name} has positions for 1 to {longest} tokens")
     devices = topologies.topology(topology)
     if search or mesh is None:
-        return _best(described, devices, batch, context)
+        return best(described, devices, batch, context)
     if (size := math.prod(parse_mesh(mesh).values())) != (count := devices.devices.size):
         fits = " or ".join(meshes(count)[:3])
         raise InputError(f"mesh {mesh} has {size} devices, but {topology} has {count}: try {fits}")
@@ -196,7 +196,7 @@ class Sketch:
 
     def compiled(self, time: int) -> jax.stages.Compiled:
         """A step that adds `time` tokens to each sequence, of the model with one layer of each kind."""
-        reduced, options = _only(self.model, self._chosen), dict(self.topology.compiler_options)
+        reduced, options = only(self.model, self._chosen), dict(self.topology.compiler_options)
         sizes = self.rows, time, self.capacity
         return lower_step(reduced, self.mesh, *sizes, self.dtype, self.int8_blocks).compile(options or None)
 
@@ -265,7 +265,7 @@ class Sketch:
             return None
 
 
-def _best(described: Described, topology: Topology, batch: int, context: int) -> Plan:
+def best(described: Described, topology: Topology, batch: int, context: int) -> Plan:
     """The plan of the best mesh: of those that fit, the one with the highest bound on decoding."""
     sketches, refused = [], InputError(f"{topology.name} has no devices")
     for mesh in meshes(topology.devices.size):
@@ -304,7 +304,7 @@ def _with_owner(model: Decoder, layer: int) -> tuple[int, ...]:
     return (layer,) if owner is None else (owner, layer)
 
 
-def _only(model: Decoder, layers: list[int]) -> Decoder:
+def only(model: Decoder, layers: list[int]) -> Decoder:
     """The model with some of its layers only, which share its parameters."""
     graph, state = nnx.split(model)
     reduced: Decoder = nnx.merge(graph, state)
