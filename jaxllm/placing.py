@@ -236,7 +236,7 @@ def _kind(weight: Weight) -> tuple:
 def place_of(weight: Weight, name: str, sharding: NamedSharding) -> NamedSharding | layouts.Format:
     """The sharding of a leaf, with row-major order if kernels for such a weight need that."""
     field, _, inner = name.partition(".")
-    if inner:
+    if field in weight.inner:
         return place_of(weight.inner[field], inner, sharding)
     if not row_major(weight, sharding.mesh.devices.flat[0].platform):
         return sharding
