@@ -23,7 +23,7 @@ class Leader:
 
     def __init__(self, model: LanguageModel, group: Group, max_new_tokens: int, seed: int, sampling: Sampling) -> None:
         self.model, self._group, self._sampling = model, group, sampling
-        self._options = {"max_new_tokens": max_new_tokens, "seed": seed}
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See `LanguageModel.generate`."""
