@@ -386,7 +386,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Convert; of several processes, the first does it, and the others wait."""
-    with joined(args) as group:
+    with joined(args, computes=False) as group:
         if group.leads:
             _run(args)
             group.tell({"call": "end"})

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -233,13 +234,18 @@ class _Connected(Group):
         self.tell({"leaves": failure})
 
 
-def join(where: Launch) -> Group:
+def join(where: Launch, computes: bool = True) -> Group:
     """Meet the other processes and connect JAX's runtimes. Must run before JAX looks for devices.
+
+    Args:
+        computes: whether they compute together; if not, JAX knows nothing of the others.
 
     Raises:
         InputError: the others did not come, or were started differently.
     """
     group = _meet(where, time.monotonic() + wait_seconds())
+    if not computes:
+        return group
     if group.leads:
         with socket.create_server((where.host, 0)) as free:
             address = f"{where.host}:{free.getsockname()[1]}"
@@ -362,28 +368,39 @@ def _reached(where: Launch, deadline: float) -> _Line:
 
 
 @contextmanager
-def joined(args: argparse.Namespace) -> Iterator[Group]:
-    """The group of the processes that run this command, from its options.
+def joined(args: argparse.Namespace, computes: bool = True) -> Iterator[Group]:
+    """The group of the processes that run this command, from its options; see `join`.
 
-    If one of them fails, the others end, with one line that says which and why.
+    If one of them fails, all end: the others with one line that says which one and why.
     """
     found = args.coordinator == AUTO
     where = None if found else launch(args.coordinator, args.num_processes, args.process_id, os.environ)
     if found or where is not None:
         _only_python_prints()
-    group = join_cluster() if found else Group() if where is None else join(where)
+    group = join_cluster() if found else Group() if where is None else join(where, computes)
     try:
         yield group
-    except InputError as error:
-        group.leave(None if isinstance(error, Disagreement) else str(error))
-        raise
-    except jax.errors.JaxRuntimeError:
-        if group.count > 1:
-            time.sleep(GRACE)  # computations fail when a process ends; then the line to it has ended too
-        raise
+    except BaseException as error:
+        if group.count == 1:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(GRACE)  # computations fail when another process ends; then the line to it has ended too
+        group.leave(None if isinstance(error, Disagreement) else f"{error}" or type(error).__name__)
+        _end_at_once(error)
     group.leave()
-    if group.count > 1:
+    if group.count > 1 and (found or computes):
         jax.distributed.shutdown()  # waits for all
+
+
+def _end_at_once(error: BaseException) -> Never:
+    """End this process as the command line would; but JAX would wait for the others while Python exits."""
+    if isinstance(error, InputError):
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _only_python_prints() -> None:

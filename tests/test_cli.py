@@ -152,7 +152,7 @@ ERRORS = {
     "not a number": (["--prompt", "x", "--top-k", "many"], "invalid int value: 'many'", "demo"),
     "no such prompts": (["--input-file", "/no/prompts"], "/no/prompts: No such file", "demo"),
     "prompts that are not text": (["--input-file", sys.executable], "codec can't decode", "demo"),
-    "no devices": (["--prompt", "x", "--tp", "0"], "--tp and --ep must be 1 or above", "demo"),
+    "no devices": (["--prompt", "x", "--tp", "0"], "--tp, --ep and --dp must be 1 or above", "demo"),
     "negative temperature": (["--prompt", "x", *FLOAT, "--temperature", "-1"], "temperature=-1.0: must be", "demo"),
     "no tokens": (["--prompt", "x", *FLOAT, "--max-new-tokens", "0"], "max_new_tokens=0: must be", "demo"),
     "prompt too long": (["--prompt", "x " * 99, *FLOAT, "--max-seq-len", 64], "but the context holds 64", "demo"),

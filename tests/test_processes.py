@@ -37,7 +37,7 @@ def start(count, *args, environment=None, each=lambda i: (), own=lambda i: {}, t
     which tell of one another."""
     port = free_port()
     base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    base |= {"JAX_PLATFORMS": "cpu", "JAXLLM_WAIT": "90", **(environment or {})}
+    base |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXLLM_WAIT": "90", **(environment or {})}
     started = []
     for i in range(count):
         told = {"WORLD_SIZE": str(count), "RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -237,3 +237,12 @@ def test_converting_is_done_once(tmp_path):
     assert [(code, out) for code, out, _ in results] == [(0, "")] * 2
     assert (results[0][2].count("tensors"), results[1][2]) == (1, "")
     assert jaxllm.load(target, progress=False).config.hidden_size == 32
+
+
+def test_a_failure_of_one_is_known_to_all():
+    """Here an instruction set that there is not, which only process 1 was told of."""
+    results = generate(2, "--prompt-ids", "1,2", own=lambda i: {"JAXLLM_CPU": "abacus"} if i else {})
+    (_, _, leader), (_, _, other) = results
+    assert [code for code, _, _ in results] == [2, 2]
+    assert other.startswith("error: JAXLLM_CPU=abacus")
+    assert leader == f"error: process 1: {other.removeprefix('error: ')}"

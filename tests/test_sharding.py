@@ -142,7 +142,7 @@ def test_shard_specs_work_on_shapes_alone_and_on_stacks_of_experts():
     assert specs.blocks == P("ep", None, "tp", None)
 
 
-@pytest.mark.parametrize("bad", ["tp", "tp=0", "tp=x", "dp=2", "tp=2;ep=2"])
+@pytest.mark.parametrize("bad", ["tp", "tp=0", "tp=x", "pp=2", "tp=2;ep=2"])
 def test_a_mesh_that_is_not_one(bad):
     with pytest.raises(InputError, match="expected axis=size pairs"):
         make_mesh(bad)
@@ -153,15 +153,15 @@ def test_a_mesh_larger_than_the_machine():
         make_mesh("tp=16")
 
 
-@pytest.mark.parametrize("axes", [("tp",), ("tp", "ep"), ("ep", "tp")])
+@pytest.mark.parametrize("axes", [("tp",), ("tp", "ep"), ("ep", "tp"), ("dp", "tp")])
 def test_a_mesh_of_the_users_own(axes):
     devices = np.array(jax.devices()[:4]).reshape((4,) if len(axes) == 1 else (2, 2))
     theirs = jax.sharding.Mesh(devices, axes)
     ours = make_mesh(theirs)
-    assert ours.axis_names == ("ep", "tp")
+    assert ours.axis_names == ("dp", "ep", "tp")
     assert {k: ours.shape[k] for k in axes} == dict(theirs.shape)
     if axes == ("tp", "ep"):
-        assert (ours.devices == devices.T).all()
+        assert (ours.devices[0] == devices.T).all()
 
 
 # (query heads, key/value heads, tp, query heads that fill a block) -> heads on each device
