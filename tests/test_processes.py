@@ -53,7 +53,12 @@ def finished(started, stdin="", timeout=280):
     for process in started:
         process.stdin.close()
         process.stdin = None
-    return [(p.returncode, out, err) for p in started for out, err in [p.communicate(timeout=timeout)]]
+    try:
+        return [(p.returncode, out, err) for p in started for out, err in [p.communicate(timeout=timeout)]]
+    finally:
+        for process in started:  # where one hangs, none is left behind
+            process.kill()
+            process.communicate()
 
 
 LIBRARY = """
