@@ -173,7 +173,7 @@ class _Connected(Group):
 
     def __init__(self, index: int, count: int, lines: Mapping[int, _Line]) -> None:
         self.index, self.count, self._lines = index, count, lines
-        self._ending = threading.Lock()
+        self._ending, self._leaves = threading.Lock(), False
         self._inboxes: dict[int, queue.Queue[dict[str, Any]]] = {i: queue.Queue() for i in lines}
         for i, line in lines.items():
             line.settle()
@@ -186,6 +186,8 @@ class _Connected(Group):
                 message = line.receive()
             except (OSError, ValueError):
                 message = None
+            if self._leaves:
+                return
             if message is None:
                 self._end(index, "ended without a word; what it printed last may say why")
             elif "lost" in message:
@@ -231,6 +233,7 @@ class _Connected(Group):
             raise Disagreement(complaint)
 
     def leave(self, failure: str | None = None) -> None:
+        self._leaves = True
         self.tell({"leaves": failure})
 
 
