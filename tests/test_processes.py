@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,13 @@ def test_a_failure_of_one_is_known_to_all():
     assert [code for code, _, _ in results] == [2, 2]
     assert other.startswith("error: JAXLLM_CPU=abacus")
     assert leader == f"error: process 1: {other.removeprefix('error: ')}"
+
+
+def test_other_versions(tmp_path):
+    """Process 1 believes that it has another JAX."""
+    code = "from importlib import metadata\nreal = metadata.version\n"
+    code += "metadata.version = lambda name: '0.0.1' if name == 'jax' else real(name)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    results = generate(2, "--prompt-ids", "1,2", own=lambda i: {"PYTHONPATH": str(tmp_path)} if i else {})
+    expected = f"error: process 1 has the version of jax 0.0.1, process 0 has {version('jax')}\n"
+    assert results == [(2, "", expected)] * 2
