@@ -20,7 +20,8 @@ from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
 from jaxllm.leading import Leader, follow
 from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, find_checkpoint, load
-from jaxllm.processes import Group, add_processes, fingerprint, joined
+from jaxllm.meeting import Group
+from jaxllm.processes import add_processes, fingerprint, joined
 from jaxllm.sampling import Sampling
 
 # Options of `load` with the same names here.

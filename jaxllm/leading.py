@@ -10,7 +10,7 @@ from typing import Any
 from jaxllm.decoding import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import Completion, LanguageModel, Prompt
-from jaxllm.processes import Group
+from jaxllm.meeting import Group
 from jaxllm.sampling import Sampling
 
 

@@ -20,7 +20,8 @@ from covering import some
 import jaxllm
 from jaxllm.errors import InputError
 from jaxllm.loading import find_checkpoint
-from jaxllm.processes import Launch, launch
+from jaxllm.meeting import Launch
+from jaxllm.processes import launch
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["checkpoints/qwen3_moe", "deepseek/v3_fp8", "gpt_oss/mxfp4"]
