@@ -19,6 +19,7 @@ from jaxllm.errors import InputError
 # Every command: the module with its `parser` and `run`, and what it does.
 COMMANDS = {
     "generate": ("jaxllm.generate", "answer prompts, or talk with a model"),
+    "serve": ("jaxllm.serve", "answer requests over HTTP, as OpenAI's API has them"),
     "convert": ("jaxllm.convert", "write a checkpoint in another type or another kind of file"),
     "calibrate": ("jaxllm.calibrate", "find out which inputs matter, for better low-bit types"),
     "perplexity": ("jaxllm.perplexity", "measure how well a model predicts a text"),

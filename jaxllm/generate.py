@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -50,10 +51,17 @@ def parser() -> Parser:
         p.add_argument(f"--{name}", type=TYPES.get(option.name, float), metavar=metavar, help=help)
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (0)")
 
+    add_loading(p)
+    add_processes(p)
+    p.add_argument("--json", action="store_true", help="print one JSON object per prompt on stdout, and nothing else")
+    return p
+
+
+def add_loading(p: argparse.ArgumentParser) -> None:
+    """The options that say how the model is loaded; `loading` reads them."""
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
     p.add_argument("--ep", type=int, default=1, metavar="N", help="distribute experts over N groups of devices")
     p.add_argument("--dp", type=int, default=1, metavar="N", help="distribute the prompts of a batch over N copies")
-    add_processes(p)
     add_quantizing(p)
     add_matformer(p)
     add_adapters(p)
@@ -86,8 +94,15 @@ def parser() -> Parser:
     p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="length of the context (the model's own)")
 
-    p.add_argument("--json", action="store_true", help="print one JSON object per prompt on stdout, and nothing else")
-    return p
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `load`."""
+    return {
+        "mesh": f"tp={args.tp},ep={args.ep},dp={args.dp}",
+        **quantizing(args),
+        "adapters": adapters(args),
+        **{name: getattr(args, name) for name in LOADING},
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,12 +121,7 @@ def answer(args: argparse.Namespace, group: Group) -> None:
     if devices % group.count:
         raise InputError(f"{devices} devices (--tp, --ep, --dp) cannot be shared out among {group.count} processes")
     emulate_devices(devices // group.count)
-    options = {
-        "mesh": f"tp={args.tp},ep={args.ep},dp={args.dp}",
-        **quantizing(args),
-        "adapters": adapters(args),
-        **{name: getattr(args, name) for name in LOADING},
-    }
+    options = loading(args)
     if group.count > 1:
         group.agree("the option", {name: str(value) for name, value in options.items()})
         group.agree("the file", fingerprint(find_checkpoint(args.model)))
