@@ -32,6 +32,9 @@ def parser() -> Parser:
         help=f"what clients have to know; the variable {KEY} does not show in lists of processes",
     )
     p.add_argument("--slots", type=int, default=8, metavar="N", help="how many answers are made at once (8)")
+    p.add_argument(
+        "--capacity", type=int, metavar="N", help="tokens of a prompt and its answer (the model's, up to 4096)"
+    )
     p.add_argument("--queue", type=int, default=64, metavar="N", help="how many more may wait (64)")
     p.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds after which an answer ends (600)")
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds for what runs, after SIGTERM (30)")
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         model = load(args.model, **loading(args))
         if model.tokenizer is None:
             raise InputError(f"{model.name} has no tokenizer, and what is served is text")
-        worker = Worker(lambda: Engine(model, args.slots), args.slots + args.queue, args.timeout)
+        worker = Worker(lambda: Engine(model, args.slots, args.capacity), args.slots + args.queue, args.timeout)
         name = args.name or (model.name if Path(args.model).exists() else args.model)
         app = application(model, worker, name, key)
         host, port = listener.getsockname()[:2]
@@ -77,6 +80,8 @@ def _check(args: argparse.Namespace, key: str | None) -> None:
         raise InputError("--queue and --grace must be 0 or above, --timeout above 0")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port {args.port}: must be 0 to 65535")
+    if key and not (key.isascii() and key.isprintable()):
+        raise InputError("the API key has characters that headers of HTTP cannot have: use ASCII")
     if not key and not _is_loopback(args.host):
         raise InputError(f"--host {args.host} lets other machines in: give --api-key KEY, or set {KEY}")
 

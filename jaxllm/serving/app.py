@@ -58,7 +58,7 @@ class Service:
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
         assert model.tokenizer and worker.engine
         self._tokenizer, self._worker, self._name = model.tokenizer, worker, name
-        self._capacity = worker.engine.capacity
+        self._capacity = min(model.max_seq_len, worker.engine.capacity)
         self._model = {
             "id": name,
             "object": "model",

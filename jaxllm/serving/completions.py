@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxllm.engine import TokenLogprob
 from jaxllm.serving.answers import DONE, Choice, counts_usage, new_id, usage
@@ -97,6 +97,6 @@ class TextReply:
 
 def _listed(prompt: Prompts) -> Sequence[str | list[int]]:
     """Prompts as a list of them: a text, or a list of ids, is one."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return prompt if all(isinstance(p, str | list) for p in prompt) else [prompt]  # type: ignore[list-item, return-value]
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return cast(Sequence[str | list[int]], [prompt])
+    return cast(Sequence[str | list[int]], prompt)

@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them: a status, and `{"error": {message, type, param, code}}`."""
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,7 +46,7 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # In unions, pydantic puts the names of the alternatives between those of fields.
-        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+        where = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"\w+", str(part)))
         return RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
     if isinstance(error, InputError):
         return RequestError(400, " ".join(str(error).split()))

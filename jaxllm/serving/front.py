@@ -78,7 +78,7 @@ class Front:
                 raise RequestError(403, f"pages of {headers['origin']} may not use this server")
         elif path not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode()):
                 raise RequestError(
                     401, "no API key, or a wrong one: send 'Authorization: Bearer KEY'", code="invalid_api_key"
                 )
