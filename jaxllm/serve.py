@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         model = load(args.model, **loading(args))
         if model.tokenizer is None:
             raise InputError(f"{model.name} has no tokenizer, and what is served is text")
-        worker = Worker(lambda: Engine(model, args.slots, args.capacity), args.slots + args.queue, args.timeout)
+        worker = Worker(Engine(model, args.slots, args.capacity), args.slots + args.queue, args.timeout)
         name = args.name or (model.name if Path(args.model).exists() else args.model)
         app = application(model, worker, name, key)
         host, port = listener.getsockname()[:2]

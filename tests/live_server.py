@@ -64,7 +64,7 @@ class Live:
 
 @contextlib.contextmanager
 def serving(model, make=Engine, timeout=60, key=None):
-    worker = Worker(lambda: make(model, SLOTS), SLOTS + QUEUE, timeout)
+    worker = Worker(make(model, SLOTS), SLOTS + QUEUE, timeout)
     app = application(model, worker, "tiny", key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 from jaxllm.engine import Completion, TokenLogprob
 from jaxllm.serving.bodies import Sampled
 from jaxllm.serving.errors import RequestError
-from jaxllm.serving.parts import Content, Reasoning, Splitter, ToolCall
+from jaxllm.serving.parts import Content, Part, Reasoning, Splitter, ToolCall
 from jaxllm.serving.worker import Event
 
 DONE = b"data: [DONE]\n\n"
 
-type Part = Content | Reasoning | ToolCall
 
 
 class Reply(Protocol):
@@ -64,7 +63,7 @@ class Choice:
 
     def push(self, event: Event) -> list[Part]:
         """Take in what is new, and return the parts that this makes."""
-        parts: list[Part] = list(self.splitter.push(event.piece.tokens, event.piece.text))
+        parts = self.splitter.push(event.piece.tokens, event.piece.text)
         if event.completion:
             parts += self.splitter.finish()
             self.completion = event.completion

@@ -56,7 +56,7 @@ class Service:
     """The routes. Arguments are those of `application`."""
 
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
-        assert model.tokenizer and worker.engine
+        assert model.tokenizer
         self._tokenizer, self._worker, self._name = model.tokenizer, worker, name
         self._capacity = min(model.max_seq_len, worker.engine.capacity)
         self._model = {

@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxllm.serving.answers import DONE, Choice, Part, counts_usage, new_id, usage
+from jaxllm.serving.answers import DONE, Choice, counts_usage, new_id, usage
 from jaxllm.serving.bodies import Chat, NamedTool, SchemaFormat
+from jaxllm.serving.constraints import after_reasoning, required
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.logprobs import chat_logprobs
-from jaxllm.serving.parts import Content, Reasoning, ToolCall, after_reasoning, splitter_for
-from jaxllm.serving.tools import required
+from jaxllm.serving.parts import Content, Part, Reasoning, ToolCall
+from jaxllm.serving.splitter import splitter_for
 from jaxllm.serving.worker import Event
 from jaxllm.structured import Constraint
 from jaxllm.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def _constraint(
             raise RequestError(
                 400, "response_format says what content is, but tool_choice leaves none", param="tool_choice"
             )
-        return required(tokenizer, tools, chosen.function.name if isinstance(chosen, NamedTool) else None)
+        return required(tokenizer, prompt, tools, chosen.function.name if isinstance(chosen, NamedTool) else None)
     if not is_bound:
         return None
     if tools:

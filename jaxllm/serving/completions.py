@@ -9,7 +9,7 @@ from jaxllm.serving.answers import DONE, Choice, counts_usage, new_id, usage
 from jaxllm.serving.bodies import Prompts, Text
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.logprobs import text_logprobs
-from jaxllm.serving.parts import Content
+from jaxllm.serving.parts import Content, Part
 from jaxllm.serving.worker import Event
 from jaxllm.tokenizer import Tokenizer
 
@@ -19,10 +19,10 @@ MAX_TOKENS = 16  # what OpenAI makes by default
 class Unsplit:
     """A splitter that finds nothing but content."""
 
-    def push(self, tokens: Sequence[int], text: str) -> list[Content]:
+    def push(self, tokens: Sequence[int], text: str) -> list[Part]:
         return [Content(text)] if text else []
 
-    def finish(self) -> list[Content]:
+    def finish(self) -> list[Part]:
         return []
 
 

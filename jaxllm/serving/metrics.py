@@ -60,9 +60,7 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("jaxllm_live", "answers that run or wait", self._worker.live)
         engine = self._worker.engine
-        if engine is None:  # it failed, and is made anew for the next request
-            return
         yield GaugeMetricFamily("jaxllm_running", "answers in slots", engine.running)
         yield GaugeMetricFamily("jaxllm_slots", "answers that can run at once", engine.slots)
         for name, value in asdict(engine.stats).items():
-            yield CounterMetricFamily(f"jaxllm_{name}", f"{name.replace('_', ' ')} since the engine was made", value)
+            yield CounterMetricFamily(f"jaxllm_{name}", f"{name.replace('_', ' ')} since the start", value)

@@ -70,7 +70,7 @@ class Worker:
     """Answers requests with an engine that runs in a thread.
 
     Args:
-        make: gives an engine; called again after one has failed.
+        engine: nobody else may use it.
         most: how many answers may run and wait.
         timeout: seconds after which an answer ends with the tokens that it has.
 
@@ -78,10 +78,9 @@ class Worker:
         live: how many answers run and wait.
     """
 
-    def __init__(self, make: Callable[[], Engine], most: int, timeout: float) -> None:
-        self.engine: Engine | None = make()
-        self.most, self.live = most, 0
-        self._make, self._timeout = make, timeout
+    def __init__(self, engine: Engine, most: int, timeout: float) -> None:
+        self.engine, self.most, self.live = engine, most, 0
+        self._timeout = timeout
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._running: dict[int, tuple[Job, int, Answer]] = {}  # by the answer's id()
         self._stopped = False
@@ -149,25 +148,30 @@ class Worker:
         while not self._stopped:
             try:
                 self._obey()
-                if self.engine and self.engine.busy:
+                if self.engine.busy:
                     self._report(self.engine.step())
             except Exception as error:
-                LOG.exception("the engine failed; %d answers are lost", len(self._running))
-                jobs = {id(job): job for job, _, _ in self._running.values()}
-                self._running.clear()
-                self.engine = None  # its cache may be half written
-                self._post([(job, error) for job in jobs.values()])
+                LOG.exception("a step of the engine failed")
+                self._give_up(error)
 
     def _obey(self) -> None:
         """Do what was commanded; wait for a command if there is nothing else to do."""
-        if not (self.engine and self.engine.busy):
+        if not self.engine.busy:
             self._commands.get()()
         with suppress(queue.Empty):
             while True:
                 self._commands.get_nowait()()
 
+    def _give_up(self, error: Exception) -> None:
+        """End the answers that a failure took with it: those that ran or, if none did, also those that wait."""
+        entries = list(self._running.values())
+        lost = [entry for entry in entries if entry[2].done] or entries
+        for _, _, answer in lost:
+            self.engine.cancel(answer)
+            del self._running[id(answer)]
+        self._post([(job, error) for job, _, _ in lost])
+
     def _add(self, job: Job, asks: Sequence[Mapping[str, Any]]) -> None:
-        self.engine = self.engine or self._make()
         try:
             for index, ask in enumerate(asks):
                 answer = self.engine.add(**ask)
@@ -179,7 +183,6 @@ class Worker:
     def _cancel(self, job: Job) -> None:
         answers = [answer for other, _, answer in self._running.values() if other is job]
         for answer in answers:
-            assert self.engine
             self.engine.cancel(answer)
         self._report(answers)
 
