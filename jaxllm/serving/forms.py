@@ -97,7 +97,7 @@ def _named_call(pattern: str, text: str) -> ToolCall:
 
 
 def _glm_calls(text: str, schemas: Schemas) -> list[ToolCall]:
-    """`name`, and for each argument `<arg_key>key</arg_key><arg_value>value</arg_value>`: text as it is, others as JSON."""
+    """`name`, and `<arg_key>key</arg_key><arg_value>value</arg_value>` for each argument, text as it is."""
     pair = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*"
     found = re.fullmatch(rf"\s*([^\s<]+)\s*((?:{pair})*)", text, re.DOTALL)
     if found is None:

@@ -88,7 +88,8 @@ class Bare:
             return [Content(text)]
         self._text += text
         start = "".join(self._without_tags(self._text[:100]).split())
-        if any(start.startswith(begun) or begun.startswith(start) for begun in self._BEGINNINGS):
+        beginnings = (*self._BEGINNINGS, *self._form.tags)
+        if any(start.startswith(beginning) or beginning.startswith(start) for beginning in beginnings):
             return []
         content, self._text = self._text, None
         return [Content(content)]
