@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the engine; `jaxllm.serve` starts it."""
+"""An OpenAI-compatible server over the engine, which `jaxllm.serve` starts."""
