@@ -167,6 +167,15 @@ def spelled(tokenizer: Tokenizer, text: str) -> str:
     return f"<[{token}]>" if is_special else json.dumps(text)
 
 
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What a token is in a text, which may be a part of a character; of a special token, its name.
+
+    Raises:
+        InputError: the tokenizer is of a kind that llguidance does not read.
+    """
+    return _tokenizer(tokenizer).decode_bytes([token])
+
+
 _TOKENIZERS: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 
 

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the engine, which `jaxllm.serve` starts."""
+"""An OpenAI-compatible server over the engine: what goes over HTTP, and the parts of answers."""

@@ -6,13 +6,30 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxllm.engine import Completion, TokenLogprob
+from jaxllm.sampling import Sampling
 from jaxllm.serving.bodies import Sampled
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.parts import Content, Part, Reasoning, Splitter, ToolCall
 from jaxllm.serving.worker import Event
+from jaxllm.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
+
+@dataclass(frozen=True)
+class Served:
+    """What answers have to know of the model.
+
+    Attributes:
+        name: what clients call it.
+        capacity: the most tokens that a prompt and its answer may have together.
+        sampling: what a request leaves open.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    capacity: int
+    sampling: Sampling
 
 
 class Reply(Protocol):

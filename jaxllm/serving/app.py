@@ -15,7 +15,7 @@ from starlette.routing import Route
 from jaxllm.language_model import LanguageModel
 from jaxllm.serving import bodies
 from jaxllm.serving.answering import Answering
-from jaxllm.serving.answers import Reply
+from jaxllm.serving.answers import Reply, Served
 from jaxllm.serving.chat import ChatReply
 from jaxllm.serving.completions import TextReply
 from jaxllm.serving.errors import RequestError
@@ -57,14 +57,14 @@ class Service:
 
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
         assert model.tokenizer
-        self._tokenizer, self._worker, self._name = model.tokenizer, worker, name
-        self._capacity = min(model.max_seq_len, worker.engine.capacity)
+        capacity = min(model.max_seq_len, worker.engine.capacity)
+        self._worker, self._served = worker, Served(name, model.tokenizer, capacity, model.sampling)
         self._model = {
             "id": name,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "jaxllm",
-            "max_model_len": self._capacity,  # vLLM's name for it
+            "max_model_len": capacity,  # vLLM's name for it
             "summary": str(model.summary()),
         }
         self.routes = [
@@ -80,25 +80,21 @@ class Service:
         self.metrics = Metrics(worker, [route.path for route in self.routes])
 
     async def _chat(self, request: Request) -> Answering:
-        return await self._answer(
-            request, bodies.Chat, lambda body: ChatReply(self._tokenizer, self._name, self._capacity, body)
-        )
+        return await self._answer(request, bodies.Chat, ChatReply)
 
     async def _completions(self, request: Request) -> Answering:
-        return await self._answer(request, bodies.Text, lambda body: TextReply(self._tokenizer, self._name, body))
+        return await self._answer(request, bodies.Text, TextReply)
 
     async def _responses(self, request: Request) -> Answering:
-        return await self._answer(
-            request, bodies.Response, lambda body: ResponseReply(self._tokenizer, self._name, self._capacity, body)
-        )
+        return await self._answer(request, bodies.Response, ResponseReply)
 
     async def _answer[B: bodies.Options](
-        self, request: Request, kind: type[B], reply: Callable[[B], Reply]
+        self, request: Request, kind: type[B], reply: Callable[[Served, B], Reply]
     ) -> Answering:
         self._worker.check_room()  # before anything is read or computed
         body = kind.model_validate_json(await _read(request))
         self._check_name(body.model)
-        made = await asyncio.to_thread(reply, body)  # texts can be long, and schemas large
+        made = await asyncio.to_thread(reply, self._served, body)  # texts can be long, and schemas large
         return Answering(self._worker, made, bool(body.stream), self.metrics)
 
     async def _models(self, request: Request) -> Response:
@@ -119,8 +115,8 @@ class Service:
         return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     def _check_name(self, name: str) -> None:
-        if name != self._name:
-            message = f"there is no model '{name}' here, only '{self._name}'"
+        if name != self._served.name:
+            message = f"there is no model '{name}' here, only '{self._served.name}'"
             raise RequestError(404, message, code="model_not_found", param="model")
 
 

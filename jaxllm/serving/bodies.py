@@ -4,12 +4,12 @@ A field that is unknown is an error, as it is at OpenAI: a setting that is silen
 refused. Fields that do not change an answer are listed in `Idle`. Ranges of sampling options are checked by `Sampling`.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 SAMPLING = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
 
@@ -83,8 +83,14 @@ class Sampled(Options):
 # Conversations.
 
 
+def _is_text(type: str) -> str:
+    if type not in ("text", "input_text", "output_text"):
+        raise ValueError(f"'{type}' is not understood here, only text")
+    return type
+
+
 class TextPart(Body):
-    type: Literal["text", "input_text", "output_text"]
+    type: Annotated[str, AfterValidator(_is_text)]
     text: str
     annotations: Any = None
     logprobs: Any = None
@@ -99,7 +105,7 @@ def text_of(content: Content) -> str:
 
 
 def _arguments(text: str) -> str:
-    if not isinstance(json.loads(text), dict):
+    if not isinstance(from_json(text), dict):
         raise ValueError("the arguments of a call must be a JSON object")
     return text
 
@@ -139,7 +145,7 @@ class Message(Body):
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+                    "function": {"name": call.function.name, "arguments": from_json(call.function.arguments)},
                 }
                 for call in self.tool_calls
             ]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxllm.serving.answers import DONE, Choice, counts_usage, new_id, usage
+from jaxllm.serving.answers import DONE, Choice, Served, counts_usage, new_id, usage
 from jaxllm.serving.bodies import Chat, NamedTool, SchemaFormat
 from jaxllm.serving.constraints import after_reasoning, required
 from jaxllm.serving.errors import RequestError
@@ -19,15 +19,13 @@ from jaxllm.tokenizer import Tokenizer
 class Conversation:
     """A conversation that is to be continued: what the engine has to do, and how the answers are taken apart.
 
-    Args:
-        capacity: the most tokens that prompt and answer may have together.
-
     Raises:
         InputError: the chat template refuses it, or a schema is none.
         RequestError: it asks for things that exclude each other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, capacity: int, body: Chat) -> None:
+    def __init__(self, served: Served, body: Chat) -> None:
+        tokenizer = served.tokenizer
         tools = [tool.function.for_template() for tool in body.tools or ()] if body.tool_choice != "none" else []
         variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
         if tools:
@@ -39,7 +37,7 @@ class Conversation:
         n = body.n or 1
         ask = body.asked() | {
             "prompt": prompt,
-            "max_new_tokens": body.max_completion_tokens or body.max_tokens or capacity,
+            "max_new_tokens": body.max_completion_tokens or body.max_tokens or served.capacity,
             "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
             "constraint": _constraint(tokenizer, prompt, body, tools),
         }
@@ -72,13 +70,13 @@ class ChatReply:
 
     end = DONE
 
-    def __init__(self, tokenizer: Tokenizer, name: str, capacity: int, body: Chat) -> None:
+    def __init__(self, served: Served, body: Chat) -> None:
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        talk = Conversation(tokenizer, capacity, body)
+        talk = Conversation(served, body)
         self.asks, self._choices = talk.asks, talk.choices
-        self._tokenizer, self._counts = tokenizer, counts_usage(body)
-        self._common = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": name}
+        self._tokenizer, self._counts = served.tokenizer, counts_usage(body)
+        self._common = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": served.name}
 
     def begin(self) -> list[dict[str, Any]]:
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self._choices))]
@@ -137,7 +135,7 @@ def _delta(part: Part, calls: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 def _message(choice: Choice) -> dict[str, Any]:
     content = choice.content or (None if choice.calls else "")
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if choice.reasoning:
         message["reasoning_content"] = choice.reasoning
     if choice.calls:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from jaxllm.engine import TokenLogprob
-from jaxllm.serving.answers import DONE, Choice, counts_usage, new_id, usage
+from jaxllm.serving.answers import DONE, Choice, Served, counts_usage, new_id, usage
 from jaxllm.serving.bodies import Prompts, Text
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.logprobs import text_logprobs
 from jaxllm.serving.parts import Content, Part
 from jaxllm.serving.worker import Event
-from jaxllm.tokenizer import Tokenizer
 
 MAX_TOKENS = 16  # what OpenAI makes by default
 
@@ -31,9 +30,10 @@ class TextReply:
 
     end = DONE
 
-    def __init__(self, tokenizer: Tokenizer, name: str, body: Text) -> None:
+    def __init__(self, served: Served, body: Text) -> None:
         if body.echo and body.logprobs is not None:
             raise RequestError(400, "log-probabilities of a prompt are not computed: echo or logprobs", param="echo")
+        tokenizer = served.tokenizer
         prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in _listed(body.prompt)]
         self._each = body.n or 1
         ask = body.asked() | {"max_new_tokens": body.max_tokens or MAX_TOKENS, "logprobs": body.logprobs}
@@ -46,7 +46,7 @@ class TextReply:
             "id": new_id("cmpl-"),
             "object": "text_completion",
             "created": int(time.time()),
-            "model": name,
+            "model": served.name,
         }
 
     def begin(self) -> list[dict[str, Any]]:

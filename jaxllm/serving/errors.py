@@ -44,10 +44,15 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # In unions, pydantic puts the names of the alternatives between those of fields.
-        where = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"\w+", str(part)))
-        return RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+        # Where there are alternatives, each has an error. The one that fits best got furthest, and names of alternatives
+        # (types, and classes with capitals) stand between those of fields.
+        found = max(
+            error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"])
+        )
+        parts = (str(part) for part in found["loc"])
+        where = ".".join(part for part in parts if re.fullmatch("[a-z0-9_]+", part) and part not in ("str", "int"))
+        message = found["msg"].removeprefix("Value error, ")
+        return RequestError(400, f"{where}: {message}" if where else message, param=where or None)
     if isinstance(error, InputError):
         return RequestError(400, " ".join(str(error).split()))
     return RequestError(500, "the server failed to answer this request", "server_error", "internal_error")

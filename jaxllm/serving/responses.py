@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jaxllm.serving.answers import new_id, usage
+from jaxllm.serving.answers import Served, new_id, usage
 from jaxllm.serving.bodies import (
     SAMPLING,
     Call,
@@ -28,7 +28,6 @@ from jaxllm.serving.chat import Conversation
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.parts import Content, Reasoning, ToolCall
 from jaxllm.serving.worker import Event
-from jaxllm.tokenizer import Tokenizer
 
 # Items that hold text: what the text is called, with the fields that clients expect beside it.
 TEXT: dict[str, dict[str, Any]] = {
@@ -37,17 +36,34 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 START: dict[str, dict[str, Any]] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
 IDS = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
-ECHOED = (
-    "instructions",
-    "max_output_tokens",
-    "metadata",
-    "temperature",
-    "top_p",
-    "text",
-    "reasoning",
-    "tools",
-    "tool_choice",
-)
+# What a response repeats of its request, and what it says otherwise.
+ECHOED: dict[str, Any] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "temperature": None,
+    "top_p": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "text": {"format": {"type": "text"}},
+    "reasoning": None,
+    "tools": [],
+    "tool_choice": "auto",
+    "metadata": {},
+    "safety_identifier": None,
+    "prompt_cache_key": None,
+}
+# What no request changes here.
+FIXED: dict[str, Any] = {
+    "error": None,
+    "background": False,
+    "max_tool_calls": None,
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "service_tier": "default",
+    "store": False,
+    "top_logprobs": 0,
+    "truncation": "disabled",
+}
 
 
 def as_chat(body: Response) -> Chat:
@@ -167,21 +183,24 @@ class ResponseReply:
 
     end = b""
 
-    def __init__(self, tokenizer: Tokenizer, name: str, capacity: int, body: Response) -> None:
-        talk = Conversation(tokenizer, capacity, as_chat(body))
+    def __init__(self, served: Served, body: Response) -> None:
+        talk = Conversation(served, as_chat(body))
         self.asks, [self._choice] = talk.asks, talk.choices
         self._output = Output()
         given = body.model_dump(include=set(ECHOED), exclude_none=True, by_alias=True)
-        self._common = {name: given.get(name) for name in ECHOED} | {
-            "id": new_id("resp_"),
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": name,
-            "error": None,
-            "parallel_tool_calls": True,
-            "tool_choice": given.get("tool_choice", "auto"),
-            "tools": given.get("tools", []),
-        }
+        used = {"temperature": served.sampling.temperature or 0, "top_p": served.sampling.top_p or 1}
+        self._common = (
+            FIXED
+            | ECHOED
+            | used
+            | given
+            | {
+                "id": new_id("resp_"),
+                "object": "response",
+                "created_at": int(time.time()),
+                "model": served.name,
+            }
+        )
 
     def begin(self) -> list[dict[str, Any]]:
         return [
@@ -223,6 +242,7 @@ class ResponseReply:
             "incomplete_details": cut,
             "output": self._output.items,
             "usage": used,
+            "completed_at": int(time.time()) if status == "completed" else None,
         }
 
     def _usage(self) -> dict[str, Any]:
