@@ -19,6 +19,9 @@ class ChatTemplate:
         source: Jinja text.
         variables: what it may use besides the messages, such as `bos_token`.
 
+    Attributes:
+        source: the same text.
+
     Raises:
         InputError: the text is not a template.
     """
@@ -30,6 +33,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = source
         self._variables = dict(variables)
         try:
             self._template = environment.from_string(source)
