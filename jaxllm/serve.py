@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Never
 
 from jaxllm.cli import Parser, execute
-from jaxllm.engine import Engine
+from jaxllm.engine.engine import Engine
 from jaxllm.errors import InputError
 from jaxllm.generate import add_loading, emulate_devices, loading
 from jaxllm.loading import load

@@ -12,7 +12,7 @@ import openai
 import uvicorn
 from tiny_chat import TOKENS
 
-from jaxllm.engine import Engine
+from jaxllm.engine.engine import Engine
 from jaxllm.serving.app import application
 from jaxllm.serving.worker import Worker
 
@@ -55,7 +55,7 @@ class Live:
         return raw
 
     def wait(self, condition):
-        for _ in range(1000):
+        for _ in range(6000):
             if condition(self.worker):
                 return
             time.sleep(0.01)
@@ -68,6 +68,7 @@ def serving(model, make=Engine, timeout=60, key=None):
     app = application(model, worker, "tiny", key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that who does not read is noticed soon
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:

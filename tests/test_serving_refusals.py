@@ -72,7 +72,7 @@ BAD = {
     "another model": chat("there is no model 'gpt-4' here, only 'tiny'", 404, model="gpt-4"),
     "no messages": chat("messages: ", messages=[]),
     "another role": turn("messages.0.role: ", role="cat"),
-    "an image": turn("messages.0.content", content=[IMAGE]),
+    "an image": turn("messages.0.content.0.type: 'image_url' is not understood here, only text", content=[IMAGE]),
     "a long prompt": turn("tokens", content="x" * 2000),
     "a broken call": turn("arguments: ", role="assistant", tool_calls=[BROKEN_CALL]),
     "an unknown field": chat("colour: Extra inputs", colour="red"),
@@ -101,14 +101,15 @@ BAD = {
     "a schema that nothing satisfies": schema("Unsatisfiable", allOf=[{"type": "string"}, {"type": "null"}]),
     "a schema that explodes": schema("too long to compile", type="integer", multipleOf=1_000_003),
     "a variable with a field": chat("'tools' has a field of its own", chat_template_kwargs={"tools": []}),
-    "no prompt": text("prompt", prompt=None),
+    "no prompt": text("prompt: Field required", prompt=None),
     "an empty prompt": text("empty", prompt=""),
     "no prompts": text("empty", prompt=[]),
     "ids outside the vocabulary": text("999999", prompt=[1, 999_999]),
     "ids and texts": text("prompt", prompt=[1, "x"]),
     "a suffix": text("suffix: ", suffix="y"),
     "log-probabilities of the prompt": text("echo", echo=True, logprobs=1),
-    "no input": response("input", input=None),
+    "an item of another kind": response("input.0: ", input=[{"type": "computer_call"}]),
+    "no input": response("input: Field required", input=None),
     "empty input": response("messages: ", input=[]),
     "a stored conversation": response("previous_response_id: ", previous_response_id="resp_1"),
 }
@@ -254,14 +255,13 @@ def test_openai_s_client_closes_a_stream(slow):
     slow.wait(lambda worker: worker.live == 0 and not worker.engine.busy)
 
 
-def test_a_client_that_does_not_read(live, monkeypatch):
+def test_a_client_that_does_not_read(live, monkeypatch, caplog):
     monkeypatch.setattr(front, "PATIENCE", 0.3)
-    readers = []
-    for _ in range(SLOTS):  # one after the other: each has room for its answer, but not for all of what is sent
-        readers.append(live.open(max_tokens=900, stream=True, logprobs=True, top_logprobs=20))
-    status, _, _ = live.request()
-    assert status == 200
+    caplog.set_level("INFO")
+    readers = [live.open(max_tokens=300, stream=True, logprobs=True, top_logprobs=20) for _ in range(SLOTS)]
+    assert live.request()[0] == 200
     live.wait(lambda worker: worker.live == 0 and not worker.engine.busy)
+    assert caplog.text.count("the client has gone") == SLOTS  # 300 times 21 probabilities fill the buffers
     for raw in readers:
         raw.close()
 
@@ -297,14 +297,13 @@ def test_a_step_that_fails(model, caplog):
 def test_a_signal_lets_answers_end(tmp_path):
     """A process, as users have it: it answers, and what runs at the end is answered."""
     command = "-m", "jaxllm.serve", "--model", write_chat(tmp_path / "tiny.gguf"), "--dtype", "float32", "--port", "0"
-    process = start(*command)
-    line = process.stderr.readline()
-    assert line.startswith("serving tiny.gguf at http://127.0.0.1:")
-    with openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none", max_retries=0) as client:
-        stream = client.chat.completions.create(
-            model="tiny.gguf", messages=SAY, max_tokens=300, stream=True, logit_bias={EOS: -100}
-        )
-        next(stream), next(stream)
-        process.send_signal(signal.SIGTERM)
-        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-    assert (process.wait(timeout=60), process.communicate()) == (0, ("", ""))
+    with start(*command) as process:
+        line = process.stderr.readline()
+        assert line.startswith("serving tiny.gguf at http://127.0.0.1:")
+        fields = CHAT | {"model": "tiny.gguf", "max_tokens": 200, "stream": True, "logit_bias": {EOS: -100}}
+        with openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(**fields)
+            next(stream), next(stream)
+            process.send_signal(signal.SIGTERM)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert (process.wait(timeout=60), process.communicate()) == (0, ("", ""))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxllm.engine import Completion, TokenLogprob
+from jaxllm.engine.answer import Completion, TokenLogprob
 from jaxllm.sampling import Sampling
 from jaxllm.serving.bodies import Sampled
 from jaxllm.serving.errors import RequestError

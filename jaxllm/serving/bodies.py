@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import from_json
 
 SAMPLING = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
@@ -16,6 +16,12 @@ SAMPLING = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "freq
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A null says nothing, also where we do not know the field: clients send back whatever their classes have."""
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class Idle(Body):
@@ -73,7 +79,7 @@ class Sampled(Options):
 
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[str | list[str] | None, AfterValidator(_stops)] = ()
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
 
     def asked(self) -> dict[str, Any]:
@@ -132,8 +138,6 @@ class Message(Body):
     tool_call_id: str | None = None
     refusal: Any = None
     annotations: Any = None
-    audio: None = None
-    function_call: None = None
 
     def for_template(self) -> dict[str, Any]:
         """The turn as chat templates expect it: arguments of calls as objects, reasoning by both of its names."""
@@ -232,8 +236,6 @@ class Text(Sampled):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    best_of: None = None
-    suffix: None = None
 
 
 # /v1/responses writes most of this in other words.
@@ -302,10 +304,24 @@ class ReasoningOptions(Body):
     generate_summary: Any = None
 
 
+def _kind(item: Any) -> str | None:
+    """What an item is called; those that do not say it are messages."""
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputReasoning, Tag("reasoning")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")],
+    Discriminator(_kind),
+]
+
+
 class Response(Options):
     """The body of /v1/responses. Nothing is stored here, so a conversation is sent as a whole each time."""
 
-    input: str | list[InputMessage | InputReasoning | InputCall | InputResult]
+    input: str | list[Item]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
@@ -315,4 +331,3 @@ class Response(Options):
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    previous_response_id: None = None

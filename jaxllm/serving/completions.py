@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-from jaxllm.engine import TokenLogprob
+from jaxllm.engine.answer import TokenLogprob
 from jaxllm.serving.answers import DONE, Choice, Served, counts_usage, new_id, usage
 from jaxllm.serving.bodies import Prompts, Text
 from jaxllm.serving.errors import RequestError

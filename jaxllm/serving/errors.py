@@ -44,8 +44,8 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ValidationError):
-        # Where there are alternatives, each has an error. The one that fits best got furthest, and names of alternatives
-        # (types, and classes with capitals) stand between those of fields.
+        # Where there are alternatives, each has an error. The one that fits best got furthest, and names of types
+        # and classes stand between those of fields.
         found = max(
             error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"])
         )

@@ -26,9 +26,9 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")
 class Front:
     """A middleware: request ids, who may come in, and errors in OpenAI's shape.
 
-    Without a key, whoever reaches the server may use it, and on loopback these are also the pages that a browser of this
-    machine shows: they can send requests, and read the answers too if the name of their host is made to point here. So
-    without a key the host has to be loopback, and a page has to come from here.
+    Without a key, whoever reaches the server may use it, and on loopback these are also the pages that a browser of
+    this machine shows. They can send requests, and they can read the answers too if the name of their host is made to
+    point here. So without a key the host has to be loopback, and a page has to come from here.
 
     Args:
         key: what clients have to know, or None.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxllm.engine import TokenLogprob
+from jaxllm.engine.answer import TokenLogprob
 from jaxllm.structured import token_bytes
 from jaxllm.tokenizer import Tokenizer
 
@@ -23,26 +23,24 @@ def text_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], offset
     Args:
         offset: characters of the text before these tokens.
     """
-    tokens = [_text(tokenizer, l.token) for l in logprobs]
-    offsets = [offset]
-    for token in tokens[:-1]:
-        offsets.append(offsets[-1] + len(token))
+    spelled = [token_bytes(tokenizer, l.token) for l in logprobs]
+    lengths = [len(token.decode(errors="replace")) for token in spelled]
     return {
-        "tokens": tokens,
+        "tokens": [_key(token) for token in spelled],
         "token_logprobs": [l.logprob for l in logprobs],
-        "top_logprobs": [{_text(tokenizer, token): value for token, value in l.top} for l in logprobs],
-        "text_offset": offsets,
+        "top_logprobs": [{_key(token_bytes(tokenizer, token)): value for token, value in l.top} for l in logprobs],
+        "text_offset": [offset + sum(lengths[:i]) for i in range(len(lengths))],
     }
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    return {
-        "token": _text(tokenizer, token),
-        "logprob": logprob,
-        "bytes": list(token_bytes(tokenizer, token)),
-    }
+    spelled = token_bytes(tokenizer, token)
+    return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
 
 
-def _text(tokenizer: Tokenizer, token: int) -> str:
-    """The token's text; bytes that are only a part of a character become U+FFFD."""
-    return token_bytes(tokenizer, token).decode(errors="replace")
+def _key(token: bytes) -> str:
+    """A token's text or, of a part of a character, its bytes as OpenAI's API wrote them: keys have to differ."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

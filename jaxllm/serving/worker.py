@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from jaxllm.engine import Answer, Completion, Engine, Piece
+from jaxllm.engine.answer import Answer, Completion, Piece
+from jaxllm.engine.engine import Engine
 from jaxllm.serving.errors import RequestError
 
 LOG = logging.getLogger("jaxllm.serving")
