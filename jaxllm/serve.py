@@ -64,13 +64,15 @@ def run(args: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _exit)  # which uvicorn raises once more after it has ended
-        options = {
-            "log_level": "warning",
-            "access_log": False,
-            "server_header": False,
-            "limit_concurrency": CONNECTIONS,
-        }
-        uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=args.grace, **options)).run([listener])
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=args.grace,
+        )
+        uvicorn.Server(config).run([listener])
 
 
 def _check(args: argparse.Namespace, key: str | None) -> None:

@@ -36,14 +36,15 @@ class Reply(Protocol):
     """The answer to a request in the shape of its endpoint.
 
     Whatever is streamed or not, the same events go through `push`, and so both say the same.
-
-    Attributes:
-        asks: what the engine has to do, the arguments of `Engine.add`.
-        end: what ends a stream after its last object, as it is sent.
     """
 
-    asks: Sequence[dict[str, Any]]
-    end: bytes
+    @property
+    def asks(self) -> Sequence[dict[str, Any]]:
+        """What the engine has to do, the arguments of `Engine.add`."""
+
+    @property
+    def end(self) -> bytes:
+        """What ends a stream after its last object, as it is sent."""
 
     def begin(self) -> list[dict[str, Any]]:
         """What a stream begins with."""

@@ -66,10 +66,6 @@ class StreamOptions(Body):
     include_obfuscation: Any = None
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
 class Sampled(Options):
     """What chat and completions have besides.
 
@@ -78,12 +74,13 @@ class Sampled(Options):
     """
 
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[str | list[str] | None, AfterValidator(_stops)] = ()
+    stop: str | list[str] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
 
     def asked(self) -> dict[str, Any]:
-        return super().asked() | {"stop": self.stop, "logit_bias": self.logit_bias}
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return super().asked() | {"stop": stop, "logit_bias": self.logit_bias}
 
 
 # Conversations.

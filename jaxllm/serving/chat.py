@@ -60,8 +60,9 @@ def _constraint(
         return None
     if tools:
         raise RequestError(400, "response_format together with tools is not supported", param="response_format")
-    is_schema = isinstance(form, SchemaFormat)
-    bound = Constraint.json_schema(form.json_schema.schema_) if is_schema else Constraint.json_object()
+    bound = (
+        Constraint.json_schema(form.json_schema.schema_) if isinstance(form, SchemaFormat) else Constraint.json_object()
+    )
     return after_reasoning(tokenizer, prompt, bound)
 
 
