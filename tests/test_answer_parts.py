@@ -314,6 +314,7 @@ def test_thoughts_are_free_and_content_is_bound(harmony, special):
     thought, content = split(harmony, generate(harmony, after_reasoning(harmony, [], number), 0, begun))
     assert thought == Reasoning("a {") and len(content.text) == 4
     assert after_reasoning(byte_tokenizer(None), [], number) is number
+    assert after_reasoning(tokenizer, tokenizer.encode("<think></think>"), number) is number
 
 
 def tool(**function):

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers
 
 from jaxllm.checkpoint.gguf import open_gguf
 from jaxllm.errors import InputError
-from jaxllm.structured import Constraint, Guide
+from jaxllm.structured import Constraint, Guide, spelled
 from jaxllm.tokenizer import Tokenizer
 
 TEXT = json.loads((Path(__file__).parent / "golden" / "tokenizer_text.json").read_text())
@@ -196,6 +196,23 @@ def test_the_tokens_of_an_enumeration():
     assert guide.ended and set(allowed(guide, 300)) == {0}
 
 
+def test_white_space_between_tokens_is_bounded():
+    tokenizer = few_bytes()
+    guide, space = Guide(Constraint.json_object(), tokenizer), tokenizer.encode(" ")[0]
+    guide.accept(tokenizer.encode("{")[0])
+    for _ in range(40):
+        assert space in allowed(guide, 300)
+        guide.accept(space)
+    assert tokenizer.decode(allowed(guide, 300)) == '"}'
+
+
+def test_tokens_in_grammars():
+    tokenizer = few_bytes()
+    assert spelled(tokenizer, "[TOOL]") == f"<[{tokenizer.backend.token_to_id('[TOOL]')}]>"
+    assert spelled(tokenizer, "[plain]") == '"[plain]"'  # a token, but of text
+    assert spelled(tokenizer, "<tool>") == '"<tool>"'  # no token
+
+
 def test_an_answer_may_end_where_it_could_go_on():
     tokenizer = few_bytes()
     guide = Guide(Constraint.regex("a+"), tokenizer)
@@ -271,7 +288,14 @@ EXPLODING = {
         {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for i in range(9)]} for j in range(9)]},
         "too large",
     ),
-    "ambiguity": ({"anyOf": [{"properties": {"a": {}, f"b{i}": {}}, "type": "object"} for i in range(300)]}, "items"),
+    "ambiguity": (
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"anyOf": [{"properties": {"a": {}, f"b{i}": {}}, "type": "object"} for i in range(300)]},
+        },
+        "items",
+    ),
 }
 
 
