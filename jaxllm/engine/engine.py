@@ -285,7 +285,8 @@ class Engine:
             if slot not in slots:
                 return Row(slot.index, (), draws=False)
             drafted = drafts.get(slot.index, []) if time > 1 else []
-            return Row(slot.index, (-1, *drafted), drafted=len(drafted), draws=slot not in held[:i])
+            start = slot.length if self.drafter else -1  # the device does not know how many guesses were right
+            return Row(slot.index, (-1, *drafted), start, len(drafted), draws=slot not in held[:i])
 
         rows = [row(i, slot) for i, slot in enumerate(held)]
         for slot in slots:

@@ -1,13 +1,13 @@
 """The device's side of an engine: the cache, where each answer stands, and what its request wants."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from jaxllm.decoding import CHUNK
-from jaxllm.drawing import MOST_BIASES, Asked, Drawn, Progress, seed_words
+from jaxllm.drawing import MOST_BIASES, Asked, Drawn, Lines, Progress, seed_words
 from jaxllm.engine.answer import Request
 from jaxllm.layers.cache import KVCache
 from jaxllm.programs import Batch, Programs
@@ -42,7 +42,7 @@ class Sequences:
         # On the host, by the names of Asked's fields; and what has been sent to the devices since it changed.
         self._asked = {
             "sampler": np.tile(np.float32(list(OFF.values())), (count, 1)),
-            "seeds": np.zeros((count, 3), np.uint32),
+            "seeds": np.zeros((count, 2), np.uint32),
             "allowed": np.zeros((count, -(-vocab // 32)), np.uint32),
             "constrained": np.zeros(count, bool),
             "biased": np.full((count, MOST_BIASES), vocab, np.int32),
@@ -54,7 +54,7 @@ class Sequences:
         begun = Progress(number, number, flag, flag.astype(np.int32))
         self._progress: Progress = jax.tree.map(programs.replicate, begun)
         self._nothing = programs.replicate(np.zeros(vocab, bool))
-        self._latest: tuple[tuple[list[Row], int], Batch] | None = None
+        self._latest: tuple[tuple[list[Row], int], Batch, Lines] | None = None
 
     def can_rewind(self, length: int, to: int) -> bool:
         """See `KVCache.can_rewind`."""
@@ -70,7 +70,7 @@ class Sequences:
         ids, added = np.full(MOST_BIASES, vocab, np.int32), np.zeros(MOST_BIASES, np.float32)
         ids[: len(request.bias)], added[: len(request.bias)] = list(request.bias), list(request.bias.values())
         self._set("sampler", sequence, np.float32(values))
-        self._set("seeds", sequence, np.array(seed_words(request.seed, request.stream), np.uint32))
+        self._set("seeds", sequence, seed_words(request.seed, request.stream))
         self._set("constrained", sequence, np.array(request.guide is not None))
         self._set("biased", sequence, ids)
         self._set("biases", sequence, added)
@@ -97,24 +97,30 @@ class Sequences:
         one more than the most that there can be."""
         most = time if any(row.drafted for row in rows) else 1
         if self._latest is None or self._latest[0] != (rows, time):  # most steps have the rows of the step before
-            self._latest = (rows, time), self._batch(rows, time)
+            self._latest = (rows, time), *self._sent_rows(rows, time, most)
         for name, value in self._asked.items():
             if name not in self._sent:
                 self._sent[name] = self._programs.replicate(value.copy())
         asked = Asked(**self._sent | {"sampler": Sampler(self._sent["sampler"])})  # type: ignore[arg-type]
-        self._cache, self._progress, drawn = self._programs.advance(
-            self._cache, self._progress, asked, self._latest[1], window, most
-        )
+        _, batch, lines = self._latest
+        self._cache, logits = self._programs.advance(self._cache, self._progress.newest, batch, window, most)
+        self._progress, drawn = self._programs.draw(logits, lines, asked, self._progress)
         return drawn
 
-    def _batch(self, rows: list[Row], time: int) -> Batch:
-        tokens = np.zeros((len(rows), time), np.int32)
-        for line, row in zip(tokens, rows, strict=True):
+    def _sent_rows(self, rows: list[Row], time: int, most: int) -> tuple[Batch, Lines]:
+        tokens, drafts = np.zeros((len(rows), time), np.int32), np.zeros((len(rows), most - 1), np.int32)
+        for line, guesses, row in zip(tokens, drafts, rows, strict=True):
             line[: len(row.tokens)] = row.tokens
-        columns = ([row.sequence for row in rows], tokens, [len(row.tokens) for row in rows])
-        columns += ([row.start for row in rows], [row.drafted for row in rows])
-        numbers = [self._programs.replicate(np.asarray(column, np.int32)) for column in columns]
-        return Batch(*numbers, self._programs.replicate(np.array([row.draws for row in rows])))
+            guesses[: row.drafted] = row.tokens[1 : 1 + row.drafted]
+
+        def sent(column: Iterable[int]) -> jax.Array:
+            return self._programs.replicate(np.array(list(column), np.int32))
+
+        index, drafted = sent(row.sequence for row in rows), sent(row.drafted for row in rows)
+        counts, starts = sent(len(row.tokens) for row in rows), sent(row.start for row in rows)
+        draws = self._programs.replicate(np.array([row.draws for row in rows]))
+        batch = Batch(index, self._programs.replicate(tokens), counts, starts, drafted)
+        return batch, Lines(index, self._programs.replicate(drafts), drafted, draws)
 
     def _set(self, name: str, sequence: int, value: np.ndarray) -> None:
         if not np.array_equal(self._asked[name][sequence], value):
