@@ -115,9 +115,9 @@ class Programs:
             last = jnp.clip(last, 0, tokens.shape[1] - 1)[..., None]
             return (cache, model.logits(jnp.take_along_axis(hidden, last, axis=1))), seen
 
-        def begin(at: Progress, row: jax.Array, prompted: jax.Array) -> Progress:
+        def begin(at: Progress, row: jax.Array, drawn: jax.Array, prompted: jax.Array) -> Progress:
             return Progress(
-                at.newest, at.drawn.at[row].set(0), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
+                at.newest, at.drawn.at[row].set(drawn), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
             )
 
         def copy(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
@@ -198,9 +198,10 @@ class Programs:
         """Draw the next tokens from what `advance` returned, see `drawing.draw`. `at` is donated."""
         return self._run(("draw", logits.shape, len(at.newest)), draw, logits, lines, asked, at, donated=3)
 
-    def begin(self, at: Progress, row: int, prompted: np.ndarray) -> Progress:
-        """Progress (donated) where the answer of a sequence is about to begin, after a prompt of tokens `[vocab]`."""
-        args = at, self.replicate(np.int32(row)), self.replicate(prompted)
+    def begin(self, at: Progress, row: int, drawn: int, prompted: jax.typing.ArrayLike) -> Progress:
+        """Progress (donated) where the answer of a sequence has `drawn` tokens, after a prompt of tokens bool
+        `[vocab]`."""
+        args = at, self.replicate(np.int32(row)), self.replicate(np.int32(drawn)), self.replicate(prompted)
         return self._run(("begin", at.answered.shape), self._begin, *args, donated=0)
 
     def copy(self, cache: KVCache, source: int, target: int) -> KVCache:

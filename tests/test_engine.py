@@ -248,13 +248,16 @@ class Oracle:
     most = 4
 
     def __init__(self, texts, wrong=99):
-        self.texts, self.wrong, self.asked = texts, wrong, 0
+        self.texts, self.wrong = texts, wrong
 
-    def guess(self, sequences):
-        self.asked += 1
+    def prepare(self, slots, capacity):
+        assert slots >= 1
+
+    def guess(self, answers):
         found = {}
-        for number, tokens in sequences.items():
-            [text] = [text for text in self.texts if text[: len(tokens)] == list(tokens)]
+        for number, answer in answers.items():
+            tokens = answer.known
+            [text] = [text for text in self.texts if text[: len(tokens)] == tokens]
             right = text[len(tokens) : len(tokens) + self.most]
             found[number] = [token if i < self.wrong else (token + 1) % 50 for i, token in enumerate(right)]
         return found
@@ -289,7 +292,25 @@ def test_rings_survive_wrong_guesses(load_once):
     assert answer.completion.tokens == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}])
+def test_a_model_guesses(load_once, model, tmp_path_factory, options):
+    """Itself, which is always right; and another, which shares only the vocabulary."""
+    expected = [model.generate(p, 15, eos_ids=(), seed=4, **options).tokens for p in PROMPTS[:3]]
+    path = tmp_path_factory.mktemp("other") / "other.gguf"
+    write(path, Tiny(layers=1, seed=5))
+    other = load_once(path, mesh="tp=1", dtype="float32", weights="packed")
+    for helper in (model, other):
+        engine = jaxllm.Engine(model, 2, 64, drafter=jaxllm.DraftModel(helper, 3))
+        answers = [engine.add(p, 15, seed=4, eos_ids=(), **options) for p in PROMPTS[:3]]
+        run(engine)
+        assert [answer.completion.tokens for answer in answers] == expected
+        stats = engine.stats
+        assert (stats.accepted == stats.drafted) if helper is model else (stats.accepted < stats.drafted)
+        assert stats.steps <= 10 or helper is other
+
+
 def test_text_is_looked_up_where_it_occurred_before():
     lookup = jaxllm.PromptLookup(most=3)
-    guesses = lookup.guess({4: [1, 2, 3, 9, 8, 1, 2, 3], 7: [1, 2, 3], 9: [5, 6, 1, 5, 6, 2, 5, 6]})
-    assert guesses == {4: [9, 8, 1], 9: [2, 5, 6]}  # the newest occurrence
+    assert lookup.continuation([1, 2, 3, 9, 8, 1, 2, 3]) == [9, 8, 1]
+    assert lookup.continuation([5, 6, 1, 5, 6, 2, 5, 6]) == [2, 5, 6]  # the newest occurrence
+    assert lookup.continuation([1, 2, 3]) == []

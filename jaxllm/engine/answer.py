@@ -121,6 +121,11 @@ class Answer:
         completion.prompt_tokens = len(request.ids)
         completion.logprobs = None if request.logprobs is None else []
 
+    @property
+    def known(self) -> list[int]:
+        """The tokens of prompt and answer."""
+        return [*self.request.ids, *self.completion.tokens]
+
     def take(self) -> Piece:
         """What came since the last call."""
         (text, tokens), c = self._taken, self.completion

@@ -103,7 +103,7 @@ class Engine:
             raise InputError(
                 f"slots={slots}, capacity={capacity}: must be 1 or above, and a capacity at most {model.max_seq_len}"
             )
-        self.model, self.drafter = model, drafter
+        self.model = model
         self.slots, self.capacity = slots, bucket(capacity, SMALLEST_CACHE)
         self.stats = Stats()
         self._slots = [Slot(i) for i in range(slots)]
@@ -112,6 +112,7 @@ class Engine:
         self._sequences: Sequences | None = None  # made when they are first needed, and again after an interruption
         self._version: object = None  # of the parameters
         self._begun, self._prefilled = 0, False
+        self.drafter = drafter
 
     @property
     def waiting(self) -> int:
@@ -120,6 +121,16 @@ class Engine:
     @property
     def running(self) -> int:
         return sum(slot.answer is not None for slot in self._slots)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        if drafter is not None:
+            drafter.prepare(self.slots, self.capacity)
+        self._drafter = drafter
 
     @property
     def busy(self) -> bool:
@@ -332,11 +343,10 @@ class Engine:
         """Guesses of what follows the newest token of each answer, as many as it may still get."""
         if self.drafter is None:
             return {}
-        free = {slot.index: (slot, slot.answer) for slot in slots if slot.answer and slot.answer.request.guide is None}
-        known = {index: [*answer.request.ids, *answer.completion.tokens] for index, (_, answer) in free.items()}
-        room = {index: answer.request.limit - slot.drawn - 1 for index, (slot, answer) in free.items()}
-        guesses = self.drafter.guess(known).items()
-        return {index: guess[: room[index]] for index, guess in guesses if guess[: room[index]]}
+        free = {slot.index: slot.answer for slot in slots if slot.answer and slot.answer.request.guide is None}
+        guesses = self.drafter.guess(free) if free else {}
+        room = {index: answer.request.limit - len(answer.completion.tokens) - 1 for index, answer in free.items()}
+        return {index: guess[: room[index]] for index, guess in guesses.items() if guess[: room[index]]}
 
     def _decoding(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.decodes]

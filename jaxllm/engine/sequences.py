@@ -64,8 +64,8 @@ class Sequences:
         """Let `target` hold what `source` holds."""
         self._cache = self._programs.copy(self._cache, source, target)
 
-    def begin(self, sequence: int, request: Request) -> None:
-        """An answer is about to begin."""
+    def begin(self, sequence: int, request: Request, drawn: int = 0) -> None:
+        """An answer is about to begin, or to go on after `drawn` tokens (of which penalties then do not know)."""
         values, vocab = request.sampling.values(), self._programs.vocab_size
         ids, added = np.full(MOST_BIASES, vocab, np.int32), np.zeros(MOST_BIASES, np.float32)
         ids[: len(request.bias)], added[: len(request.bias)] = list(request.bias), list(request.bias.values())
@@ -81,7 +81,7 @@ class Sequences:
             occurs = np.zeros(vocab, bool)
             occurs[request.ids] = True
             prompted = self._programs.replicate(occurs)
-        self._progress = self._programs.begin(self._progress, sequence, prompted)
+        self._progress = self._programs.begin(self._progress, sequence, drawn, prompted)
         self._limits[sequence] = len(request.ids) + request.limit
         self._cache = replace(self._cache, limits=self._programs.replicate(self._limits.copy()))
 

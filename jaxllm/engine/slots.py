@@ -54,7 +54,7 @@ class Slot:
         """The tokens that it holds."""
         if self.answer is None:
             return self.held
-        return [*self.answer.request.ids, *self.answer.completion.tokens][: self.length]
+        return self.answer.known[: self.length]
 
     def leave(self) -> None:
         """The answer has ended; what was computed stays."""
