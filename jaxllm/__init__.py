@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxllm.engine.answer import Completion as Completion
+    from jaxllm.engine.drafting import DraftModel as DraftModel
     from jaxllm.engine.drafting import PromptLookup as PromptLookup
     from jaxllm.engine.engine import Engine as Engine
     from jaxllm.engine.memory import Memory as Memory
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Completion": "engine.answer",
     "Constraint": "structured",
+    "DraftModel": "engine.drafting",
     "Engine": "engine.engine",
     "InputError": "errors",
     "LanguageModel": "language_model",

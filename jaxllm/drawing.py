@@ -1,14 +1,17 @@
 """From logits to the next tokens of many sequences, each drawn as its own request wants.
 
-A token depends on its sequence alone: the random key of token i of an answer is made of the request's seed, the number
-of its stream, and i. So neighbours, and tokens that were drafted and checked together, change nothing.
+A token depends on its sequence alone: the random numbers for token i of an answer are made of the request's seed, the
+number of its stream, and i. So neighbours, and tokens that were drafted and checked together, change nothing.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend.random import threefry_2x32
 
 from jaxllm.sampling import Sampler, Seen
 
@@ -23,7 +26,7 @@ class Asked:
 
     Attributes:
         sampler: a row for each sequence.
-        seeds: uint32 `[sequences, 3]`, the seed's high and low word, and the number of the random stream.
+        seeds: uint32 `[sequences, 2]`, see `seed_words`.
         allowed: uint32 `[sequences, words]`, a bit for each token; counts where `constrained`, bool `[sequences]`.
         biased: int32 `[sequences, MOST_BIASES]`, tokens, from vocab on for none; and what is added to their logits.
         reports: bool `[sequences]`, whether log-probabilities are wanted.
@@ -74,23 +77,38 @@ class Drawn:
     top_logprobs: jax.Array
 
 
-def draw(
-    logits: jax.Array, drafts: jax.Array, drafted: jax.Array, rows: jax.Array, asked: Asked, at: Progress
-) -> Drawn:
-    """Draw a token after each position, and accept drafted tokens as long as they are what was drawn.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lines:
+    """What the rows of logits are.
+
+    Attributes:
+        rows: int32 `[rows]`, the sequences that they belong to.
+        drafts: int32 `[rows, most - 1]`, guesses of the next tokens, of which the first `drafted[rows]` count.
+        draws: bool `[rows]`, whether a token is wanted.
+    """
+
+    rows: jax.Array
+    drafts: jax.Array
+    drafted: jax.Array
+    draws: jax.Array
+
+
+def draw(logits: jax.Array, given: Lines, asked: Asked, at: Progress) -> tuple[Progress, Drawn]:
+    """Draw a token after each position, and accept guesses as long as they are what was drawn.
 
     Args:
-        logits: float32 `[rows, most, vocab]`, after the newest token and after each draft.
-        drafts: int32 `[rows, most - 1]`, of which the first `drafted[rows]` count.
-        rows: int32 `[rows]`, the sequences that they belong to.
+        logits: float32 `[rows, most, vocab]`, after the newest token and after each guess.
+        at: of all sequences; those for which nothing is wanted stay as they are.
     """
+    rows, drafts = given.rows, given.drafts
     count, most, vocab = logits.shape
-    lines = jnp.arange(count)[:, None]
+    line = jnp.arange(count)[:, None]
     sampler = Sampler(jnp.asarray(asked.sampler.values)[rows])
     biased, constrained, reports = asked.biased[rows], asked.constrained[rows], asked.reports[rows]
 
     def adjusted(x: jax.Array) -> jax.Array:
-        x = x.at[lines, biased].add(asked.biases[rows], mode="drop")
+        x = x.at[line, biased].add(asked.biases[rows], mode="drop")
         tokens = jnp.arange(vocab)
         bits = (asked.allowed[rows][:, tokens // 32] >> (tokens % 32).astype(jnp.uint32)) & 1
         return jnp.where(constrained[:, None] & (bits == 0), -jnp.inf, x)
@@ -100,27 +118,33 @@ def draw(
     def drawn(j: jax.Array) -> jax.Array:
         def seen() -> Seen:
             before = (jnp.arange(most - 1) < j).astype(jnp.int32)
-            answered = at.answered[rows].at[lines, drafts].add(jnp.broadcast_to(before, drafts.shape))
+            answered = at.answered[rows].at[line, drafts].add(jnp.broadcast_to(before, drafts.shape))
             return Seen(at.prompted[rows], answered)
 
         x = lax.dynamic_index_in_dim(logits, j, axis=1, keepdims=False)
         x = lax.cond(adjusts, adjusted, lambda x: x, x)
-        return sampler(x, seen, _keys(asked.seeds[rows], at.drawn[rows] + j))
+        return sampler(x, seen, lambda: _gumbel(asked.seeds[rows], at.drawn[rows] + j, vocab))
 
     tokens = drawn(jnp.int32(0))[:, None] if most == 1 else lax.map(drawn, jnp.arange(most)).T
-    right = (tokens[:, :-1] == drafts) & (jnp.arange(most - 1) < drafted[:, None])
+    right = (tokens[:, :-1] == drafts) & (jnp.arange(most - 1) < given.drafted[:, None])
     counts = 1 + jnp.sum(jnp.cumprod(right, axis=1, dtype=jnp.int32), axis=1)
-    return Drawn(tokens, counts, *_report(logits, tokens, jnp.any(reports)))
+    drawn = Drawn(tokens, counts, *_report(logits, tokens, jnp.any(reports)))
+    return _advanced(at, drawn, rows, given.draws), drawn
 
 
-def _keys(seeds: jax.Array, index: jax.Array) -> jax.Array:
-    """A random key for token `index[rows]` of each answer."""
+def _gumbel(seeds: jax.Array, index: jax.Array, vocab: int) -> jax.Array:
+    """Gumbel noise, float32 `[rows, vocab]`, for token `index[rows]` of each answer.
 
-    def key(seed: jax.Array, index: jax.Array) -> jax.Array:
-        stream = jax.random.fold_in(jax.random.wrap_key_data(seed[:2], impl="threefry2x32"), seed[2])
-        return jax.random.fold_in(stream, index)
+    The numbers are a hash of the two under the key of the answer's seed (Threefry; Salmon et al., 2011).
+    """
 
-    return jax.vmap(key)(seeds, index)
+    def row(seed: jax.Array, index: jax.Array) -> jax.Array:
+        counters = jnp.concatenate([jnp.full(vocab, index, jnp.uint32), jnp.arange(vocab, dtype=jnp.uint32)])
+        bits = threefry_2x32(seed, counters)[:vocab]
+        uniform = lax.bitcast_convert_type(bits >> 9 | np.uint32(0x3F800000), jnp.float32) - 1
+        return -jnp.log(-jnp.log(jnp.maximum(uniform, np.finfo(np.float32).tiny)))
+
+    return jax.vmap(row)(seeds, index)
 
 
 def _report(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -138,8 +162,7 @@ def _report(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> tuple[ja
     return lax.cond(wanted, report, nothing)
 
 
-def advanced(at: Progress, drawn: Drawn, rows: jax.Array, draws: jax.Array) -> Progress:
-    """Where the answers stand after a call. Rows for which not `draws[rows]` stay as they are."""
+def _advanced(at: Progress, drawn: Drawn, rows: jax.Array, draws: jax.Array) -> Progress:
     sequences, vocab = at.answered.shape
     target = jnp.where(draws, rows, sequences)  # what lies outside is dropped
     taken = jnp.arange(drawn.tokens.shape[1]) < drawn.counts[:, None]
@@ -152,6 +175,6 @@ def advanced(at: Progress, drawn: Drawn, rows: jax.Array, draws: jax.Array) -> P
     )
 
 
-def seed_words(seed: int, stream: int) -> tuple[int, int, int]:
-    """The row of `Asked.seeds` of a request."""
-    return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF, stream & 0xFFFFFFFF
+def seed_words(seed: int, stream: int) -> np.ndarray:
+    """The row of `Asked.seeds` of a request, uint32 `[2]`: a hash, because neighbouring seeds should not be alike."""
+    return np.frombuffer(hashlib.blake2b(f"{seed} {stream}".encode(), digest_size=8).digest(), np.uint32)

@@ -214,7 +214,9 @@ class LanguageModel:
             for i, prompt in enumerate(ids)
         ]
         while engine.busy:
-            engine.step()
+            for answer in engine.step():
+                if answer.error:
+                    raise answer.error
         completions = [answer.completion for answer in answers]
         return completions[0] if one else completions
 
@@ -263,6 +265,8 @@ class LanguageModel:
                 memory.reused = answer.completion.cached_tokens
                 if text := answer.take().text:
                     yield text
+            if answer.error:
+                raise answer.error
         finally:
             engine.cancel(answer)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
-from jaxllm.drawing import Asked, Drawn, Progress, advanced, draw
+from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
@@ -36,7 +36,6 @@ class Batch:
         counts: int32 `[rows]`, how many of them are real; the rest is padding.
         starts: int32 `[rows]`, where they stand in their sequences; negative: at the end.
         drafted: int32 `[rows]`, how many of them, the last ones, are drafts that are to be checked.
-        draws: bool `[rows]`, whether a next token is drawn.
     """
 
     rows: jax.Array
@@ -44,7 +43,6 @@ class Batch:
     counts: jax.Array
     starts: jax.Array
     drafted: jax.Array
-    draws: jax.Array
 
 
 def runs_ahead(mesh: Mesh) -> bool:
@@ -103,26 +101,23 @@ class Programs:
             return merge(leaves).logits(hidden)
 
         def advance(
-            leaves: list[jax.Array], cache: KVCache, at: Progress, asked: Asked, batch: Batch, *, window: int, most: int
-        ) -> tuple[tuple[KVCache, Progress, Drawn], dict[str, tracking.Statistics]]:
+            leaves: list[jax.Array], cache: KVCache, newest: jax.Array, batch: Batch, *, window: int, most: int
+        ) -> tuple[tuple[KVCache, jax.Array], dict[str, tracking.Statistics]]:
             model, rows = merge(leaves), batch.rows
             starts = jnp.where(batch.starts < 0, cache.lengths[rows], batch.starts)
             cache = replace(cache, lengths=cache.lengths.at[rows].set(starts))
-            first = jnp.where(batch.tokens[:, 0] < 0, at.newest[rows], batch.tokens[:, 0])
+            first = jnp.where(batch.tokens[:, 0] < 0, newest[rows], batch.tokens[:, 0])
             tokens = batch.tokens.at[:, 0].set(first)
             with tracking.collecting(model, self._tracked(batch, most), _real(batch)) as seen:
                 held = None if self.whole_batches or len(cache.lengths) == 1 else rows
                 hidden, cache = model(tokens, cache, batch.counts, window, self.dtype, held)
             last = (batch.counts - 1 - batch.drafted)[:, None] + jnp.arange(most)
             last = jnp.clip(last, 0, tokens.shape[1] - 1)[..., None]
-            logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))
-            drawn = draw(logits, tokens[:, 1:most], batch.drafted, rows, asked, at)
-            lengths = cache.lengths.at[rows].set(starts + batch.counts - batch.drafted + drawn.counts - 1)
-            return (replace(cache, lengths=lengths), advanced(at, drawn, rows, batch.draws), drawn), seen
+            return (cache, model.logits(jnp.take_along_axis(hidden, last, axis=1))), seen
 
-        def begin(at: Progress, row: jax.Array, prompted: jax.Array) -> Progress:
+        def begin(at: Progress, row: jax.Array, drawn: jax.Array, prompted: jax.Array) -> Progress:
             return Progress(
-                at.newest, at.drawn.at[row].set(0), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
+                at.newest, at.drawn.at[row].set(drawn), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
             )
 
         def copy(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
@@ -182,24 +177,31 @@ class Programs:
         return self._run(("head", hidden.shape), self._head, self.leaves, self.replicate(hidden))
 
     def advance(
-        self, cache: KVCache, at: Progress, asked: Asked, batch: Batch, window: int, most: int
-    ) -> tuple[KVCache, Progress, Drawn]:
-        """Add tokens to some sequences and draw the next ones. The cache and `at` are donated.
+        self, cache: KVCache, newest: jax.Array, batch: Batch, window: int, most: int
+    ) -> tuple[KVCache, jax.Array]:
+        """Add tokens to some sequences of the cache, which is donated. Returns it, and logits float32
+        `[rows, most, vocab]` after the last token of each row that is no draft, and after its drafts.
 
         Args:
+            newest: int32 `[sequences]`, what negative tokens stand for.
             window: see `Context`.
-            most: the most tokens that a row can get: one more than it has drafts. With drafts, `tokens` are as many.
+            most: one more than there are drafts, at most. With drafts, `batch.tokens` has as many columns.
         """
         key = "advance", batch.tokens.shape, most, len(cache.lengths), cache.capacity, window, self.tracks
-        outputs = lambda: ((cache.shardings, self._replicated, self._replicated), self._replicated)  # noqa: E731
+        outputs = lambda: ((cache.shardings, self._replicated), self._replicated)  # noqa: E731
         program = partial(self._advance, window=window, most=most)
-        result, seen = self._run(key, program, self.leaves, cache, at, asked, batch, outputs=outputs, donated=(1, 2))
+        result, seen = self._run(key, program, self.leaves, cache, newest, batch, outputs=outputs, donated=1)
         self._keep(seen)
         return result
 
-    def begin(self, at: Progress, row: int, prompted: np.ndarray) -> Progress:
-        """Progress (donated) where the answer of a sequence is about to begin, after a prompt of tokens `[vocab]`."""
-        args = at, self.replicate(np.int32(row)), self.replicate(prompted)
+    def draw(self, logits: jax.Array, lines: Lines, asked: Asked, at: Progress) -> tuple[Progress, Drawn]:
+        """Draw the next tokens from what `advance` returned, see `drawing.draw`. `at` is donated."""
+        return self._run(("draw", logits.shape, len(at.newest)), draw, logits, lines, asked, at, donated=3)
+
+    def begin(self, at: Progress, row: int, drawn: int, prompted: jax.typing.ArrayLike) -> Progress:
+        """Progress (donated) where the answer of a sequence has `drawn` tokens, after a prompt of tokens bool
+        `[vocab]`."""
+        args = at, self.replicate(np.int32(row)), self.replicate(np.int32(drawn)), self.replicate(prompted)
         return self._run(("begin", at.answered.shape), self._begin, *args, donated=0)
 
     def copy(self, cache: KVCache, source: int, target: int) -> KVCache:

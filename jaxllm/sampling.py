@@ -105,11 +105,13 @@ class Sampler:
         """A row for each of `samplings`."""
         return cls(np.array([sampling.values() for sampling in samplings], np.float32))
 
-    def __call__(self, logits: jax.Array, seen: Callable[[], Seen], keys: jax.Array) -> jax.Array:
-        """Token ids int32 `[rows]` from logits `[rows, vocab]`, with one random key per row.
+    def __call__(self, logits: jax.Array, seen: Callable[[], Seen], noise: Callable[[], jax.Array]) -> jax.Array:
+        """Token ids int32 `[rows]` from logits `[rows, vocab]`.
 
         Args:
             seen: what the penalties need; only computed if there are any.
+            noise: independent draws of the Gumbel distribution, float32 `[rows, vocab]`. The largest sum of a logit and
+                its noise is a draw of the softmax of the logits (Gumbel, 1954).
         """
         values = dict(zip(OFF, jnp.split(jnp.asarray(self.values), len(OFF), axis=-1), strict=True))
 
@@ -126,7 +128,7 @@ class Sampler:
             scaled = logits / jnp.where(draws, values["temperature"], 1.0)
             for name, cut in CUTS.items():
                 scaled = step(name, scaled, lambda x, name=name, cut=cut: cut(x, values[name]))
-            return jnp.where(draws[:, 0], jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32), likeliest)
+            return jnp.where(draws[:, 0], jnp.argmax(scaled + noise(), axis=-1).astype(jnp.int32), likeliest)
 
         return lax.cond(jnp.any(draws), draw, lambda: likeliest)
 

@@ -10,9 +10,9 @@ def watch(monkeypatch, model, before=lambda batch: None, after=lambda batch: Non
     """Call `before` and `after` with the batch of each call that adds tokens to sequences."""
     advance = model.programs.advance
 
-    def watched(cache, at, asked, batch, window, most):
+    def watched(cache, newest, batch, window, most):
         before(batch)
-        result = advance(cache, at, asked, batch, window, most)
+        result = advance(cache, newest, batch, window, most)
         after(batch)
         return result
 

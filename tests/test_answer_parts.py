@@ -314,6 +314,7 @@ def test_thoughts_are_free_and_content_is_bound(harmony, special):
     thought, content = split(harmony, generate(harmony, after_reasoning(harmony, [], number), 0, begun))
     assert thought == Reasoning("a {") and len(content.text) == 4
     assert after_reasoning(byte_tokenizer(None), [], number) is number
+    assert after_reasoning(tokenizer, tokenizer.encode("<think></think>"), number) is number
 
 
 def tool(**function):
@@ -327,7 +328,12 @@ def tool(**function):
         ("tagged", TOOLS, "rain", "none is called 'rain'"),
         ("tagged", [{"type": "function"}], None, r"tools\[0\]: a function with a 'name'"),
         ("tagged", [tool(name="two words")], None, "with a 'name'"),
-        ("tagged", [tool(name="f", parameters={"type": "strung"})], None, "JSON schema: Invalid type"),
+        (
+            "tagged",
+            [tool(name="f", parameters={"type": "strung"})],
+            None,
+            "tools: the parameters of f: JSON schema: Invalid type",
+        ),
         ("tagged", [tool(name="f", parameters=[1])], None, "JSON schema: it has to be an object"),
         ("glm", TOOLS, None, "no form of calls that can be forced"),
     ],

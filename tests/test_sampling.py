@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.drawing import _gumbel, seed_words
 from jaxllm.errors import InputError
 from jaxllm.sampling import Sampler, Sampling, Seen, frequent, min_p, present, repeated, top_k, top_p
 
@@ -63,9 +64,9 @@ def test_penalties_move_seen_tokens_only():
 
 
 def draws(samplings, count=4000):
-    keys = jax.vmap(jax.random.key)(jnp.arange(3 * count)).reshape(count, 3)
+    noise = jax.random.gumbel(jax.random.key(0), (count, 3, VOCAB))
     sampler = Sampler.of(samplings if isinstance(samplings, list) else [samplings] * 3)
-    return np.asarray(jax.lax.map(lambda k: sampler(jnp.asarray(LOGITS), lambda: SEEN, k), keys))
+    return np.asarray(jax.lax.map(lambda noise: sampler(jnp.asarray(LOGITS), lambda: SEEN, lambda: noise), noise))
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -116,3 +117,14 @@ def test_each_row_is_drawn_as_it_asks():
 def test_numbers_out_of_range(bad):
     with pytest.raises(InputError, match=f"{list(bad)[-1]}=.*: must be "):
         Sampling(**bad)
+
+
+def test_the_noise_is_gumbels():
+    """Its mean is Euler's constant and its variance pi^2 / 6; no two rows, tokens or seeds have the same."""
+    seeds = np.stack([seed_words(seed, stream) for seed in (1, 2) for stream in (0, 1)])
+    noise = np.asarray(_gumbel(jnp.asarray(np.repeat(seeds, 2, axis=0)), jnp.arange(8) % 2, 4001))
+    assert noise.mean() == pytest.approx(0.5772, abs=0.03)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, rel=0.03)
+    assert np.abs(np.corrcoef(noise) - np.eye(8)).max() < 0.08
+    again = np.asarray(_gumbel(jnp.asarray(seeds[:1]), jnp.array([1]), 4001))
+    np.testing.assert_array_equal(again[0], noise[1])

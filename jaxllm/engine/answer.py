@@ -36,7 +36,7 @@ class Completion:
         prompt_tokens: length of the prompt.
         cached_tokens: how many of these the cache held already, so that they were not processed.
         finish_reason: "stop" if the model or a stop text ended the answer, "length" if a limit did, "cancelled" if
-            someone did.
+            someone did, "error" if it could not go on.
         prefill_tok_s: processed prompt tokens per second, until the first token of the answer.
         decode_tok_s: tokens per second from the second token on. (The first decode step has costs of its own.)
         logprobs: of each token, where they were asked for.
@@ -108,16 +108,23 @@ class Answer:
     Attributes:
         completion: all that there is of it so far.
         done: whether it has ended.
+        error: why it could not go on; None: nothing went wrong.
     """
 
     def __init__(self, request: Request, completion: Completion, tokenizer: Tokenizer | None) -> None:
         self.request, self.completion, self.done = request, completion, False
+        self.error: InputError | None = None
         self.times: list[float] = []  # when it was begun, and when each of its tokens came
         self._stream = tokenizer.stream() if tokenizer else None
         self._held = ""  # the beginning of what may become a stop text
         self._taken = 0, 0
         completion.prompt_tokens = len(request.ids)
         completion.logprobs = None if request.logprobs is None else []
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens of prompt and answer."""
+        return [*self.request.ids, *self.completion.tokens]
 
     def take(self) -> Piece:
         """What came since the last call."""
@@ -147,6 +154,11 @@ class Answer:
         if self._stream is not None and not self._text(self._stream.finish()):
             self.completion.text += self._held
         self._end(self.completion.finish_reason if self.done else reason)
+
+    def fail(self, error: InputError) -> None:
+        """End the answer, because it cannot go on."""
+        self.error = error
+        self.finish("error")
 
     def _end(self, reason: str) -> None:
         c = self.completion

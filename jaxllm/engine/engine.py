@@ -6,10 +6,10 @@ ahead, the next step is started before the newest token is read, so that the dev
 `async_eval`); an answer that ends unforeseen wastes one step of its row.
 """
 
-import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Protocol, Unpack
 
 import numpy as np
@@ -18,11 +18,10 @@ from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket
 from jaxllm.drawing import MOST_BIASES, Drawn
 from jaxllm.engine.answer import Answer, Completion, Prompt, Request, TokenLogprob
 from jaxllm.engine.drafting import Drafter
-from jaxllm.engine.requests import Requests
-from jaxllm.engine.slots import WORTH_COPYING, Slot, in_common
+from jaxllm.engine.sequences import Row, Sequences
+from jaxllm.engine.slots import Slot, find
 from jaxllm.errors import InputError
-from jaxllm.layers.cache import KVCache
-from jaxllm.programs import Batch, Programs
+from jaxllm.programs import Programs
 from jaxllm.sampling import Sampling, SamplingOptions
 from jaxllm.structured import Constraint, Guide
 from jaxllm.tokenizer import Tokenizer
@@ -65,7 +64,7 @@ class Stats:
 class Started:
     """A call whose result has not been read yet: which answer each of its rows belongs to."""
 
-    rows: list[tuple[int, Slot, Answer, int]]  # row, slot, answer, drafts
+    rows: list[tuple[Slot, Answer | None, Row]]
     drawn: Drawn
 
 
@@ -104,17 +103,16 @@ class Engine:
             raise InputError(
                 f"slots={slots}, capacity={capacity}: must be 1 or above, and a capacity at most {model.max_seq_len}"
             )
-        self.model, self.drafter = model, drafter
+        self.model = model
         self.slots, self.capacity = slots, bucket(capacity, SMALLEST_CACHE)
         self.stats = Stats()
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Answer] = deque()
         self._started: deque[Started] = deque()
-        self._cache: KVCache | None = None
-        self._limits = np.zeros(slots, np.int32)
-        self._version: object = None
-        self._count, self._prefilled = 0, False
-        self._batch: tuple[list[int], Batch] | None = None
+        self._sequences: Sequences | None = None  # made when they are first needed, and again after an interruption
+        self._version: object = None  # of the parameters
+        self._begun, self._prefilled = 0, False
+        self.drafter = drafter
 
     @property
     def waiting(self) -> int:
@@ -123,6 +121,16 @@ class Engine:
     @property
     def running(self) -> int:
         return sum(slot.answer is not None for slot in self._slots)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        if drafter is not None:
+            drafter.prepare(self.slots, self.capacity)
+        self._drafter = drafter
 
     @property
     def busy(self) -> bool:
@@ -204,225 +212,153 @@ class Engine:
     def step(self) -> list[Answer]:
         """Do one round. Returns the answers that got something new, or ended."""
         try:
-            self._admit()
-            prompts = [slot for slot in self._slots if slot.prompt_left > 0]
-            if prompts and not (self._prefilled and self._decoding()):
-                self._prefilled = True
-                self._prefill(prompts)
-                return [answer for _ in range(len(self._started)) for answer in self._read()]
-            self._prefilled = False
-            ahead = self._programs.runs_ahead and self.drafter is None and not self._guided()
-            while len(self._started) < (2 if ahead else 1) and (slots := self._decoding()):
-                self._decode(slots)
-            return self._read() if self._started else []
+            return self._round()
         except BaseException:
             self._lose()
             raise
 
-    # Admission.
+    def _round(self) -> list[Answer]:
+        sequences = self._admit()
+        prompts = [slot for slot in self._slots if slot.prompt_left]
+        if prompts and not (self._prefilled and self._decoding()):
+            self._prefilled = True
+            self._prefill(sequences, prompts)
+            return [answer for _ in range(len(self._started)) for answer in self._read(sequences)]
+        self._prefilled = False
+        ahead = self._programs.runs_ahead and self.drafter is None and not self._guided()
+        while len(self._started) < (2 if ahead else 1) and (slots := self._decoding()):
+            self._decode(sequences, slots)
+        return self._read(sequences) if self._started else []
 
-    def _admit(self) -> None:
+    def _admit(self) -> Sequences:
         """Give free slots to those who wait, in their order."""
-        if self._version is not self._programs.version:  # the parameters are others: nothing that is held is right
+        if self._version is not self._programs.version:  # the parameters are others: what is held belongs to the old
             for slot in self._slots:
                 slot.forget()
             self._version = self._programs.version
-        if self._waiting and self._cache is None:
-            self._allocate()
+        if self._sequences is None:
+            self._sequences = Sequences(self._programs, self.slots, self.capacity)
+        sequences, copies = self._sequences, not self._programs.whole_batches
         for answer in list(self._waiting):
-            free = [slot for slot in self._slots if slot.answer is None]
-            if not free:
-                return
-            if not self._comes_soon(answer):
-                self._waiting.remove(answer)
-                self._begin(answer, free)
+            request = answer.request
+            frequencies = self._programs.frequencies(len(request.ids) + request.limit)
+            place = find(self._slots, request.ids, frequencies, sequences.can_rewind, copies)
+            if place is None:
+                continue
+            self._waiting.remove(answer)
+            if place.source is not place.slot:
+                sequences.copy(place.source.index, place.slot.index)
+            self._begun += 1
+            place.slot.take(answer, place.kept, frequencies, self._begun)
+            sequences.begin(place.slot.index, request)
+            self.stats.prompt_tokens += len(request.ids)
+            self.stats.cached_tokens += place.kept
+            answer.times.append(self._clock())
+        return sequences
 
-    def _allocate(self) -> None:
-        programs = self._programs
-        # Where all rows are written together, also those that have nothing new, what they get has to fit somewhere.
-        room = CHUNK if programs.whole_batches else 0
-        self._cache = programs.empty_cache(self.slots, self.capacity + room)
-        self._requests = Requests(programs, self.slots)
-
-    def _reusable(self, slot: Slot, ids: list[int], frequencies: object) -> int:
-        """How many positions of a slot hold the beginning of a prompt (but never its last token)."""
-        assert self._cache is not None
-        same = in_common(slot.known(), ids[:-1]) if slot.frequencies == frequencies else 0
-        return same if self._cache.can_rewind(slot.length, same) else 0
-
-    def _comes_soon(self, answer: Answer) -> bool:
-        """Whether another prompt is being processed that has much in common with this one."""
-        assert self._cache is not None
-        ids, frequencies = answer.request.ids, self._frequencies(answer)
-        if self._programs.whole_batches:
-            return False
-        best = max(self._reusable(slot, ids, frequencies) for slot in self._slots)
-        for slot in self._slots:
-            if slot.answer is not None and slot.prompt_left > 0 and slot.frequencies == frequencies:
-                coming = in_common(slot.answer.request.ids, ids[:-1])
-                if coming >= best + WORTH_COPYING and self._cache.can_rewind(len(slot.answer.request.ids), coming):
-                    return True
-        return False
-
-    def _frequencies(self, answer: Answer) -> object:
-        return self._programs.frequencies(len(answer.request.ids) + answer.request.limit)
-
-    def _begin(self, answer: Answer, free: list[Slot]) -> None:
-        assert self._cache is not None
-        request, frequencies = answer.request, self._frequencies(answer)
-        found = {slot.index: self._reusable(slot, request.ids, frequencies) for slot in self._slots}
-        slot = max(free, key=lambda slot: (found[slot.index], -slot.used))
-        source = max(self._slots, key=lambda slot: found[slot.index])
-        if found[source.index] >= found[slot.index] + WORTH_COPYING and not self._programs.whole_batches:
-            slot = min(free, key=lambda slot: slot.used)
-            self._cache = self._programs.copy(self._cache, source.index, slot.index)
-            found[slot.index] = found[source.index]
-        self._count += 1
-        slot.take(answer, found[slot.index], frequencies, self._count)
-        self._limits[slot.index] = len(request.ids) + request.limit
-        self._cache = replace(self._cache, limits=self._programs.replicate(self._limits))
-        self._requests.begin(slot.index, request)
-        self._batch = None
-        self.stats.prompt_tokens += len(request.ids)
-        self.stats.cached_tokens += found[slot.index]
-        answer.times.append(self._clock())
-
-    # Rounds.
-
-    def _prefill(self, waiting: list[Slot]) -> None:
+    def _prefill(self, sequences: Sequences, waiting: list[Slot]) -> None:
         """Process a piece of the prompts that came first."""
-        assert self._cache is not None
         waiting.sort(key=lambda slot: slot.used)
         budget = PIECE_BESIDE_ANSWERS if self._decoding() else CHUNK
-        first = waiting[0]
-        time = min(bucket(first.prompt_left, SMALLEST), budget)
-        if first.length + time > self._cache.capacity:  # XLA would shift a write that extends past the end
-            time = first.prompt_left
-        group = [slot for slot in waiting if slot.length + time <= self._cache.capacity][: max(1, budget // time)]
+        time = min(bucket(waiting[0].prompt_left, SMALLEST), budget)
+        if waiting[0].length + time > sequences.capacity:  # XLA would shift a write that extends past the end
+            time = waiting[0].prompt_left
+        group = [slot for slot in waiting if slot.length + time <= sequences.capacity][: max(1, budget // time)]
         group = group[: 1 << (len(group).bit_length() - 1)]  # few sizes, few programs
-        rows = self._slots if self._programs.whole_batches else group
-        counts = [min(slot.prompt_left, time) if slot in group else 0 for slot in rows]
-        tokens = np.zeros((len(rows), time), np.int32)
-        for row, slot, count in zip(tokens, rows, counts, strict=True):
-            row[:count] = slot.answer.request.ids[slot.length : slot.length + count] if slot.answer and count else []
-        draws = [count > 0 and slot.prompt_left == count for slot, count in zip(rows, counts, strict=True)]
-        starts = [slot.length for slot in rows]
-        window = min(bucket(max(starts) + time, SMALLEST), self._cache.capacity)
-        for slot, count, drawing in zip(rows, counts, draws, strict=True):
-            slot.length += count
-            slot.drawn += drawing
-        self._start(self._batch_of(rows, tokens, counts, starts, [0] * len(rows), draws), window, 1, rows, draws)
 
-    def _decoding(self) -> list[Slot]:
-        return [slot for slot in self._slots if slot.decodes]
+        def row(slot: Slot) -> Row:
+            if slot not in group or slot.answer is None:
+                return Row(slot.index, (), slot.length, draws=False)
+            tokens = slot.answer.request.ids[slot.length : slot.length + time]
+            return Row(slot.index, tokens, slot.length, draws=len(tokens) == slot.prompt_left)
 
-    def _guided(self) -> bool:
-        return any(slot.answer is not None and slot.answer.request.guide is not None for slot in self._slots)
+        slots = self._slots if self._programs.whole_batches else group
+        rows = [row(slot) for slot in slots]
+        window = min(bucket(max(slot.length for slot in slots) + time, SMALLEST), sequences.capacity)
+        for slot, new in zip(slots, rows, strict=True):
+            slot.length += len(new.tokens)
+            slot.drawn += new.draws
+        self._start(sequences, slots, rows, time, window)
 
-    def _decode(self, slots: list[Slot]) -> None:
+    def _decode(self, sequences: Sequences, slots: list[Slot]) -> None:
         """Start the next step of these answers."""
-        assert self._cache is not None
-        self.stats.steps += 1
-        drafts = self._drafts(slots)
-        rows = self._slots if self._programs.whole_batches else _filled(slots)
-        most = 1 + max(map(len, drafts.values()), default=0)
-        if most > 1:
-            most = 1 + self.drafter.most if self.drafter else 1
-            if max(slot.length for slot in rows) + most > self._cache.capacity:
-                most, drafts = 1, {}
-        draws = [slot in slots and slot not in rows[:i] for i, slot in enumerate(rows)]
-        drafted = [len(drafts.get(slot.index, ())) for slot in rows]
+        drafts, time = self._drafts(slots), 1
+        if drafts and self.drafter:
+            time += self.drafter.most
+            if max(slot.length for slot in self._slots) + time > sequences.capacity:
+                time = 1
+        if self._programs.whole_batches:
+            held = self._slots
+        else:  # filled up to a power of two with the first one, so that few programs are needed
+            held = slots + [slots[0]] * (bucket(len(slots), 1) - len(slots))
+
+        def row(i: int, slot: Slot) -> Row:
+            if slot not in slots:
+                return Row(slot.index, (), draws=False)
+            drafted = drafts.get(slot.index, []) if time > 1 else []
+            start = slot.length if self.drafter else -1  # the device does not know how many guesses were right
+            return Row(slot.index, (-1, *drafted), start, len(drafted), draws=slot not in held[:i])
+
+        rows = [row(i, slot) for i, slot in enumerate(held)]
         for slot in slots:
             slot.length += 1
             slot.drawn += 1
-        if most > 1 or self._batch is None or self._batch[0] != [slot.index for slot in rows]:
-            tokens = np.zeros((len(rows), most), np.int32)
-            for row, slot, count in zip(tokens, rows, drafted, strict=True):
-                row[0], row[1 : 1 + count] = -1, drafts.get(slot.index, ())
-            counts = [(slot in slots) + count for slot, count in zip(rows, drafted, strict=True)]
-            batch = self._batch_of(rows, tokens, counts, [-1] * len(rows), drafted, draws)
-            self._batch = None if most > 1 else ([slot.index for slot in rows], batch)
-        else:
-            batch = self._batch[1]
-        self._start(batch, self._cache.capacity, most, rows, draws, drafted)
+        self.stats.steps += 1
+        self._start(sequences, held, rows, time, sequences.capacity)
 
-    def _drafts(self, slots: list[Slot]) -> dict[int, list[int]]:
-        """Guesses of what follows the newest token of each answer, as many as it may still get."""
-        if self.drafter is None:
-            return {}
-        known = {
-            slot.index: [*slot.answer.request.ids, *slot.answer.completion.tokens]
-            for slot in slots
-            if slot.answer is not None and slot.answer.request.guide is None
-        }
-        room = {slot.index: slot.answer.request.limit - slot.drawn - 1 for slot in slots if slot.answer}
-        guesses = self.drafter.guess(known)
-        return {index: guess[: room[index]] for index, guess in guesses.items() if guess[: room[index]]}
+    def _start(self, sequences: Sequences, slots: list[Slot], rows: list[Row], time: int, window: int) -> None:
+        drawn = sequences.advance(rows, time, window)
+        self._started.append(Started([(slot, slot.answer, row) for slot, row in zip(slots, rows, strict=True)], drawn))
 
-    def _batch_of(
-        self,
-        rows: list[Slot],
-        tokens: np.ndarray,
-        counts: list[int],
-        starts: list[int],
-        drafted: list[int],
-        draws: list[bool],
-    ) -> Batch:
-        numbers = [np.array(x, np.int32) for x in ([slot.index for slot in rows], counts, starts, drafted)]
-        index, real, start, guessed = (self._programs.replicate(x) for x in numbers)
-        return Batch(
-            index, self._programs.replicate(tokens), real, start, guessed, self._programs.replicate(np.array(draws))
-        )
-
-    def _start(
-        self,
-        batch: Batch,
-        window: int,
-        most: int,
-        rows: list[Slot],
-        draws: list[bool],
-        drafted: Sequence[int] | None = None,
-    ) -> None:
-        cache, self._cache = self._cache, None  # it is donated, so that an interrupted call leaves nothing behind
-        assert cache is not None
-        self._cache, drawn = self._requests.advance(cache, batch, window, most)
-        started = [
-            (row, slot, slot.answer, 0 if drafted is None else drafted[row])
-            for row, (slot, drawing) in enumerate(zip(rows, draws, strict=True))
-            if drawing and slot.answer is not None
-        ]
-        self._started.append(Started(started, drawn))
-
-    def _read(self) -> list[Answer]:
+    def _read(self, sequences: Sequences) -> list[Answer]:
         """Wait for the oldest call that has been started, and hand out its tokens."""
         started = self._started.popleft()
-        tokens = np.asarray(started.drawn.tokens)
-        drafting = any(drafts for *_, drafts in started.rows)
-        counts = np.asarray(started.drawn.counts) if drafting else None
-        now, changed = self._clock(), []
-        for row, slot, answer, drafts in started.rows:
-            if answer.done:
+        drawn: Drawn = started.drawn
+        if not any(row.drafted for *_, row in started.rows):  # the others need not be fetched
+            drawn = replace(drawn, counts=np.ones(len(started.rows), np.int32))
+        tokens, counts, now = np.asarray(drawn.tokens), np.asarray(drawn.counts), self._clock()
+        changed = []
+        for i, (slot, answer, row) in enumerate(started.rows):
+            if answer is None or answer.done or not row.draws:
                 continue
-            count = 1 if counts is None else int(counts[row])
-            slot.length += count - 1
-            slot.drawn += count - 1
-            self.stats.drafted += drafts
-            self.stats.accepted += count - 1
-            for j in range(count):
-                self.stats.generated_tokens += 1
-                answer.push(int(tokens[row, j]), now, _logprob(answer.request, started.drawn, row, j))
-                if answer.done:
-                    break
-            self._requests.allow(slot.index, answer.request)
+            more = int(counts[i]) - 1
+            slot.length, slot.drawn = slot.length + more, slot.drawn + more
+            self.stats.drafted, self.stats.accepted = self.stats.drafted + row.drafted, self.stats.accepted + more
+            try:
+                for j in range(more + 1):
+                    answer.push(int(tokens[i, j]), now, _logprob(answer.request, drawn, i, j))
+                    self.stats.generated_tokens += 1
+                    if answer.done:
+                        break
+                else:
+                    sequences.allow(slot.index, answer.request)
+            except InputError as error:  # a grammar that cannot go on
+                answer.fail(error)
             if answer.done:
                 slot.leave()
             changed.append(answer)
         return changed
 
+    def _drafts(self, slots: list[Slot]) -> dict[int, list[int]]:
+        """Guesses of what follows the newest token of each answer, as many as it may still get."""
+        if self.drafter is None:
+            return {}
+        free = {slot.index: slot.answer for slot in slots if slot.answer and slot.answer.request.guide is None}
+        guesses = self.drafter.guess(free) if free else {}
+        room = {index: answer.request.limit - len(answer.completion.tokens) - 1 for index, answer in free.items()}
+        return {index: guess[: room[index]] for index, guess in guesses.items() if guess[: room[index]]}
+
+    def _decoding(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot.decodes]
+
+    def _guided(self) -> bool:
+        """Whether a token has to be known before the next step, as it decides what may come then."""
+        return any(slot.answer is not None and slot.answer.request.guide is not None for slot in self._slots)
+
     def _lose(self) -> None:
         """After an interruption: what was being computed is gone."""
         self._started.clear()
-        self._cache = self._batch = None
+        self._sequences = None
         for slot in self._slots:
             if slot.answer is not None and not slot.answer.done:
                 slot.answer.finish("cancelled")
@@ -431,20 +367,12 @@ class Engine:
 
     def _clock(self) -> float:
         """Seconds, excluding the time that programs are being compiled."""
-        return time.perf_counter() - self._programs.compile_seconds
+        return perf_counter() - self._programs.compile_seconds
 
 
-def _filled(slots: list[Slot]) -> list[Slot]:
-    """Filled up to a power of two with the first one, so that few programs are needed."""
-    return slots + [slots[0]] * (bucket(len(slots), 1) - len(slots))
-
-
-def _logprob(request: Request, drawn: Drawn, row: int, j: int) -> TokenLogprob | None:
+def _logprob(request: Request, drawn: Drawn, i: int, j: int) -> TokenLogprob | None:
     if request.logprobs is None:
         return None
-    top, values = (np.asarray(x)[row, j, : request.logprobs] for x in (drawn.top, drawn.top_logprobs))
-    return TokenLogprob(
-        int(np.asarray(drawn.tokens)[row, j]),
-        float(np.asarray(drawn.logprobs)[row, j]),
-        list(zip(top.tolist(), values.tolist(), strict=True)),
-    )
+    top, values = (np.asarray(x)[i, j, : request.logprobs].tolist() for x in (drawn.top, drawn.top_logprobs))
+    token, logprob = int(np.asarray(drawn.tokens)[i, j]), float(np.asarray(drawn.logprobs)[i, j])
+    return TokenLogprob(token, logprob, list(zip(top, values, strict=True)))

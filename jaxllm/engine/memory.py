@@ -21,6 +21,7 @@ class Memory:
     def engine_for(self, model: Model, positions: int, drafter: Drafter | None = None) -> Engine:
         """An engine with room for prompt and answer: the one of the turn before, if that has as much."""
         if self.engine is None or self.engine.model is not model or self.engine.capacity < positions:
-            self.engine = Engine(model, 1, positions)
-        self.engine.drafter = drafter
+            self.engine = Engine(model, 1, positions, drafter)
+        elif self.engine.drafter is not drafter:
+            self.engine.drafter = drafter
         return self.engine

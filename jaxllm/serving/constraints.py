@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.serving import harmony
 from jaxllm.serving.forms import Form, form_of
 from jaxllm.serving.reasoning import CLOSING, OPENING, starts_inside
@@ -44,7 +45,7 @@ def required(tokenizer: Tokenizer, prompt: Sequence[int], tools: Tools, name: st
     schemas = {tool: schema for tool, schema in schemas_of(tools).items() if name in (None, tool)}
     if not schemas:
         raise InputError("tools: there are none to call" if name is None else f"tools: none is called {name!r}")
-    arguments = {f"arguments_{i}": Constraint.json_schema(schema) for i, schema in enumerate(schemas.values())}
+    arguments = {f"arguments_{i}": _arguments(*named) for i, named in enumerate(schemas.items())}
     calls = dict(zip(schemas, (f"@{part}" for part in arguments), strict=True))
     if harmony.is_harmony(tokenizer):
         call = '"commentary to=functions.{} " <|constrain|> "json" <|message|> {}'
@@ -58,6 +59,11 @@ def required(tokenizer: Tokenizer, prompt: Sequence[int], tools: Tools, name: st
     choice = " | ".join(_lark(tokenizer, form, form.call, tool, part) for tool, part in calls.items())
     lark = f"start: {_lark(tokenizer, form, before)} call {more} {_lark(tokenizer, form, after)}\ncall: {choice}"
     return after_reasoning(tokenizer, prompt, Constraint.compose(lark, arguments))
+
+
+def _arguments(tool: str, schema: Any) -> Constraint:
+    with located(f"tools: the parameters of {tool}"):
+        return Constraint.json_schema(schema)
 
 
 def _lark(tokenizer: Tokenizer, form: Form, text: str, name: str = "", arguments: str = "") -> str:

@@ -22,7 +22,8 @@ def schemas_of(tools: Tools) -> dict[str, Any]:
     found = {}
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
             raise InputError(f"tools[{i}]: a function with a 'name' of letters, digits, '_', '-' and '.' is expected")
         found[name] = function.get("parameters") or _NO_ARGUMENTS
