@@ -30,8 +30,12 @@ class Live:
     port: int
 
     @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
     def client(self):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
 
     def request(self, method="POST", path="/v1/chat/completions", body=CHAT, **headers):
         """The status, the headers and the body of an answer."""

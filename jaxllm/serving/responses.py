@@ -188,6 +188,7 @@ class ResponseReply:
         self.asks, [self._choice] = talk.asks, talk.choices
         self._output = Output()
         given = body.model_dump(include=set(ECHOED), exclude_none=True, by_alias=True)
+        given["tools"] = [tool.model_dump() for tool in body.tools or ()]
         used = {"temperature": served.sampling.temperature or 0, "top_p": served.sampling.top_p or 1}
         self._common = (
             FIXED
@@ -219,7 +220,11 @@ class ResponseReply:
                 case ToolCall():
                     calls = sum(item["type"] == "function_call" for item in self._output.items)
                     events += self._output.add_call(*self._choice.calls[calls])
-        return [*events, *self._output.close(self._status)] if self._choice.completion else events
+        if not self._choice.completion:
+            return events
+        if not self._output.items:
+            events += self._output.add("message", "")  # clients expect something
+        return [*events, *self._output.close(self._status)]
 
     def finish(self) -> list[dict[str, Any]]:
         return [self._output.event(f"response.{self._status}", response=self.whole())]

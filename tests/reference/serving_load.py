@@ -17,16 +17,16 @@ import psutil
 from serving_client import read, stream
 
 TOPICS = "the sea, bread, a lighthouse, two brothers, the moon, a clock, rain, a market, chess, a fox, snow, trains"
-REQUESTS = 48  # different ones; each is first answered alone
+REQUESTS = 24  # different ones; each is first answered alone
 
 
 def request(model: str, i: int) -> dict:
     """Request i: prompts and answers of many lengths, half of them drawn."""
     rng = random.Random(i)
-    topics = rng.choices(TOPICS.split(", "), k=rng.choice([1, 2, 8, 40]))
+    topics = rng.choices(TOPICS.split(", "), k=rng.choice([1, 2, 8, 20]))
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 2 else {"temperature": 0}
     messages = [{"role": "user", "content": f"Tell me a story about {', '.join(topics)}."}]
-    return {"model": model, "messages": messages, "max_tokens": rng.randint(1, 96), **sampling}
+    return {"model": model, "messages": messages, "max_tokens": rng.randint(1, 64), **sampling}
 
 
 async def answer(port: int, body: dict, leave_after: int | None = None) -> str | None:
@@ -60,7 +60,7 @@ async def run(args: argparse.Namespace) -> int:
         rng = random.Random(1000 + number)
         while time.monotonic() < end:
             i = rng.randrange(REQUESTS)
-            leave_after = rng.randint(1, 40) if rng.random() < 0.3 else None
+            leave_after = rng.randint(1, 20) if rng.random() < 0.3 else None
             got = await answer(args.port, bodies[i], leave_after)
             counts["left" if got is None else "equal" if got == alone[i] else "different"] += 1
             if got is not None and got != alone[i]:

@@ -4,7 +4,8 @@
     python serving_speed.py mistral.rs --model FILE.gguf --requests 32      # in this process: PyPI has no server of it
 
 All requests come at once and are greedy chats; each engine gets the same texts. A first round warms up.
-llama.cpp's server is `python -m llama_cpp.server --model FILE.gguf --n_ctx 2048 --interrupt_requests False --port 8001`.
+llama.cpp's server is
+`python -m llama_cpp.server --model FILE.gguf --n_ctx 2048 --interrupt_requests False --port 8001`.
 """
 
 import argparse
