@@ -12,7 +12,7 @@ from jaxllm.serving.logprobs import chat_logprobs
 from jaxllm.serving.parts import Content, Part, Reasoning, ToolCall
 from jaxllm.serving.splitter import splitter_for
 from jaxllm.serving.worker import Event
-from jaxllm.structured import Constraint
+from jaxllm.structured import Constraint, Guide
 from jaxllm.tokenizer import Tokenizer
 
 
@@ -34,12 +34,15 @@ class Conversation:
             variables["reasoning_effort"] = body.reasoning_effort
         turns = [message.for_template() for message in body.messages]
         prompt = tokenizer.encode_chat(turns, **variables)
+        constraint = _constraint(tokenizer, prompt, body, tools)
+        if constraint is not None:
+            Guide(constraint, tokenizer)  # compiles it here, so that the engine's thread finds it compiled
         n = body.n or 1
         ask = body.asked() | {
             "prompt": prompt,
             "max_new_tokens": body.max_completion_tokens or body.max_tokens or served.capacity,
             "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
-            "constraint": _constraint(tokenizer, prompt, body, tools),
+            "constraint": constraint,
         }
         self.asks = [ask | {"stream": stream} for stream in range(n)]
         self.choices = [Choice(splitter_for(tokenizer, prompt, tools)) for _ in range(n)]
