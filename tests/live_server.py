@@ -105,8 +105,9 @@ class Breaking(Engine):
 
     fails = False
 
-    def step(self):
+    def _round(self):
+        changed = super()._round()
         if Breaking.fails:
             Breaking.fails = False
             raise RuntimeError("out of memory")
-        return super().step()
+        return changed

@@ -294,6 +294,18 @@ def test_a_step_that_fails(model, caplog):
         assert live.request("GET", "/health")[0] == 200
 
 
+def test_a_step_that_fails_spares_those_who_wait(model, caplog):
+    with serving(model, Breaking) as live:
+        running = [live.open(max_tokens=900) for _ in range(SLOTS)]
+        live.wait(lambda worker: worker.engine.running == SLOTS)
+        waiting = live.open()
+        live.wait(lambda worker: worker.engine.waiting == 1)
+        Breaking.fails = True
+        for raw, status in [*((raw, b" 500 ") for raw in running), (waiting, b" 200 ")]:
+            assert status in raw.recv(100)
+            raw.close()
+
+
 def test_a_signal_lets_answers_end(tmp_path):
     """A process, as users have it: it answers, and what runs at the end is answered."""
     command = "-m", "jaxllm.serve", "--model", write_chat(tmp_path / "tiny.gguf"), "--dtype", "float32", "--port", "0"
