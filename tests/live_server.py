@@ -100,7 +100,7 @@ class Stuck(Engine):
         return []
 
 
-class Breaking(Engine):
+class Breaking(Slow):
     """Fails when told so, as if memory had run out."""
 
     fails = False
