@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,24 @@ def test_a_required_call_is_one_in_the_form_of_the_model(form, special):
     assert set.union(*names) == {"weather", "now"}
     assert {1} == {len(split(tokenizer, generate(tokenizer, named, seed), tools=TOOLS)) for seed in range(3)}
     assert called(split(tokenizer, generate(tokenizer, named, 0), tools=TOOLS)) == {"weather"}
+
+
+NOW_CALLED = {
+    "tagged": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS][{"name": "now", "arguments": {}}]',
+    "mistral 11": "[TOOL_CALLS]now[ARGS]{}",
+    "granite": '<|tool_call|>[{"name": "now", "arguments": {}}]',
+    "deepseek 3": f"{ALL_BEGIN}{BEGIN}function{SEP}now\n```json\n{{}}\n```{END}{ALL_END}",
+    "deepseek": f"{ALL_BEGIN}{BEGIN}now{SEP}{{}}{END}{ALL_END}",
+    "llama": '{"name": "now", "parameters": {}}',
+}
+
+
+@pytest.mark.parametrize("form", NOW_CALLED)
+def test_a_required_call_is_written_as_the_template_does(form):
+    tokenizer = answering(form, False)
+    text = tokenizer.decode(generate(tokenizer, required(tokenizer, [], TOOLS, "now"), 0))
+    assert re.sub(r"{\s*}", "{}", text) == NOW_CALLED[form]
 
 
 def test_a_required_call_in_harmony_after_thoughts(harmony):
