@@ -160,7 +160,7 @@ ANSWERS = [
     ("tagged", TAG, [PARIS]),
     ("tagged", f"I look.\n\n{TAG}\n{TAG}\n", [Content("I look."), PARIS, PARIS]),
     ("tagged", f'{TAG}<tool_call>{{"name": "now", "arguments": "{{}}"}}</tool_call>', [PARIS, NOW]),
-    ("tagged", "a <tool_call>{oh</tool_call> b", [Content("a<tool_call>{oh</tool_call>b")]),
+    ("tagged", "a <tool_call>{oh</tool_call> b", [Content("a <tool_call>{oh</tool_call> b")]),
     ("tagged", f"{TAG[:40]}", [Content(TAG[:40])]),
     ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Paris", "days": 2}}]', [PARIS]),
     (
@@ -226,6 +226,7 @@ def test_calls_in_the_forms_of_models(form, answer, wanted, special):
         '{"name": 3, "arguments": {}}',
         '{"name": "now", "arguments": [1]}',
         '"now"',
+        "[]",
         "[" * 100_000,
     ],
 )
