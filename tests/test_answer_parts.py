@@ -249,6 +249,25 @@ def test_thoughts_and_then_a_call():
     assert split(tokenizer, tokenizer.encode(answer), tools=TOOLS, most=6) == wanted
 
 
+SCRAPS = [" ", "\n", "a", "é", "{", "}", "[", "]", '"name"', "now", ";", "<", "</", '{"name": "now", "arguments": {}}']
+
+
+@pytest.mark.parametrize("form", [*FORMS, "harmony"])
+def test_parts_do_not_depend_on_how_the_text_comes(harmony, form):
+    rng = random.Random(0)
+    tags = (
+        ["<think>", "</think>", *FORMS[form][1]]
+        if form != "harmony"
+        else [p for case in HARMONY.values() for p in case["pieces"]]
+    )
+    tokenizer = byte_tokenizer(f"{{% if false %}}{' '.join(tags)}{{% endif %}}", rng.sample(tags, len(tags) // 2), tags)
+    tokenizer = harmony if form == "harmony" else tokenizer
+    for seed in range(40):
+        ids = tokenizer.encode("".join(rng.choice(rng.choice([tags, SCRAPS])) for _ in range(rng.randint(0, 14))))
+        at_once = split(tokenizer, ids, tools=TOOLS, most=1000)
+        assert split(tokenizer, ids, tools=TOOLS) == split(tokenizer, ids, tools=TOOLS, seed=seed, most=7) == at_once
+
+
 def generate(tokenizer, constraint, seed, text="", most=4000):
     """Ids of an answer from random logits, as from a temperature above all others."""
     guide, rng = Guide(constraint, tokenizer), np.random.default_rng(seed)
