@@ -98,5 +98,5 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
 def _parts(buffer: Buffer) -> tuple[jax.Array, jax.Array | None]:
     """Numbers or codes, and float32 `[sequences, kv_heads, 1, length]`, what products with each are multiplied by."""
     if isinstance(buffer, Coded):
-        return buffer.codes, buffer.scales.astype(jnp.float32).swapaxes(2, 3)
+        return buffer.unscaled, buffer.scales.astype(jnp.float32).swapaxes(2, 3)
     return buffer, None

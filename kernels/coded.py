@@ -10,6 +10,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.formats.scaled import quotient, scale_for
 from jaxllm.kernels.activations import LIMITS
@@ -23,7 +24,8 @@ class Coded:
     Because both leaves have the same axes, whatever slices, writes or shards all axes but the last does so to both.
 
     Attributes:
-        codes: int8 or float8_e4m3fn `[..., dim]`.
+        codes: `[..., dim]`, int8; or uint8, the bits of float8_e4m3fn (XLA on CPUs would widen all of a buffer of these
+            to write to it).
         scales: bfloat16 `[..., 1]`: the range of float32 in two bytes.
     """
 
@@ -40,7 +42,8 @@ class Coded:
         wide = scales.astype(jnp.float32)
         codes = quotient(jnp.where(wide > 0, x, 0), wide)  # of numbers near 1e-38, the scale is 0
         codes = jnp.round(codes) if dtype == jnp.int8 else codes
-        return cls(codes.astype(dtype), scales)
+        codes = codes.astype(dtype)
+        return cls(codes if dtype == jnp.int8 else lax.bitcast_convert_type(codes, jnp.uint8), scales)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,11 +51,16 @@ class Coded:
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.codes.dtype
+        return jnp.dtype(jnp.int8 if self.codes.dtype == jnp.int8 else jnp.float8_e4m3fn)
+
+    @property
+    def unscaled(self) -> jax.Array:
+        """Codes as int8 or float8_e4m3fn."""
+        return self.codes if self.dtype == jnp.int8 else lax.bitcast_convert_type(self.codes, self.dtype)
 
     def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The numbers that the codes stand for, `[..., dim]`."""
-        return (self.codes.astype(jnp.float32) * self.scales.astype(jnp.float32)).astype(dtype)
+        return (self.unscaled.astype(jnp.float32) * self.scales.astype(jnp.float32)).astype(dtype)
 
 
 Buffer = jax.Array | Coded  # keys or values, as they are cached

@@ -146,7 +146,10 @@ ATTENTION = {
 
 def numbers(held):
     """Keys or values as they are without codes."""
-    return held.codes.astype(jnp.float32) * held.scales.astype(jnp.float32) if isinstance(held, Coded) else held
+    if not isinstance(held, Coded):
+        return held
+    codes = np.asarray(held.codes) if held.codes.dtype == jnp.int8 else np.asarray(held.codes).view("float8_e4m3fn")
+    return jnp.asarray(codes.astype(np.float32) * np.asarray(held.scales, np.float32))
 
 
 @pytest.mark.parametrize("ring", [False, True])

@@ -91,7 +91,7 @@ int64_t type_of(ffi::DataType type) {
     case ffi::F32: return kF32;
     case ffi::F16: return kF16;
     case ffi::S8: return kS8;
-    case ffi::F8E4M3FN: return kE4M3;
+    case ffi::U8: return kE4M3;  // its bits, see kernels/coded.py
     default: return kBF16;
   }
 }
