@@ -39,8 +39,8 @@ class CacheShape:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads; in 8 bits they are
-    `Coded`.
+    """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads; those in 8 bits
+    are `Coded`.
 
     `lengths[batch]` is the number of positions that hold a token. Later positions are never attended to, so they need
     no clearing: a padded prompt leaves garbage there, which later tokens overwrite. `limits[batch]` is the length that
