@@ -136,7 +136,7 @@ class Attention(nnx.Module):
 
 
 def _updated(
-    cache: LayerCache, new: LayerCache, given: _Operands, window: int
+    cache: LayerCache, new: tuple[jax.Array, jax.Array], given: _Operands, window: int
 ) -> tuple[LayerCache, LayerCache, jax.Array | None]:
     """The updated cache, the keys and values to attend to (the cache itself, or those of each row), and their positions
     `[batch or 1, length]` (None: each has its slot's)."""

@@ -184,7 +184,7 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
-def _written(given: _Operands, new: LayerCache) -> LayerCache:
+def _written(given: _Operands, new: tuple[jax.Array, jax.Array]) -> LayerCache:
     """Both buffers updated; a barrier keeps XLA from fusing the updates into their readers (see `Attention`)."""
     start, both = given.positions[:, 0], zip(given.cache, new, strict=True)
     return lax.optimization_barrier(tuple(write(old, x, start, given.rows) for old, x in both))

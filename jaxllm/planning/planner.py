@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, shards
-from jaxllm.layers.cache import KVCache
+from jaxllm.layers.cache import KVCache, LayerCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
 from jaxllm.loading import Settings
@@ -135,7 +135,7 @@ class Sketch:
     def cache(self) -> KVCache:
         return self.model.cache(self.rows, self.capacity, self.settings.cache_dtype, self.mesh)
 
-    def cache_of(self, layer: int) -> tuple[jax.Array, jax.Array]:
+    def cache_of(self, layer: int) -> LayerCache:
         """The keys and values that a layer reads."""
         owners = [i for i, block in enumerate(self.model.layers) if block.cache_of is None]
         owner = self.model.layers[layer].cache_of
