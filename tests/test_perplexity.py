@@ -35,7 +35,7 @@ def test_rounding_activations_to_int8_costs_next_to_nothing(load_once):
     assert perplexity(model, TEXT) == pytest.approx(perplexity(exact, TEXT), rel=0.01)
 
 
-# Measured on these 611 tokens: 0.26 % in int8, 0.11 % in fp8.
+# Measured on these 611 tokens: 0.26 % in int8, 0.11 % in fp8; on 9,439 tokens of documentation, 0.13 % and 0.61 %.
 @pytest.mark.parametrize("cached", some(["int8", "fp8"], ["int8"]))
 def test_caching_in_8_bits_costs_little(load_once, cached):
     model, exact = load_once("demo", dtype="float32", cache_dtype=cached), load_once("demo", dtype="float32")
