@@ -64,11 +64,13 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
     q, keys, values, positions, key_positions, sinks, rows = given
-    held = [leaf for buffer in (keys, values) for leaf in _codes_and_scales(buffer)]
+    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(values)
     arrays = [
         q.astype(jnp.float32),
-        *held[::2],
-        *held[1::2],
+        keys,
+        values,
+        key_scales,
+        value_scales,
         positions,
         jnp.zeros((1, 0), jnp.int32) if key_positions is None else key_positions,
         jnp.zeros(0, jnp.float32) if sinks is None else sinks,
