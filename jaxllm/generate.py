@@ -22,13 +22,24 @@ from jaxllm.engine.memory import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
 from jaxllm.leading import Leader, follow
-from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, find_checkpoint, load
+from jaxllm.loading import CACHE_DTYPES, DTYPES, MATMULS, WEIGHTS, find_checkpoint, load
 from jaxllm.meeting import Group
 from jaxllm.processes import add_processes, fingerprint, joined
 from jaxllm.sampling import Sampling
 
 # Options of `load` with the same names here.
-LOADING = ("merge_adapters", "dtype", "weights", "max_seq_len", "matmul", "attention", "gqa", "config", "matformer")
+LOADING = (
+    "merge_adapters",
+    "dtype",
+    "cache_dtype",
+    "weights",
+    "max_seq_len",
+    "matmul",
+    "attention",
+    "gqa",
+    "config",
+    "matformer",
+)
 TYPES = {"top_k": int}  # of sampling options; the others are float
 
 
@@ -70,6 +81,11 @@ def parser() -> Parser:
     add_adapters(p)
     p.add_argument("--merge-adapters", action="store_true", help="add adapters to the matrices themselves")
     p.add_argument("--dtype", choices=DTYPES, help="of activations")
+    p.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="cache keys and values in 8 bits, with a scale for each head and position",
+    )
     p.add_argument(
         "--weights",
         choices=WEIGHTS,

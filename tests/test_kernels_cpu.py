@@ -18,6 +18,7 @@ from jaxllm.errors import InputError
 from jaxllm.kernels import dense, dispatch
 from jaxllm.kernels.activations import rounding
 from jaxllm.kernels.attention import Cached, Scoring, attend
+from jaxllm.kernels.coded import Coded, stored
 from jaxllm.kernels.cpu import library, native_cpu
 from jaxllm.kernels.norm import rms_norm
 from jaxllm.parallel import COLUMN, ROW
@@ -136,9 +137,20 @@ ATTENTION = {
     "a prompt": (1, 70, 9, 3, 64, 64, 512, 200, "float32", None, None, False),
     "a batch": (2, 5, 4, 2, 16, 8, 64, 30, "float32", None, None, False),
     "everything": (3, 7, 8, 2, 20, 24, 100, 50, "bfloat16", 16, 30.0, True),
+    "a decode step in int8": (2, 1, 9, 3, 64, 64, 1024, 700, "int8", None, None, False),
+    "a prompt in int8": (1, 70, 6, 2, 72, 24, 130, 57, "int8", 16, 30.0, True),
+    "a prompt in fp8": (2, 7, 8, 2, 20, 24, 100, 50, "float8_e4m3fn", None, None, True),
     "latents": (1, 1, 128, 1, 576, 512, 300, 250, "float16", None, None, False),
     "sinks": (1, 33, 10, 1, 40, 16, 64, 20, "float32", 5, None, True),
 }
+
+
+def numbers(held):
+    """Keys or values as they are without codes."""
+    if not isinstance(held, Coded):
+        return held
+    codes = np.asarray(held.codes) if held.codes.dtype == jnp.int8 else np.asarray(held.codes).view("float8_e4m3fn")
+    return jnp.asarray(codes.astype(np.float32) * np.asarray(held.scales, np.float32))
 
 
 @pytest.mark.parametrize("ring", [False, True])
@@ -146,8 +158,8 @@ ATTENTION = {
 def test_attention(name, ring):
     batch, time, heads, kv_heads, dim, value_dim, length, first, dtype, window, cap, has_sinks = ATTENTION[name]
     q = floats(batch, time, heads, dim) * 3 * dim**-0.5
-    keys = floats(batch + 1, kv_heads, length, dim, seed=1).astype(dtype)
-    values = floats(batch + 1, kv_heads, length, value_dim, seed=2).astype(dtype)
+    keys = stored(floats(batch + 1, kv_heads, length, dim, seed=1), dtype)
+    values = stored(floats(batch + 1, kv_heads, length, value_dim, seed=2) * 3, dtype)
     rows = jnp.arange(batch, 0, -1, dtype=jnp.int32)  # of the sequences in the cache
     positions = first + jnp.arange(time, dtype=jnp.int32) + jnp.arange(batch, dtype=jnp.int32)[:, None]
     key_positions = None
@@ -156,7 +168,7 @@ def test_attention(name, ring):
         key_positions, window = jnp.asarray(np.maximum(order, -1), jnp.int32)[None], window or 10_000
     sinks = floats(heads, seed=3) if has_sinks else None
     given, scoring = Cached(q, keys, values, positions, key_positions, sinks, rows), Scoring(length, window, cap)
-    picked = Cached(q, keys[::-1][:-1], values[::-1][:-1], positions, key_positions, sinks)
+    picked = Cached(q, *(numbers(x)[::-1][:-1] for x in (keys, values)), positions, key_positions, sinks)
     for got in (native_cpu.attention(given, scoring), attend(given, scoring)):
         np.testing.assert_allclose(got, attend(picked, scoring), rtol=0, atol=3e-5)
 
