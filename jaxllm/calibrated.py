@@ -20,7 +20,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.gptq import gptq
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.cache import KVCache
+from jaxllm.layers.cache import KVCache, LayerCache
 from jaxllm.layers.context import Context
 from jaxllm.layers.decoder import apply
 from jaxllm.layers.held import dequantized
@@ -171,5 +171,5 @@ def _embed(table: Any, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array
     return table(ids, dtype)
 
 
-def _cache(empty: KVCache, i: int) -> tuple[jax.Array, jax.Array]:
+def _cache(empty: KVCache, i: int) -> LayerCache:
     return empty.keys[i], empty.values[i]

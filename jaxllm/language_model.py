@@ -48,7 +48,7 @@ class LanguageModel:
         config: sizes and settings of the architecture.
         tokenizer: None if the checkpoint has none.
         mesh: the devices that the weights are sharded over.
-        dtype: the dtype of activations and cache.
+        dtype: the dtype of activations.
         max_seq_len: the most tokens that prompt and answer may have together.
         name: the name of the file or directory.
         sampling: what the checkpoint says about sampling.
@@ -73,12 +73,13 @@ class LanguageModel:
         eos_ids: frozenset[int] = frozenset(),
         max_batch_size: int = BATCH,
         int8_blocks: bool = False,
+        cache_dtype: jax.typing.DTypeLike | None = None,
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.name = model.config, tokenizer, mesh, name
         self.dtype, self.max_seq_len, self.sampling = jnp.dtype(dtype), max_seq_len, sampling
         self.eos_ids = eos_ids | (tokenizer.eos_ids if tokenizer else frozenset())
         self.placed, self.max_batch_size = list(placed), max_batch_size
-        self.model, self.programs = model, Programs(model, mesh, dtype, int8_blocks)
+        self.model, self.programs = model, Programs(model, mesh, dtype, int8_blocks, cache_dtype)
         self.adapters = Adapters(model, self.placed, mesh, lambda: self.programs.refresh())
 
     def logits(self, tokens: jax.typing.ArrayLike, *, last_only: bool = False) -> jax.Array:
@@ -134,7 +135,7 @@ class LanguageModel:
                 has room for, or a cache that was used before.
         """
         array = self._token_array(tokens)
-        if cache.keys[0].is_deleted():
+        if cache.lengths.is_deleted():
             raise InputError("this cache was updated in place by an earlier call: use the one that forward returned")
         lengths = np.asarray(cache.lengths)
         if len(array) != len(lengths):
@@ -313,12 +314,12 @@ class LanguageModel:
         def track(results: Iterable, count: int) -> Iterable:
             return tqdm(results, "quantizing", count, unit=" tensors", disable=not show, leave=False, file=sys.stderr)
 
-        int8_blocks = self.programs.int8_blocks
+        kept = self.programs.int8_blocks, self.programs.cache_dtype
         del self.programs  # holds all the old matrices
         try:
             refill(self.model, self.placed, choose, self.dtype, track)
         finally:
-            self.programs = Programs(self.model, self.mesh, self.dtype, int8_blocks)
+            self.programs = Programs(self.model, self.mesh, self.dtype, *kept)
         rows = [
             Row(p.name, before[p.name], p.encoded, chosen.choose(p.name, p.name, p.declaration.shape).why)
             for p in self.placed

@@ -43,6 +43,7 @@ from jaxllm.tracking import Statistics
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("packed", *DTYPES)
 AdapterPath = str | os.PathLike | tuple[str | os.PathLike, float]
+CACHE_DTYPES: dict[str | None, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}
 MATMULS = ("dequant", "fp8", "int8", "int8_blocks")
 
 
@@ -55,6 +56,7 @@ def load(
     topology: str | os.PathLike | Topology | None = None,
     imatrix: str | os.PathLike | Mapping[str, Statistics] | None = None,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
     weights: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
@@ -83,6 +85,8 @@ def load(
             `end_track_stats` returned; `jaxllm calibrate` makes one.
         dtype: the dtype of activations and cache: "bfloat16" or "float32". By default bfloat16; on a CPU float32 with
             the native kernels, which work in it, or if the CPU would emulate bfloat16.
+        cache_dtype: "int8" or "fp8" (E4M3): keys and values are cached in 8 bits, with a scale for each head and
+            position. By default in `dtype`, or as `matmul` says.
         weights: how matrices are held. "packed" (default): the file's own bits, dequantized at every use. "bfloat16" or
             "float32": a copy dequantized once. On a CPU without the native kernels, where dequantizing at every step is
             slow, a copy in `dtype` is made by default if it fits into half of the free memory.
@@ -119,7 +123,8 @@ def load(
     checkpoint = checkpoint if matformer is None else sliced(checkpoint, *matformer)
     known = importance_for(imatrix, checkpoint)
     chosen = recipe(quantize, organization, topology, known)
-    settings = Settings.of(mesh, chosen, dtype, weights, max_seq_len, max_batch_size, attention, progress, matmul)
+    limits = max_seq_len, max_batch_size
+    settings = Settings.of(mesh, chosen, dtype, weights, *limits, attention, progress, matmul, cache_dtype)
     with located(file):
         checkpoint = replace(checkpoint, tensors=with_activations(checkpoint.tensors, settings.matmul))
         return build(checkpoint, settings, read_adapters(adapters), merge_adapters)
@@ -143,6 +148,7 @@ class Settings:
     mesh: Mesh
     quantize: Recipe | None
     dtype: str
+    cache_dtype: str
     weights: str | None
     max_seq_len: int | None
     max_batch_size: int | None
@@ -162,6 +168,7 @@ class Settings:
         attention: str | None,
         progress: bool,
         matmul: str | None = None,
+        cache_dtype: str | None = None,
     ) -> Self:
         """Check the arguments. Raises InputError for a value that makes no sense."""
         devices = make_mesh(mesh)
@@ -174,10 +181,13 @@ class Settings:
             matmul = "int8_blocks" if not lacking and weights == "packed" and dtype is None else "dequant"
         narrow = platform != "cpu" or (lacking and has_bfloat16())
         dtype = _choose("dtype", dtype or ("bfloat16" if narrow else "float32"), DTYPES)
+        # Who rounds activations as llama.cpp does also caches as it does: long contexts read half as many bytes.
+        usual = "float16" if matmul == "int8_blocks" else dtype
+        held = CACHE_DTYPES.get(_choose("cache_dtype", cache_dtype, (*CACHE_DTYPES, None)), usual)
         if max_batch_size is not None and max_batch_size < 1:
             raise InputError(f"max_batch_size={max_batch_size}: must be 1 or above")
         options, shown = {"attention": attention}, progress and sys.stderr.isatty()
-        return cls(devices, quantize, dtype, weights, max_seq_len, max_batch_size, options, shown, matmul)
+        return cls(devices, quantize, dtype, held, weights, max_seq_len, max_batch_size, options, shown, matmul)
 
 
 def build(
@@ -238,6 +248,7 @@ def build(
         texts.eos_ids,
         batch,
         s.matmul == "int8_blocks",
+        s.cache_dtype,
     )
     for one, scale in read:
         loaded.adapters.attach(one, scale)

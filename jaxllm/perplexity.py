@@ -17,7 +17,7 @@ from jaxllm.cli import Parser, adapters, add_adapters, execute
 from jaxllm.decoding import cache_for, hidden_states
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
-from jaxllm.loading import DTYPES, load
+from jaxllm.loading import CACHE_DTYPES, DTYPES, load
 
 
 def perplexity(model: LanguageModel, text: str) -> float:
@@ -50,6 +50,11 @@ def parser() -> Parser:
     p.add_argument("--imatrix", metavar="FILE", help="also compare with this importance matrix, see jaxllm calibrate")
     add_adapters(p)
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations (float32)")
+    p.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="cache keys and values in 8 bits, with a scale for each head and position",
+    )
     return p
 
 
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
     rows, attached = list[tuple](), adapters(args)
     wanted = [(type, imatrix) for type in args.quantize for imatrix in dict.fromkeys((None, args.imatrix))]
     for type, imatrix in ((None, None), *wanted):
-        model = load(args.model, dtype=args.dtype, quantize=type, imatrix=imatrix, adapters=attached, progress=False)
+        options = {"dtype": args.dtype, "cache_dtype": args.cache_dtype, "adapters": attached}
+        model = load(args.model, quantize=type, imatrix=imatrix, **options, progress=False)
         matrices = [p.encoded for p in model.placed if len(p.declaration.shape) > 1]
         bits = 8 * sum(w.nbytes for w in matrices) / sum(np.prod(w.shape) for w in matrices)
         value = perplexity(model, text)

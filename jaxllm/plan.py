@@ -13,6 +13,7 @@ import jax
 
 from jaxllm.cli import Parser, execute
 from jaxllm.generate import emulate_devices
+from jaxllm.loading import CACHE_DTYPES
 from jaxllm.planning.compiling import collectives as collectives
 from jaxllm.planning.compiling import collectives_of as collectives_of
 from jaxllm.planning.compiling import lower_decode as lower_decode
@@ -40,6 +41,7 @@ def parser() -> Parser:
     p.add_argument("--batch", type=int, default=1, metavar="N", help="sequences that are processed together (1)")
     p.add_argument("--context", type=int, metavar="N", help="tokens of each (4096, or as many as the model has)")
     p.add_argument("--quantize", metavar="TYPE", help="plan with matrices quantized, for example to q4_k or 4")
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="plan with keys and values cached in 8 bits")
     p.add_argument("--search", action="store_true", help="rank all meshes of these devices, and plan the best one")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
         context=args.context,
         quantize=args.quantize,
+        cache_dtype=args.cache_dtype,
         search=args.search,
     )
     print(json.dumps(made.json()) if args.json else made)

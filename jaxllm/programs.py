@@ -64,6 +64,7 @@ class Programs:
 
     Attributes:
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
+        cache_dtype: of keys and values; by default that of activations. int8 and float8_e4m3fn are `Coded`.
         runs_ahead: whether calls may return before their results are computed, see the function `runs_ahead`.
         tracks: which statistics of the activations of prompts are collected; None: none.
         whole_batches: whether `advance` has to be given all sequences, in order: where they lie on different devices.
@@ -73,10 +74,16 @@ class Programs:
         version: another object whenever the parameters have changed.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, dtype: jax.typing.DTypeLike, int8_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike,
+        int8_blocks: bool = False,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+    ) -> None:
         self.mesh, self.dtype, self._model, self.int8_blocks = mesh, jnp.dtype(dtype), model, int8_blocks
-        # Who rounds activations as llama.cpp does also caches as it does: long contexts read half as many bytes.
-        self.cache_dtype = jnp.dtype(jnp.float16) if int8_blocks else self.dtype
+        self.cache_dtype = jnp.dtype(cache_dtype or dtype)
         self.tracks: tracking.Kind | None = None
         self.seen: dict[str, tracking.Statistics] = {}
         self.vocab_size = model.config.vocab_size

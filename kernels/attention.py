@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.kernels.coded import Buffer, Coded
+
 
 class Cached(NamedTuple):
     """Queries and the cache that they attend to.
 
     q: `[batch, time, heads, head_dim]`, scaled; queries that share a key/value head are adjacent.
-    keys, values: `[sequences, kv_heads, length, dim]`.
+    keys, values: `[sequences, kv_heads, length, dim]`, both numbers or both `Coded`.
     positions: `[batch, time]`, the position of each query.
     key_positions: `[batch or 1, length]`, the positions of the keys, negative where there is none; None: their indices.
     sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS, after
@@ -21,8 +23,8 @@ class Cached(NamedTuple):
     """
 
     q: jax.Array
-    keys: jax.Array
-    values: jax.Array
+    keys: Buffer
+    values: Buffer
     positions: jax.Array
     key_positions: jax.Array | None = None
     sinks: jax.Array | None = None
@@ -52,10 +54,11 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
     q, keys, values, positions, key_positions, sinks, rows = given
     sliding_window, score_cap = scoring.sliding_window, scoring.score_cap
     if key_positions is None:
-        keys, values = keys[:, :, : scoring.window], values[:, :, : scoring.window]
+        keys, values = jax.tree.map(lambda leaf: leaf[:, :, : scoring.window], (keys, values))
         key_positions = jnp.arange(scoring.window, dtype=jnp.int32)[None]
     if rows is not None:
-        keys, values = keys[rows], values[rows]
+        keys, values = jax.tree.map(lambda leaf: leaf[rows], (keys, values))
+    (keys, key_scales), (values, value_scales) = _parts(keys), _parts(values)
     batch, time, heads, head_dim = q.shape
     kv_heads, length = keys.shape[1:3]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -66,6 +69,8 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk", q, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
     )
+    if key_scales is not None:
+        scores = scores * key_scales
     if score_cap is not None:
         scores = score_cap * jnp.tanh(scores / score_cap)
     back = positions[:, None, None, :, None] - key_positions[:, None, None, None]  # [batch, 1, 1, time, length]
@@ -81,9 +86,17 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
         peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
         weights = jnp.exp(scores - peak)
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    weights = weights.reshape(batch, kv_heads, -1, length).astype(q.dtype)
-    y = jnp.einsum(
-        "bhqk,bhkd->bhqd", weights, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
+    weights = weights.reshape(batch, kv_heads, -1, length)
+    if value_scales is not None:
+        weights = weights * value_scales
+    weights, values = weights.astype(q.dtype), values.astype(q.dtype)
+    y = jnp.einsum("bhqk,bhkd->bhqd", weights, values, precision=precision, preferred_element_type=jnp.float32)
     y = y.reshape(batch, kv_heads, heads // kv_heads, time, -1).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, time, heads, -1).astype(q.dtype)
+
+
+def _parts(buffer: Buffer) -> tuple[jax.Array, jax.Array | None]:
+    """Numbers or codes, and float32 `[sequences, kv_heads, 1, length]`, what products with each are multiplied by."""
+    if isinstance(buffer, Coded):
+        return buffer.unscaled, buffer.scales.astype(jnp.float32).swapaxes(2, 3)
+    return buffer, None

@@ -154,6 +154,7 @@ ERRORS = {
     "prompts that are not text": (["--input-file", sys.executable], "codec can't decode", "demo"),
     "no devices": (["--prompt", "x", "--tp", "0"], "--tp, --ep and --dp must be 1 or above", "demo"),
     "negative temperature": (["--prompt", "x", *FLOAT, "--temperature", "-1"], "temperature=-1.0: must be", "demo"),
+    "no such cache": (["--prompt", "x", "--cache-dtype", "int4"], "invalid choice: 'int4' (choose from", "demo"),
     "no tokens": (["--prompt", "x", *FLOAT, "--max-new-tokens", "0"], "max_new_tokens=0: must be", "demo"),
     "prompt too long": (["--prompt", "x " * 99, *FLOAT, "--max-seq-len", 64], "but the context holds 64", "demo"),
     "empty prompt": (["--prompt", "", "--raw", *FLOAT], "the prompt is empty", "demo"),

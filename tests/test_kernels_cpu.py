@@ -18,7 +18,9 @@ from jaxllm.errors import InputError
 from jaxllm.kernels import dense, dispatch
 from jaxllm.kernels.activations import rounding
 from jaxllm.kernels.attention import Cached, Scoring, attend
+from jaxllm.kernels.coded import Coded, stored
 from jaxllm.kernels.cpu import library, native_cpu
+from jaxllm.kernels.norm import rms_norm
 from jaxllm.parallel import COLUMN, ROW
 
 HERE = Path(__file__).parent
@@ -135,9 +137,20 @@ ATTENTION = {
     "a prompt": (1, 70, 9, 3, 64, 64, 512, 200, "float32", None, None, False),
     "a batch": (2, 5, 4, 2, 16, 8, 64, 30, "float32", None, None, False),
     "everything": (3, 7, 8, 2, 20, 24, 100, 50, "bfloat16", 16, 30.0, True),
+    "a decode step in int8": (2, 1, 9, 3, 64, 64, 1024, 700, "int8", None, None, False),
+    "a prompt in int8": (1, 70, 6, 2, 72, 24, 130, 57, "int8", 16, 30.0, True),
+    "a prompt in fp8": (2, 7, 8, 2, 20, 24, 100, 50, "float8_e4m3fn", None, None, True),
     "latents": (1, 1, 128, 1, 576, 512, 300, 250, "float16", None, None, False),
     "sinks": (1, 33, 10, 1, 40, 16, 64, 20, "float32", 5, None, True),
 }
+
+
+def numbers(held):
+    """Keys or values as they are without codes."""
+    if not isinstance(held, Coded):
+        return held
+    codes = np.asarray(held.codes) if held.codes.dtype == jnp.int8 else np.asarray(held.codes).view("float8_e4m3fn")
+    return jnp.asarray(codes.astype(np.float32) * np.asarray(held.scales, np.float32))
 
 
 @pytest.mark.parametrize("ring", [False, True])
@@ -145,8 +158,8 @@ ATTENTION = {
 def test_attention(name, ring):
     batch, time, heads, kv_heads, dim, value_dim, length, first, dtype, window, cap, has_sinks = ATTENTION[name]
     q = floats(batch, time, heads, dim) * 3 * dim**-0.5
-    keys = floats(batch + 1, kv_heads, length, dim, seed=1).astype(dtype)
-    values = floats(batch + 1, kv_heads, length, value_dim, seed=2).astype(dtype)
+    keys = stored(floats(batch + 1, kv_heads, length, dim, seed=1), dtype)
+    values = stored(floats(batch + 1, kv_heads, length, value_dim, seed=2) * 3, dtype)
     rows = jnp.arange(batch, 0, -1, dtype=jnp.int32)  # of the sequences in the cache
     positions = first + jnp.arange(time, dtype=jnp.int32) + jnp.arange(batch, dtype=jnp.int32)[:, None]
     key_positions = None
@@ -155,9 +168,49 @@ def test_attention(name, ring):
         key_positions, window = jnp.asarray(np.maximum(order, -1), jnp.int32)[None], window or 10_000
     sinks = floats(heads, seed=3) if has_sinks else None
     given, scoring = Cached(q, keys, values, positions, key_positions, sinks, rows), Scoring(length, window, cap)
-    picked = Cached(q, keys[::-1][:-1], values[::-1][:-1], positions, key_positions, sinks)
+    picked = Cached(q, *(numbers(x)[::-1][:-1] for x in (keys, values)), positions, key_positions, sinks)
     for got in (native_cpu.attention(given, scoring), attend(given, scoring)):
         np.testing.assert_allclose(got, attend(picked, scoring), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours(exact):
+    """To the bit, so that an answer is the same alone and among others, and whether tokens are guessed or not."""
+    weights = [WEIGHTS[name]() for name in ("Q4_0", "Q6_K", "affine 5", "MXFP4 in order", "NF4", "FP8", "bfloat16")]
+    x, cached = floats(24, COLS), floats(24, 2, 600, 16, seed=4)
+    q, positions = floats(24, 1, 4, 16, seed=5), jnp.arange(570, 594, dtype=jnp.int32)[:, None]
+    scale = floats(COLS, seed=6)
+
+    def results(rows):
+        given = Cached(q[:rows], cached[:rows], cached[:rows], positions[:rows])
+        with rounding(not exact):
+            products = [native_cpu.matmul(x[:rows], weight) for weight in weights]
+        return *products, native_cpu.rms_norm(x[:rows], scale, 1e-5), native_cpu.attention(given, Scoring(600))
+
+    for rows in (1, 2, 3, 5, 8, 13):
+        for part, whole in zip(results(rows), results(24), strict=True):
+            np.testing.assert_array_equal(part, whole[:rows])
+    # The tokens of one sequence, together and one after the other.
+    together = native_cpu.attention(
+        Cached(q[:8].reshape(1, 8, 4, 16), cached[:1], cached[:1], positions[:8].reshape(1, 8)), Scoring(600)
+    )
+    for i in range(8):
+        one = native_cpu.attention(Cached(q[i : i + 1], cached[:1], cached[:1], positions[i : i + 1]), Scoring(600))
+        np.testing.assert_array_equal(one[0, 0], together[0, i])
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 7), (3, 64), (200, 576)])
+def test_norms(rows, size):
+    x, weight = floats(rows, size), floats(size, seed=1)
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(native_cpu.rms_norm(x, None, 1e-5), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        native_cpu.rms_norm(x, weight, 1e-5), expected * np.asarray(weight), rtol=2e-6, atol=1e-6
+    )
+    loss = lambda f: jax.grad(lambda x, w: jnp.sum(f(x, w, 1e-5) ** 3), (0, 1))(x, weight)  # noqa: E731
+    for got, want in zip(loss(dispatch.rms_norm), loss(rms_norm), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_attention_are_those_of_the_definition():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from covering import some
 
@@ -32,6 +33,18 @@ def test_rounding_activations_to_int8_costs_next_to_nothing(load_once):
     model, exact = load_once("demo"), load_once("demo", dtype="float32")
     assert model.programs.int8_blocks and not exact.programs.int8_blocks
     assert perplexity(model, TEXT) == pytest.approx(perplexity(exact, TEXT), rel=0.01)
+
+
+# Measured on these 611 tokens: 0.26 % in int8, 0.11 % in fp8; on 9,439 tokens of documentation, 0.13 % and 0.61 %.
+@pytest.mark.parametrize("cached", some(["int8", "fp8"], ["int8"]))
+def test_caching_in_8_bits_costs_little(load_once, cached):
+    model, exact = load_once("demo", dtype="float32", cache_dtype=cached), load_once("demo", dtype="float32")
+    assert perplexity(model, TEXT) == pytest.approx(perplexity(exact, TEXT), rel=0.005)
+    held, numbers = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
+        for cache in (each.empty_cache(1, 256) for each in (model, exact))
+    )
+    assert held == numbers * 66 / 256  # of each head of 64: codes and a scale, for 64 floats of 4 bytes
 
 
 # What each type loses on these weights, beside what it loses in llama.cpp, is in test_ggml_encode.

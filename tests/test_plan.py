@@ -66,6 +66,13 @@ def test_a_plan_is_what_loading_gives(load_once, name, sums, mesh):
     assert found == (([[]] * len(made.kinds), []) if mesh == "tp=1" else expected)
 
 
+@pytest.mark.parametrize(("name", "cached"), [("checkpoints/qwen2_moe", "int8"), ("deepseek/v3", "fp8")])
+def test_a_cache_in_8_bits_is_what_loading_gives(load_once, name, cached):
+    made = jaxllm.plan(str(GOLDEN / name), "cpu:8", "tp=8", context=64, cache_dtype=cached)
+    loaded = load_once(GOLDEN / name, mesh="tp=8", weights="packed", cache_dtype=cached)
+    assert made.cache == device_bytes(loaded.programs.empty_cache(1, 256))
+
+
 def test_quantized_as_loading_does(load_once):
     path, options = GOLDEN / "checkpoints/qwen3_moe", {"mesh": "tp=2,ep=2", "quantize": "q4_k"}
     made = jaxllm.plan(str(path), "cpu:4", options["mesh"], context=64, quantize=options["quantize"])

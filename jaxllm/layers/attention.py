@@ -10,8 +10,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Buffer
 from jaxllm.kernels.dispatch import attention
-from jaxllm.layers.cache import CacheShape, LayerCache, ring_positions, write, write_ring
+from jaxllm.layers.cache import CacheShape, LayerCache, as_held, ring_positions, write, write_ring
 from jaxllm.layers.context import Context
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.linear import Linear, together
@@ -123,7 +124,7 @@ class Attention(nnx.Module):
         heads = heads if norm is None else norm(heads)
         return heads if context.angles is None else rotate(heads, *context.angles)
 
-    def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, Buffer, Buffer]:
         keys, values = given.keys, given.values
         seen, at, rows = (keys, values), None, given.rows
         if given.k is not None:
@@ -135,7 +136,7 @@ class Attention(nnx.Module):
 
 
 def _updated(
-    cache: LayerCache, new: LayerCache, given: _Operands, window: int
+    cache: LayerCache, new: tuple[jax.Array, jax.Array], given: _Operands, window: int
 ) -> tuple[LayerCache, LayerCache, jax.Array | None]:
     """The updated cache, the keys and values to attend to (the cache itself, or those of each row), and their positions
     `[batch or 1, length]` (None: each has its slot's)."""
@@ -149,11 +150,11 @@ def _updated(
         cache = lax.optimization_barrier((write(cache[0], new[0], slot, rows), write(cache[1], new[1], slot, rows)))
         return cache, cache, ring_positions(length, start)
 
-    def joined(old: jax.Array, x: jax.Array) -> jax.Array:
-        old = old if rows is None else old[rows]
-        return jnp.concatenate([old, x.swapaxes(1, 2).astype(old.dtype)], axis=2)
+    def joined(old: Buffer, x: jax.Array) -> Buffer:
+        old = old if rows is None else jax.tree.map(lambda leaf: leaf[rows], old)
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), old, as_held(x, old))
 
-    def written(old: jax.Array, x: jax.Array) -> jax.Array:
+    def written(old: Buffer, x: jax.Array) -> Buffer:
         return write_ring(old, x, start, given.counts, rows)
 
     at = jnp.concatenate([ring_positions(length, start - 1), given.positions], axis=1)

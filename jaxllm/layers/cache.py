@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxllm.kernels.coded import Buffer, stored
 from jaxllm.parallel import CACHE, of_batch
 
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [batch, heads, length, dim]
+LayerCache = tuple[Buffer, Buffer]  # keys and values of one layer, [batch, heads, length, dim]
 
 REWIND = 64  # positions that a ring keeps beyond its window, so that a conversation can go back a little
 
@@ -38,7 +39,8 @@ class CacheShape:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads.
+    """Keys and values of every layer, each `[batch, heads, length, dim]`, usually sharded over heads; those in 8 bits
+    are `Coded`.
 
     `lengths[batch]` is the number of positions that hold a token. Later positions are never attended to, so they need
     no clearing: a padded prompt leaves garbage there, which later tokens overwrite. `limits[batch]` is the length that
@@ -46,8 +48,8 @@ class KVCache:
     positions that a sequence may have.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Buffer, ...]
+    values: tuple[Buffer, ...]
     lengths: jax.Array
     limits: jax.Array
     shapes: tuple[CacheShape, ...] = field(metadata={"static": True})
@@ -66,8 +68,10 @@ class KVCache:
         """The cache of these layers as shapes with shardings; `zeros` allocates it."""
         sharded, copied = NamedSharding(mesh, of_batch(spec, batch, mesh)), NamedSharding(mesh, PartitionSpec())
 
-        def buffer(shape: CacheShape, dim: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch, shape.heads, shape.length(capacity), dim), dtype, sharding=sharded)
+        def buffer(shape: CacheShape, dim: int) -> Any:
+            numbers = jax.ShapeDtypeStruct((batch, shape.heads, shape.length(capacity), dim), jnp.float32)
+            held = jax.eval_shape(lambda x: stored(x, dtype), numbers)
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded), held)
 
         number = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=copied)
         keys, values = (buffer(s, s.key_dim) for s in shapes), (buffer(s, s.value_dim) for s in shapes)
@@ -93,12 +97,27 @@ class KVCache:
         return all(length <= size or length - to <= size - window for size, window in rings)
 
 
-def write(buffer: jax.Array, new: jax.Array, start: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+def as_held(new: jax.Array, buffer: Buffer) -> Buffer:
+    """`new[batch, time, heads, dim]` as `buffer` would hold it: `[batch, heads, time, dim]`."""
+    return stored(jnp.swapaxes(new, 1, 2), buffer.dtype)
+
+
+def write[B: Buffer](buffer: B, new: jax.Array, start: jax.Array, rows: jax.Array | None = None) -> B:
     """Write `new[batch, time, heads, dim]` into `buffer[sequences, heads, length, dim]` from slot `start[batch]` on.
 
     `rows[batch]` are the sequences that are written to; None: each row of `new` is a sequence.
     """
-    new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
+    return jax.tree.map(lambda old, x: _write(old, x, start, rows), buffer, as_held(new, buffer))
+
+
+def write_ring[B: Buffer](
+    ring: B, new: jax.Array, start: jax.Array, counts: jax.Array, rows: jax.Array | None = None
+) -> B:
+    """Like `write`, for a ring: of the first `counts[batch]` new positions, writes the newest of each slot."""
+    return jax.tree.map(lambda old, x: _write_ring(old, x, start, counts, rows), ring, as_held(new, ring))
+
+
+def _write(buffer: jax.Array, new: jax.Array, start: jax.Array, rows: jax.Array | None) -> jax.Array:
     if rows is None and buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, slower
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
     if rows is None:
@@ -108,17 +127,15 @@ def write(buffer: jax.Array, new: jax.Array, start: jax.Array, rows: jax.Array |
     return buffer
 
 
-def write_ring(
-    ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array, rows: jax.Array | None = None
+def _write_ring(
+    ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array, rows: jax.Array | None
 ) -> jax.Array:
-    """Like `write`, for a ring: of the first `counts[batch]` new positions, writes the newest of each slot."""
     if rows is not None:
-        return write(ring, jnp.swapaxes(write_ring(ring[rows], new, start, counts), 1, 2), jnp.zeros_like(start), rows)
+        return _write(ring, _write_ring(ring[rows], new, start, counts, None), jnp.zeros_like(start), rows)
     newest = ring_positions(ring.shape[2], start + counts - 1)  # [batch, length]
     fresh = newest >= start[:, None]
     index = jnp.where(fresh, newest - start[:, None], 0)[:, None, :, None]
-    taken = jnp.take_along_axis(jnp.swapaxes(new, 1, 2).astype(ring.dtype), index, axis=2)
-    return jnp.where(fresh[:, None, :, None], taken, ring)
+    return jnp.where(fresh[:, None, :, None], jnp.take_along_axis(new, index, axis=2), ring)
 
 
 def ring_positions(length: int, last: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from jax import lax
 from jaxllm import tracking
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Buffer, read
 from jaxllm.kernels.dispatch import attention, dequantize
 from jaxllm.layers.cache import CacheShape, LayerCache, write
 from jaxllm.layers.context import Context
@@ -33,7 +34,7 @@ from jaxllm.layers.rope import rotate
 from jaxllm.parallel import CACHE, COLUMN, HEAD_STACK, HEADS, REPLICATED, ROW, ROWS, local, local_specs, of_batch
 
 Up = tuple[jax.Array, jax.Array]  # latents to keys [heads, nope, rank] and to values [heads, value, rank]
-Attended = tuple[jax.Array, jax.Array, jax.Array]  # the output, and the two updated buffers of the cache
+Attended = tuple[jax.Array, Buffer, Buffer]  # the output, and the two updated buffers of the cache
 
 LATENT_EPS = 1e-6  # for the norms of the latents: fixed in DeepSeek's code, whatever rms_norm_eps is
 
@@ -159,7 +160,8 @@ class LatentAttention(nnx.Module):
         up = self._up(given.kv_b, dtype)
         latents, ropes = _written(given, (given.latent, given.k_rope))
         at = slice(None) if given.rows is None else given.rows
-        seen, seen_rope = latents[at, :, :window].astype(dtype), ropes[at, :, :window].astype(dtype)
+        parts = jax.tree.map(lambda leaf: leaf[at, :, :window], (latents, ropes))
+        seen, seen_rope = (read(part, dtype) for part in parts)
         if positions.shape[1] > 1:
             keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
             q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
@@ -182,7 +184,7 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
-def _written(given: _Operands, new: LayerCache) -> LayerCache:
+def _written(given: _Operands, new: tuple[jax.Array, jax.Array]) -> LayerCache:
     """Both buffers updated; a barrier keeps XLA from fusing the updates into their readers (see `Attention`)."""
     start, both = given.positions[:, 0], zip(given.cache, new, strict=True)
     return lax.optimization_barrier(tuple(write(old, x, start, given.rows) for old, x in both))

@@ -35,17 +35,19 @@ def lower_step(
     capacity: int,
     dtype: jax.typing.DTypeLike,
     int8_blocks: bool = False,
+    cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.stages.Lowered:
     """A step of a model whose parameters are shapes, which adds `time` tokens to the end of each of `batch` sequences.
 
     Args:
         capacity: positions of the cache, all of which are attended to.
-        dtype: the dtype of activations, and of the cache unless `int8_blocks`.
-        int8_blocks: what matmuls may do with activations, see `activations.rounding`; the cache then is in float16.
+        dtype: the dtype of activations.
+        int8_blocks: what matmuls may do with activations, see `activations.rounding`.
+        cache_dtype: of keys and values; by default that of activations.
     """
     graph, state = nnx.split(model)
     tokens = jax.ShapeDtypeStruct((batch, time), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    cache = model.cache(batch, capacity, jnp.float16 if int8_blocks else dtype, mesh)
+    cache = model.cache(batch, capacity, cache_dtype or dtype, mesh)
 
     def step(state: nnx.State, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
         model = nnx.merge(graph, state)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, shards
-from jaxllm.layers.cache import KVCache
+from jaxllm.layers.cache import KVCache, LayerCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
 from jaxllm.loading import Settings
@@ -43,6 +43,7 @@ def plan(
     batch: int = 1,
     context: int | None = None,
     quantize: str | int | None = None,
+    cache_dtype: str | None = None,
     search: bool = False,
 ) -> Plan:
     """Plan a model on devices that need not be here; see `Plan` for what comes of it.
@@ -54,6 +55,7 @@ def plan(
         batch: sequences that are processed together.
         context: tokens of each, prompt and answer; by default 4096, or the model's own if that is less.
         quantize: a type such as "q4_k" that matrices are encoded in.
+        cache_dtype: "int8" or "fp8", if keys and values are cached in 8 bits.
         search: whether to rank all meshes and plan the best one, instead of `mesh`.
 
     Raises:
@@ -68,11 +70,11 @@ def plan(
         raise InputError(f"context {context}: {described.name} has positions for 1 to {longest} tokens")
     devices = topologies.topology(topology)
     if search or mesh is None:
-        return best(described, devices, batch, context)
+        return best(described, devices, batch, context, cache_dtype)
     if (size := math.prod(parse_mesh(mesh).values())) != (count := devices.devices.size):
         fits = " or ".join(meshes(count)[:3])
         raise InputError(f"mesh {mesh} has {size} devices, but {topology} has {count}: try {fits}")
-    return Sketch.of(described, devices, mesh, batch, context).planned()
+    return Sketch.of(described, devices, mesh, batch, context, cache_dtype).planned()
 
 
 def meshes(count: int) -> list[str]:
@@ -95,19 +97,26 @@ class Sketch:
     mesh_text: str
     batch: int
     context: int
-    dtype: str
-    int8_blocks: bool
+    cache_dtype: str | None
+    settings: Settings
     model: Decoder
     sizes: dict[str, int]
 
     @classmethod
-    def of(cls, described: Described, topology: Topology, mesh: str, batch: int, context: int) -> "Sketch":
+    def of(
+        cls,
+        described: Described,
+        topology: Topology,
+        mesh: str,
+        batch: int,
+        context: int,
+        cache_dtype: str | None = None,
+    ) -> "Sketch":
         """Raises InputError if the model cannot be placed on the mesh."""
         made = make_mesh(mesh, list(topology.devices.flat))
-        settings = Settings.of(made, None, None, "packed", None, None, None, False)
+        settings = Settings.of(made, None, None, "packed", None, None, None, False, cache_dtype=cache_dtype)
         model, sizes = described.placed(made, settings.dtype)
-        rounds = settings.matmul == "int8_blocks"
-        return cls(described, topology, made, mesh, batch, context, settings.dtype, rounds, model, sizes)
+        return cls(described, topology, made, mesh, batch, context, cache_dtype, settings, model, sizes)
 
     @property
     def rows(self) -> int:
@@ -124,9 +133,9 @@ class Sketch:
 
     @cached_property
     def cache(self) -> KVCache:
-        return self.model.cache(self.rows, self.capacity, "float16" if self.int8_blocks else self.dtype, self.mesh)
+        return self.model.cache(self.rows, self.capacity, self.settings.cache_dtype, self.mesh)
 
-    def cache_of(self, layer: int) -> tuple[jax.Array, jax.Array]:
+    def cache_of(self, layer: int) -> LayerCache:
         """The keys and values that a layer reads."""
         owners = [i for i, block in enumerate(self.model.layers) if block.cache_of is None]
         owner = self.model.layers[layer].cache_of
@@ -198,7 +207,8 @@ class Sketch:
         """A step that adds `time` tokens to each sequence, of the model with one layer of each kind."""
         reduced, options = only(self.model, self._chosen), dict(self.topology.compiler_options)
         sizes = self.rows, time, self.capacity
-        return lower_step(reduced, self.mesh, *sizes, self.dtype, self.int8_blocks).compile(options or None)
+        s, rounds = self.settings, self.settings.matmul == "int8_blocks"
+        return lower_step(reduced, self.mesh, *sizes, s.dtype, rounds, s.cache_dtype).compile(options or None)
 
     def planned(self) -> Plan:
         """Compile it, and put everything together."""
@@ -233,7 +243,7 @@ class Sketch:
             devices=self.mesh.devices.size,
             batch=self.batch,
             context=self.context,
-            dtype=self.dtype,
+            dtype=self.settings.dtype,
             weights=self.weights,
             cache=device_bytes(self.cache),
             temporaries=temporaries,
@@ -260,17 +270,17 @@ class Sketch:
 
     def _otherwise(self, described: Described, mesh: str) -> "Sketch | None":
         try:
-            return Sketch.of(described, self.topology, mesh, self.batch, self.context)
+            return Sketch.of(described, self.topology, mesh, self.batch, self.context, self.cache_dtype)
         except InputError:  # not every mesh divides every model
             return None
 
 
-def best(described: Described, topology: Topology, batch: int, context: int) -> Plan:
+def best(described: Described, topology: Topology, batch: int, context: int, cache_dtype: str | None = None) -> Plan:
     """The plan of the best mesh: of those that fit, the one with the highest bound on decoding."""
     sketches, refused = [], InputError(f"{topology.name} has no devices")
     for mesh in meshes(topology.devices.size):
         try:
-            sketches.append(Sketch.of(described, topology, mesh, batch, context))
+            sketches.append(Sketch.of(described, topology, mesh, batch, context, cache_dtype))
         except InputError as error:  # not every mesh divides every model
             refused = error
     if not sketches:

@@ -17,12 +17,15 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels.activations import Quantized, group_of, rounds_int8_blocks
 from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Buffer, Coded
 from jaxllm.kernels.cpu import library
 from jaxllm.kernels.cpu.operands import operands
 
 
 def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
     """See `Kernel.refuses`."""
+    if op == "rms_norm":
+        return None
     if op == "attention":
         return _refuses_attention(x)
     if isinstance(weight, Dense) and (weight.values.dtype.itemsize > 2 or weight.values.dtype == x.dtype):
@@ -37,7 +40,7 @@ def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
 def _refuses_attention(given: Cached) -> str | None:
     if given.values.shape[3] % 8:
         return f"values of {given.values.shape[3]} numbers: multiples of 8 are possible"
-    if given.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if not isinstance(given.keys, Coded) and given.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"keys of {given.keys.dtype.name}"
     return None
 
@@ -63,10 +66,13 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
     q, keys, values, positions, key_positions, sinks, rows = given
+    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(values)
     arrays = [
         q.astype(jnp.float32),
         keys,
         values,
+        key_scales,
+        value_scales,
         positions,
         jnp.zeros((1, 0), jnp.int32) if key_positions is None else key_positions,
         jnp.zeros(0, jnp.float32) if sinks is None else sinks,
@@ -75,6 +81,14 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     y = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
     options = {"window": np.int64(scoring.sliding_window or 0), "score_cap": np.float32(scoring.score_cap or 0)}
     return _varying([jax.ffi.ffi_call("jaxllm_attention", y)(*arrays, **options)], arrays)[0].astype(q.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """See `norm.rms_norm`. A row's result does not depend on how many rows there are, to the bit."""
+    library.native()
+    arrays = [x.astype(jnp.float32), jnp.zeros(0, jnp.float32) if weight is None else weight.astype(jnp.float32)]
+    y = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call("jaxllm_rms_norm", y)(*arrays, eps=np.float32(eps)).astype(x.dtype)
 
 
 def _call(
@@ -92,3 +106,8 @@ def _varying(results: Sequence[jax.Array], operands: Sequence[jax.Array]) -> lis
     """Results, marked as varying over the mesh axes that operands vary over: a call into C++ does not say so itself."""
     axes = tuple(frozenset().union(*(jax.typeof(operand).mat.varying for operand in operands)))
     return [lax.pcast(result, axes, to="varying") for result in results] if axes else list(results)
+
+
+def _codes_and_scales(buffer: Buffer) -> tuple[jax.Array, jax.Array]:
+    """What the C++ reads of keys or values; there are no scales of plain numbers."""
+    return (buffer.codes, buffer.scales) if isinstance(buffer, Coded) else (buffer, jnp.zeros(0, jnp.bfloat16))

@@ -123,22 +123,25 @@ static void check_products(const Level& level, const Case& c) {
 
 static void check_attention(const Level& level, int64_t time, int64_t heads, int64_t kv_heads, int64_t dim,
                             int64_t value_dim, int64_t length, int64_t type, int64_t window, bool ring) {
-  const int64_t batch = 2, size = type == kF32 ? 4 : 2;
-  const auto fill = [&](int64_t count) {
+  const int64_t batch = 2, size = type == kF32 ? 4 : type == kS8 || type == kE4M3 ? 1 : 2;
+  const auto fill = [&](int64_t count, int64_t size) {
     std::vector<uint8_t> bytes(count * size);
     for (uint8_t& byte : bytes) byte = draw() & 0x3b;
-    if (type == kF32) for (int64_t i = 0; i < count; i++) reinterpret_cast<float*>(bytes.data())[i] = real();
+    if (size == 4) for (int64_t i = 0; i < count; i++) reinterpret_cast<float*>(bytes.data())[i] = real();
     return bytes;
   };
-  const auto keys = fill(batch * kv_heads * length * dim), values = fill(batch * kv_heads * length * value_dim);
+  const int64_t held = batch * kv_heads * length;
+  const auto keys = fill(held * dim, size), values = fill(held * value_dim, size);
+  const auto key_scales = fill(held, 2), value_scales = fill(held, 2);
   std::vector<float> q(batch * time * heads * dim), sinks(heads), got(batch * time * heads * value_dim), expected(got);
   std::vector<int32_t> positions, at, rows{1, 0};
   for (float& x : q) x = real() / 4;
   for (float& x : sinks) x = real();
   for (int64_t i = 0; i < batch * time; i++) positions.push_back(int32_t(length - time + i % time));
   for (int64_t k = 0; k < length; k++) at.push_back(int32_t((k * 7 + 3) % length) - 1);
-  Attention a{q.data(), keys.data(), values.data(), positions.data(), ring ? at.data() : nullptr, sinks.data(), rows.data(),
-              batch, time, heads, kv_heads, length, dim, value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
+  Attention a{q.data(), keys.data(), values.data(), key_scales.data(), value_scales.data(), positions.data(),
+              ring ? at.data() : nullptr, sinks.data(), rows.data(), batch, time, heads, kv_heads, length, dim,
+              value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
   a.y = got.data(), attend(level, a);
   a.y = expected.data(), attend(portable, a);
   compare("attention", ring ? "ring" : "buffer", got, expected);
@@ -151,7 +154,7 @@ int main(int argc, char** argv) {
   use_threads(argc > 1 ? std::atoi(argv[1]) : 3);
   for (const Level* level : {&portable, LEVELS}) {
     for (const Case& c : cases()) check_products(*level, c);
-    for (int64_t type : {kF32, kF16, kBF16}) {
+    for (int64_t type : {kF32, kF16, kBF16, kS8, kE4M3}) {
       check_attention(*level, 1, 9, 3, 64, 64, 700, type, 0, false);
       check_attention(*level, 70, 6, 2, 20, 24, 130, type, 16, true);
       check_attention(*level, 5, 100, 1, 40, 8, 30, type, 4, false);

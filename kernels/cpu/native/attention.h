@@ -2,7 +2,7 @@
 // the keys in blocks, with a running maximum, sum and weighted sum of values, so that no score is stored.
 //
 // Keys and values are multiplied as matrices are in products.h: keys are rows of a matrix, eight side by side; values
-// are already side by side.
+// are already side by side. The scale of a key of 8 bits multiplies its scores; that of a value, its weights.
 #pragma once
 #include "products.h"
 
@@ -67,23 +67,37 @@ static void score(const Attention& a, const uint8_t* keys, const float* q, int64
   }
 }
 
+// Scales of keys [first, first + kKeys), or of values; zeros from `end` on, where memory may hold anything.
+INLINE void scales_of(const uint8_t* scales, int64_t first, int64_t end, f32x8* found) {
+  uint16_t bits[kKeys] = {};
+  memcpy(bits, scales + 2 * first, 2 * least(kKeys, end - first));
+  for (int i = 0; i < kKeys; i += 8) found[i / 8] = eight<kBF16>((const uint8_t*)(bits + i));
+}
+
 // Adds keys [begin, end) of a head to the state of `rows` queries at `positions`.
 template <int kType>
 static void attend(const Attention& a, int64_t batch, int64_t head, const float* q, const int32_t* positions,
                    int64_t rows, int64_t begin, int64_t end, State& state) {
   constexpr int size = kSizeOf<kType>;
+  constexpr bool coded = size == 1;
   const int64_t slot = (a.rows[batch] * a.kv_heads + head) * a.length;
   const uint8_t *keys = a.keys + slot * a.dim * size, *values = a.values + slot * a.value_dim * size;
   const int32_t* key_positions = a.key_positions ? a.key_positions + batch % a.key_batches * a.length : nullptr;
   alignas(32) float scores[kTokens][kKeys];
+  f32x8 key_scales[kKeys / 8], value_scales[kKeys / 8];
   const s32x8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   for (int64_t first = begin; first < end; first += kKeys) {
     const int64_t count = least(kKeys, end - first);
     score<kType>(a, keys, q, rows, first, end, scores);
+    if (coded) {
+      scales_of(a.key_scales + 2 * slot, first, end, key_scales);
+      scales_of(a.value_scales + 2 * slot, first, end, value_scales);
+    }
     for (int64_t t = 0; t < rows; t++) {
       f32x8 most = broadcast(state.most[t]);
       for (int i = 0; i < kKeys; i += 8) {
         f32x8 s = load<f32x8>(scores[t] + i);
+        if (coded) s *= key_scales[i / 8];
         if (a.score_cap > 0) {
           for (int k = 0; k < 8; k++) s[k] = a.score_cap * __builtin_tanhf(s[k] / a.score_cap);
         }
@@ -108,7 +122,7 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
         const f32x8 s = load<f32x8>(scores[t] + i);
         f32x8 weight = exponential(s - safe);
         weight = s == -__builtin_inff() ? f32x8{} : s == s ? weight : s;  // NaN stays
-        store(scores[t] + i, weight);
+        store(scores[t] + i, coded ? weight * value_scales[i / 8] : weight);
         total += weight;
       }
       const float shrunk = state.most[t] == -__builtin_inff() ? 0 : exponential(broadcast(state.most[t] - safe))[0];
@@ -142,6 +156,8 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
   switch (a.type) {
     case kF32: return attend<kF32>(a, batch, head, q, positions, rows, begin, end, state);
     case kF16: return attend<kF16>(a, batch, head, q, positions, rows, begin, end, state);
+    case kS8: return attend<kS8>(a, batch, head, q, positions, rows, begin, end, state);
+    case kE4M3: return attend<kE4M3>(a, batch, head, q, positions, rows, begin, end, state);
     default: return attend<kBF16>(a, batch, head, q, positions, rows, begin, end, state);
   }
 }

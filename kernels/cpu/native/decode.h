@@ -718,7 +718,7 @@ INLINE f32x8 eight(const uint8_t* p) {
   if (kType == kF32) return load<f32x8>(p);
   if (kType == kBF16) return (f32x8)(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
   if (kType == kF16) return f16x8(load<u16x8>(p));
-  if (kType == kS8) return floats(__builtin_convertvector(load<s8x8>(p), s32x8));
+  if (kType == kS8) return floats(s8(p));
   const u16x8 byte = __builtin_convertvector(load<u8x8>(p), u16x8), rest = byte & 0x7f;
   if (kType == kE5M2) return f16x8(byte << 8);
   const u16x8 nan = (u16x8)(rest == 0x7f) & 0x7e00;  // kE4M3: a float16 with the same fields is 2^-8 times as large

@@ -86,8 +86,19 @@ ffi::Error grouped_matmul(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> expert,
   return ffi::Error::Success();
 }
 
-// See Attention in level.h. `key_positions` and `sinks` are empty where there are none.
+int64_t type_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return kF32;
+    case ffi::F16: return kF16;
+    case ffi::S8: return kS8;
+    case ffi::U8: return kE4M3;  // its bits, see kernels/coded.py
+    default: return kBF16;
+  }
+}
+
+// See Attention in level.h. Scales, `key_positions` and `sinks` are empty where there are none.
 ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::BF16> key_scales, ffi::Buffer<ffi::BF16> value_scales,
                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> key_positions, ffi::Buffer<ffi::F32> sinks,
                      ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> y, int64_t window, float score_cap) {
   const auto queries = q.dimensions(), held = keys.dimensions();
@@ -95,15 +106,26 @@ ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffe
   a.q = q.typed_data(), a.positions = positions.typed_data(), a.y = y->typed_data();
   a.keys = static_cast<const uint8_t*>(keys.untyped_data());
   a.values = static_cast<const uint8_t*>(values.untyped_data());
+  a.key_scales = static_cast<const uint8_t*>(key_scales.untyped_data());
+  a.value_scales = static_cast<const uint8_t*>(value_scales.untyped_data());
   a.key_positions = key_positions.element_count() ? key_positions.typed_data() : nullptr;
   a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   a.rows = rows.typed_data();
   a.batch = queries[0], a.time = queries[1], a.heads = queries[2], a.dim = queries[3];
   a.kv_heads = held[1], a.length = held[2], a.value_dim = values.dimensions()[3];
   a.key_batches = key_positions.dimensions()[0];
-  a.type = keys.element_type() == ffi::F32 ? kF32 : keys.element_type() == ffi::F16 ? kF16 : kBF16;
+  a.type = type_of(keys.element_type());
   a.window = window, a.score_cap = score_cap;
   attend(*level, a);
+  return ffi::Error::Success();
+}
+
+// See Norm in divide.h. `weight` is empty where there is none.
+ffi::Error rms_norm(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const int64_t size = x.dimensions().back();
+  if (size == 0) return ffi::Error::Success();
+  normalize({x.typed_data(), weight.element_count() ? weight.typed_data() : nullptr,
+             int64_t(x.element_count()) / size, size, eps, y->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -127,8 +149,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxllm_attention, jaxllm::attention,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
         .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_rms_norm, jaxllm::rms_norm,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<float>("eps"));
 
 #pragma GCC visibility pop
 

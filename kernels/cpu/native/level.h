@@ -30,12 +30,13 @@ struct RoundedX {
 struct Attention {
   const float* q;
   const uint8_t *keys, *values;
+  const uint8_t *key_scales, *value_scales;  // bfloat16 [sequences, kv_heads, length], of codes of 8 bits; else null
   const int32_t* positions;      // [batch, time]
   const int32_t* key_positions;  // [key_batches, length], negative where there is no key; null: each key's own index
   const float* sinks;            // [heads], or null
   const int32_t* rows;           // [batch], the sequence that each belongs to
   int64_t batch, time, heads, kv_heads, length, dim, value_dim, key_batches;
-  int64_t type;                  // of keys and values: kF32, kF16 or kBF16
+  int64_t type;                  // of keys and values: kF32, kF16, kBF16, kS8 or kE4M3
   int64_t window;                // how many positions a query sees, its own included; 0: all
   float score_cap;               // 0: none
   float* y;                      // [batch, time, heads, value_dim]

@@ -75,6 +75,15 @@ INLINE s32x8 broadcast4(const int8_t* p) {
 
 INLINE f32x8 floats(s32x8 x) { return __builtin_convertvector(x, f32x8); }
 
+// Eight int8. (GCC 12 converts vectors of bytes one by one.)
+INLINE s32x8 s8(const void* p) {
+#if defined(__AVX2__)
+  return (s32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<s8x8>(p), s32x8);
+#endif
+}
+
 INLINE float f16(uint16_t bits) {
 #if defined(__F16C__)
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
