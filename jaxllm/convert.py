@@ -38,6 +38,7 @@ from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_d
 from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
+from jaxllm.files import part_of
 from jaxllm.exporting.directory import directory
 from jaxllm.exporting.gguf import gguf
 from jaxllm.exporting.model import Model, read_model
@@ -336,7 +337,7 @@ def parse_size(size: int | str) -> int:
 def _comes_along(file: Path) -> bool:
     if not file.is_file() or _LEFT_OUT.search(file.name):
         return False
-    with file.open("rb") as opened:
+    with part_of(file).open("rb") as opened:
         return not opened.read(4).startswith(_PICKLES)
 
 

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
+from jaxllm.files import part_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
@@ -101,7 +102,7 @@ def _open_parts(given: GGUFFile) -> GGUFFile:
         path = given.path.with_name(given.path.name.removesuffix(end) + f"-{i + 1:05}-of-{count:05}.gguf")
         if not path.is_file():
             raise InputError(f"{given.path}: part {i + 1} of {count} is missing: {path}")
-        part = given if path == given.path else _open_one(path)
+        part = given if path == given.path else _open_one(part_of(path))
         claim = [part.metadata.get(key) for key in ("split.no", "split.count")]
         if claim != [i, count]:
             raise InputError(f"{path}: split.no and split.count are {claim[0]} and {claim[1]}, not {i} and {count}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.entries import Entries, json_object, read_json
 from jaxllm.errors import InputError
+from jaxllm.files import MOST_TEXT, part_of
 from jaxllm.formats.dense import Dense
 from jaxllm.placing import FileArray
 
@@ -105,11 +106,13 @@ def read_header(file: Path) -> dict[str, FileArray]:
         InputError: the file is truncated, or its header makes no sense.
     """
     try:
-        with file.open("rb") as opened:
+        with part_of(file).open("rb") as opened:
             size = file.stat().st_size
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"{file}: cut short or damaged: a header of {length} bytes in a file of {size}")
+            if length > MOST_TEXT:
+                raise InputError(f"{file}: a header of {length} bytes, which no such file has")
             text = opened.read(length)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error

@@ -14,6 +14,7 @@ from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
 from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.checkpoint.writing import File, Tensor, write_file
 from jaxllm.errors import InputError, located
+from jaxllm.files import read_small
 from jaxllm.exporting.model import Model, Values
 from jaxllm.exporting.writer import PLAIN, WORKERS, Output, Writer, dense_shapes
 from jaxllm.formats.dense import Dense
@@ -112,7 +113,7 @@ def _metadata(model: Model, entries: Mapping[str, Any], recipe: Recipe | None) -
     if (model.path / "tokenizer.json").is_file():
         said = dict(optional_json(model.path, "tokenizer_config.json").values)
         if (template := model.path / "chat_template.jinja").is_file():
-            said["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+            said["chat_template"] = read_small(template).decode(errors="replace")
         texts = gguf_tokenizer(dict(optional_json(model.path, "tokenizer.json").values), said, given)
     elif (model.path / "tokenizer.model").is_file():
         warnings.warn(f"{model.path}: tokenizer.model is not written; make a tokenizer.json of it first", stacklevel=4)

@@ -1,6 +1,7 @@
 """A tokenizer with what generation needs: special ids, the chat template, and decoding token by token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,8 +9,11 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from jaxllm.errors import InputError
+from jaxllm.files import read_small
 from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
+
+MOST_TOKENIZER = 1 << 27  # bytes of a tokenizer.json; Gemma's has 33 MB
 
 
 class Tokenizer:
@@ -71,10 +75,9 @@ class Tokenizer:
         Raises:
             InputError: tokenizer.json or the chat template cannot be read.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # `tokenizers` raises plain Exceptions
-            raise InputError(f"tokenizer.json: {str(error).splitlines()[0]}") from error
+        text = read_small(folder / "tokenizer.json", MOST_TOKENIZER)
+        with _refused():
+            backend = tokenizers.Tokenizer.from_buffer(text)
 
         def token(name: str) -> int | None:
             text = config.get(name)
@@ -97,7 +100,7 @@ class Tokenizer:
 
         A chat template may have written BOS already; it is not put twice.
         """
-        return self._with_bos(self.backend.encode(text).ids)
+        return self._with_bos(self._ids(text, add_special_tokens=True))
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
         """Ids of a conversation, up to where the model has to answer; `variables` go to the chat template.
@@ -108,7 +111,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
         text = self.chat_template.render(messages, **variables)  # it writes what has to come first, as far as it knows
-        return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids)
+        return self._with_bos(self._ids(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -116,6 +119,10 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        with _refused():
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or not self._add_bos or ids[:1] == [self.bos_id]:
@@ -134,9 +141,18 @@ class Tokenizer:
         except InputError:  # some templates want a system message or tools; their eos_token_id has to do
             return frozenset()
         _, found, after = text.rpartition(answer)
-        ids = self.backend.encode(after.strip(), add_special_tokens=False).ids if found else []
+        ids = self._ids(after.strip(), add_special_tokens=False) if found else []
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         return frozenset(ids[:1]) & special
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What `tokenizers` raises about a tokenizer.json, while it is read or used, as InputError."""
+    try:
+        yield
+    except Exception as error:  # it raises plain Exceptions
+        raise InputError(f"tokenizer.json: {str(error).partition('\n')[0]}") from error
 
 
 def _template(folder: Path, config: Mapping[str, object]) -> str | None:
@@ -144,9 +160,9 @@ def _template(folder: Path, config: Mapping[str, object]) -> str | None:
     for name in ("chat_template.jinja", "chat_template.jinja2"):
         if (folder / name).is_file():
             try:
-                return (folder / name).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+                return read_small(folder / name).decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name}: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}

@@ -24,7 +24,7 @@ SECONDS, MEMORY = 10, 1 << 30  # the promise: no input takes longer, or more mem
 LOADED = 0.03  # of the inputs that are checkpoints, the share that is loaded and asked for logits
 TREE = Path(__file__).resolve().parents[2]
 KNOWN = [str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, TREE, "/proc", "/sys", "/usr", "/lib", "/dev/null")]
-FORBIDDEN = ("pickle.find_class", "socket.connect", "os.system", "os.exec", "os.fork", "os.posix_spawn", "ctypes.dlopen")
+FORBIDDEN = ("pickle.find_class", "socket.connect", "os.system", "os.exec", "os.fork")
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 
 
@@ -125,8 +125,8 @@ class Watch:
             self._path(os.fsdecode(args[0]), "writes" if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else "reads")
         elif event in CHANGES:
             self._path(os.fsdecode(args[0]), event)
-        elif event in FORBIDDEN:
-            self.seen.append(f"{event} {args[:1]}")
+        elif event in FORBIDDEN or (event == "subprocess.Popen" and not str(args[1][-1]).endswith("confined_process.py")):
+            self.seen.append(f"{event} {args[:2]}")
 
     def _path(self, path: str, what: str) -> None:
         real = os.path.realpath(path)
