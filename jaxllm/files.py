@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jaxllm.errors import InputError
 
-MOST_TEXT = 1 << 25  # bytes of a file that is parsed as a whole; the largest index of published models has 20 MB
+MOST_TEXT = 3 << 23  # bytes of a file that is parsed as a whole: JSON can need 40 times as many when it is read
+MOST_TOKENIZER = 1 << 26  # of a tokenizer.json; Gemma's has 33 MB
 
 
 def part_of(file: Path) -> Path:

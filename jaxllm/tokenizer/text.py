@@ -1,5 +1,6 @@
 """A tokenizer with what generation needs: special ids, the chat template, and decoding token by token."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,11 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from jaxllm.errors import InputError
-from jaxllm.files import read_small
+from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
 
-MOST_TOKENIZER = 1 << 27  # bytes of a tokenizer.json; Gemma's has 33 MB
+MOST_GROWTH = 1000  # how many times as long normalizers and decoders may make a text; most put U+2581 for spaces: 3 times
 
 
 class Tokenizer:
@@ -78,6 +79,11 @@ class Tokenizer:
         text = read_small(folder / "tokenizer.json", MOST_TOKENIZER)
         with _refused():
             backend = tokenizers.Tokenizer.from_buffer(text)
+            growth = _growth(backend.normalizer) * _growth(backend.decoder)
+        if growth > MOST_GROWTH:
+            raise InputError(f"tokenizer.json: replacements that can make a text {growth} times as long")
+        backend.no_padding()  # settings of training
+        backend.no_truncation()
 
         def token(name: str) -> int | None:
             text = config.get(name)
@@ -151,8 +157,21 @@ def _refused() -> Iterator[None]:
     """What `tokenizers` raises about a tokenizer.json, while it is read or used, as InputError."""
     try:
         yield
-    except Exception as error:  # it raises plain Exceptions
+    except BaseException as error:  # it raises plain Exceptions and, where Rust panics, what is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"tokenizer.json: {str(error).partition('\n')[0]}") from error
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a normalizer or a decoder can make a text: `tokenizers` would fill memory, and abort."""
+    growth, found = 1, [] if step is None else [json.loads(step.__getstate__())]
+    for part in found:
+        if isinstance(part, dict):
+            new = part.get("content", "") if part.get("type") == "Replace" else part.get("prepend", "")
+            growth *= max(len(new.encode()), 1)
+        found += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return growth
 
 
 def _template(folder: Path, config: Mapping[str, object]) -> str | None:
