@@ -50,7 +50,9 @@ def ask(work: str, **arguments: object) -> Any:
             raise
         if not answer.endswith(b"\n"):
             _end()
-            raise InputError(f"takes more than {SECONDS} seconds of computing, or more than {MEMORY >> 20} MiB of memory")
+            raise InputError(
+                f"takes more than {SECONDS} seconds of computing, or more than {MEMORY >> 20} MiB of memory"
+            )
     result, error = json.loads(answer)
     if error is not None:
         raise InputError(error)

@@ -38,13 +38,13 @@ from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_d
 from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
-from jaxllm.files import part_of
 from jaxllm.exporting.directory import directory
 from jaxllm.exporting.gguf import gguf
 from jaxllm.exporting.model import Model, read_model
 from jaxllm.exporting.target import CONTAINERS, MIXED, made_by, target
 from jaxllm.exporting.uqff import VERSIONS, uqff
 from jaxllm.exporting.writer import WORKERS, Output
+from jaxllm.files import part_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.imatrix import importance_for

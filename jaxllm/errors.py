@@ -4,16 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 _LONGEST = 1500  # characters of a message
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message is one line: what is wrong, where, and what to do.
 
-    The command line prints it on stderr and exits with code 2; any other exception is a bug of ours. Names and values
-    that it quotes may be a stranger's: what is not printed as it is, such as the codes that steer a terminal, is escaped,
-    and what is long is cut.
+    The command line prints it on stderr and exits with code 2; any other exception is a bug of ours. It may quote what
+    a stranger wrote: what is not printed as it is, such as codes that steer a terminal, is escaped; long texts are cut.
     """
 
     def __init__(self, message: object) -> None:

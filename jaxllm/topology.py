@@ -51,7 +51,9 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> Self:
         try:
-            given = yaml.load(text, yaml.BaseLoader)  # all is text: making dates and numbers of it can fail in many ways
+            given = yaml.load(
+                text, yaml.BaseLoader
+            )  # all is text: making dates and numbers of it can fail in many ways
         except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"topology: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):

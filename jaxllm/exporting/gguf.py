@@ -13,10 +13,11 @@ from jaxllm.checkpoint.computed import in_parts
 from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
 from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.checkpoint.writing import File, Tensor, write_file
+from jaxllm.entries import json_object
 from jaxllm.errors import InputError, located
-from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.exporting.model import Model, Values
 from jaxllm.exporting.writer import PLAIN, WORKERS, Output, Writer, dense_shapes
+from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES

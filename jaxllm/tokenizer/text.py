@@ -14,7 +14,9 @@ from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
 
-MOST_GROWTH = 1000  # how many times as long normalizers and decoders may make a text; most put U+2581 for spaces: 3 times
+MOST_GROWTH = (
+    1000  # how many times as long normalizers and decoders may make a text; most put U+2581 for spaces: 3 times
+)
 
 
 class Tokenizer:

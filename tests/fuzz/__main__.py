@@ -1,8 +1,8 @@
 """Damages inputs by machine and looks what comes of them: an answer or an error of one line, and nothing else.
 
-    python -m fuzz --seconds 600               # with new seeds; failures are listed, the exit code is then 1
-    python -m fuzz --seed 7 --number 1234      # one input again; it stays in the folder .fuzz
-    python -m fuzz --seconds 600 --table docs/hostile_files.md
+python -m fuzz --seconds 600               # with new seeds; failures are listed, the exit code is then 1
+python -m fuzz --seed 7 --number 1234      # one input again; it stays in the folder .fuzz
+python -m fuzz --seconds 600 --table docs/hostile_files.md
 """
 
 import argparse
@@ -128,7 +128,9 @@ def main() -> None:
     print(table(found))
     if options.table:
         kept = options.table.read_text().partition(MARK)[0]
-        options.table.write_text(f"{kept}{MARK}\nSeed {options.seed}, {options.seconds:.0f} seconds.\n\n{table(found)}\n")
+        options.table.write_text(
+            f"{kept}{MARK}\nSeed {options.seed}, {options.seconds:.0f} seconds.\n\n{table(found)}\n"
+        )
     sys.exit(any(each.came == "failed" for each in found))
 
 

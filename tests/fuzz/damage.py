@@ -6,17 +6,36 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from fuzz import containers
 
 SECRET = "outside"  # a folder beside the input's, which nothing may read; it has the input's own files
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 256, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 10**30)
 NESTED, LONG = "@nested@", "@long@"  # put into JSON as text, as `json` cannot write the one and need not the other
 VALUES = (
     *(None, True, False, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), *NUMBERS),
-    *("", "x\ny", "\x1b[2J", "\ud800", "\u2028", "a" * 5000, "(a|a)*b", "(.|.)*x", "(((", "re:(.|.)*x", "{0.__class__}"),
+    *(
+        "",
+        "x\ny",
+        "\x1b[2J",
+        "\ud800",
+        "\u2028",
+        "a" * 5000,
+        "(a|a)*b",
+        "(.|.)*x",
+        "(((",
+        "re:(.|.)*x",
+        "{0.__class__}",
+    ),
     *("../outside/model.safetensors", "/etc/passwd", ".", "model.safetensors/..", "nul\0l"),
     *([], {}, [[]], [0] * 3000, [None], {"": {}}, {"a": {"a": {"a": []}}}, NESTED, LONG),
+)
+# Lists of lists of lists, very many if written out.
+_LAUGHS = "0: {isq: &a [x,x,x,x,x,x,x,x]}\n" + "".join(
+    f"{i}: {{isq: &{new} [{', '.join([f'*{old}'] * 8)}]}}\n" for i, (old, new) in enumerate(pairwise("abcdefghi"), 1)
 )
 # What does much with few words, or asks for what is not its business; by the ending of the file's name.
 SNIPPETS = {
@@ -45,9 +64,8 @@ SNIPPETS = {
         "{{ " + "-" * 3000 + "1 }}",
     ),
     ".yaml": (
-        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi")),
-        "0: {isq: &a [x,x,x,x,x,x,x,x,x]}\n1: {isq: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]}\n2: {isq: &c [*b,*b,*b,*b,*b,*b,*b]}\n"
-        "3: {isq: &d [*c,*c,*c,*c,*c,*c,*c,*c]}\n4: {isq: &e [*d,*d,*d,*d,*d,*d,*d,*d]}\n5: {isq: [*e,*e,*e,*e,*e,*e]}\n",
+        _LAUGHS,
+        _LAUGHS.replace("isq: ", ""),
         "&a 0: *a\n",
         "0: &a {isq: *a}\n",
         "'/(.|.)*x/': {isq: q8_0}\n",
@@ -67,8 +85,45 @@ SNIPPETS = {
         "0: !!float .\n",
         "0: {isq: 1:99:1e9}\n",
     ),
-    ".csv": ('"' * 999, ',"[9 * 9 * 9]",', "[9" + "9" * 5000 + "]", "_" * 99, "9" + " * 99999" * 999, "\0", "\r\n\r", ",,,,,,,,,"),
+    ".csv": (
+        '"' * 999,
+        ',"[9 * 9 * 9]",',
+        "[9" + "9" * 5000 + "]",
+        "_" * 99,
+        "9" + " * 99999" * 999,
+        "\0",
+        "\r\n\r",
+        ",,,,,,,,,",
+    ),
 }
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000}
+TOKENIZING: tuple[Any, ...] = (  # parts of a tokenizer.json
+    *(REPLACE, {"type": "Sequence", "normalizers": [REPLACE] * 3}, {"type": "Sequence", "decoders": [REPLACE] * 3}),
+    {"type": "Split", "pattern": {"Regex": "(a+)+c"}, "behavior": "Isolated", "invert": False},
+    {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+    {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
+    {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5},
+    {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    },
+    [
+        {"id": 2**32 - 1, "content": "Hello", "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ],
+    {"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]], "byte_fallback": True},
+    {
+        "type": "WordPiece",
+        "unk_token": "?",
+        "continuing_subword_prefix": "",
+        "max_input_chars_per_word": 0,
+        "vocab": {},
+    },
+    {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": [["a", "b"]]},
+    {"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "?"},
+)
 JSON_BOMBS: tuple[Callable[[], bytes], ...] = (
     lambda: b'{"a":' * 200_000,
     lambda: b"[" * 1_000_000,
@@ -97,7 +152,9 @@ def damage(rng: random.Random, folder: Path, named: str) -> str:
 
 
 def _as_a_file(rng: random.Random, file: Path) -> str:
-    what = rng.choice(("missing", "empty", "a folder", "a pipe", "a link to itself", "a link outside", "a link outside"))
+    what = rng.choice(
+        ("missing", "empty", "a folder", "a pipe", "a link to itself", "a link outside", "a link outside")
+    )
     outside = file.parent.parent / SECRET / file.name
     file.unlink()
     if what == "empty":
@@ -120,11 +177,18 @@ def _content(rng: random.Random, suffix: str, data: bytes) -> tuple[bytes, str]:
         return _json(rng, data), "other JSON"
     if suffix in SNIPPETS and rng.random() < 0.9:
         return _text(rng, data.decode(errors="replace"), SNIPPETS[suffix]).encode(errors="replace"), "other text"
-    if suffix in (".safetensors", ".uqff") and len(data) > 8 and rng.random() < 0.6:
-        end = 8 + int.from_bytes(data[:8], "little")
-        if end < len(data):
+    way = rng.random()
+    try:
+        if suffix in (".safetensors", ".uqff") and way < 0.3:
+            end = 8 + int.from_bytes(data[:8], "little")
             header = _json(rng, data[8:end])
             return len(header).to_bytes(8, "little") + header + data[end:], "another header"
+        if suffix in (".safetensors", ".uqff") and way < 0.8:
+            return containers.safetensors(rng, data), "other tensors"
+        if data[:4] == b"GGUF" and way < 0.6:
+            return containers.gguf(rng, data), "other entries"
+    except (ValueError, KeyError, IndexError, TypeError, struct.error):
+        pass  # damaged before, so that there is nothing to understand
     return _bytes(rng, data), "other bytes"
 
 
@@ -159,7 +223,9 @@ def _text(rng: random.Random, text: str, snippets: tuple[str, ...]) -> str:
         return rng.choice(snippets)
     begin, end = sorted(rng.choices(range(len(text) + 1), k=2))
     end = min(end, begin + rng.choice((1, 5, 50)))
-    piece = rng.choice((rng.choice(snippets), "", text[begin:end] * 2, str(rng.choice(NUMBERS)), str(rng.choice(VALUES))))
+    piece = rng.choice(
+        (rng.choice(snippets), "", text[begin:end] * 2, str(rng.choice(NUMBERS)), str(rng.choice(VALUES)))
+    )
     return text[:begin] + piece + text[end:]
 
 
@@ -172,6 +238,9 @@ def _json(rng: random.Random, data: bytes) -> bytes:
     holders = [holder for holder in _holders(document) if holder]
     if not holders:
         return json.dumps(rng.choice(VALUES)).encode()
+    if "added_tokens" in document and rng.random() < 0.3:
+        document[rng.choice(list(document))] = rng.choice(TOKENIZING)
+        return json.dumps(document).encode()
     holder = rng.choice(holders)
     key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     old, way = holder[key], rng.random()

@@ -29,13 +29,18 @@ TOPOLOGY = "0-8: {isq: q3_k}\n8:\n  isq: q8_0\n'/attn\\.q_proj/': {isq: q6_k, de
 
 MEANS = {"blk.0.attn_q.weight": np.ones(32, np.float32), "blk.1.ffn_down.weight": np.ones(48, np.float32)}
 LEGACY = b"".join(
-    struct.pack("<i", len(name)) + name.encode() + struct.pack(f"<ii{x.size}f", 7, x.size, *x) for name, x in MEANS.items()
+    struct.pack("<i", len(name)) + name.encode() + struct.pack(f"<ii{x.size}f", 7, x.size, *x)
+    for name, x in MEANS.items()
 )
 KEYED = b"".join(
     struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<Q{x.size}f", x.size, *x) for name, x in MEANS.items()
 )
 BY_POSITION = struct.pack("<QQBQ32f", 2, 0, 1, 32, *[1.0] * 32) + struct.pack("<QB", 1, 0)
-SUMS = {f"{name}.{end}": x[None] if end == "in_sum2" else x[None, :1] for name, x in MEANS.items() for end in ("in_sum2", "counts")}
+SUMS = {
+    f"{name}.{end}": x[None] if end == "in_sum2" else x[None, :1]
+    for name, x in MEANS.items()
+    for end in ("in_sum2", "counts")
+}
 IMPORTANCE: dict[str, Callable[[Path], object]] = {
     "legacy": lambda path: path.write_bytes(struct.pack("<i", 2) + LEGACY + struct.pack("<ii", 7, 4) + b"wiki"),
     "keyed": lambda path: path.write_bytes(struct.pack("<Q", 2) + KEYED),
@@ -101,7 +106,9 @@ def make(root: Path) -> dict[str, list[Seed]]:
     for generation in ("0.1", "1.0", "1.2"):
         for golden in folders(GOLDEN / "uqff" / generation):
             file = sorted(golden.glob("*.uqff"))[0]
-            copied(golden, add(f"UQFF {'1.x' if generation > '1' else '0.x'}", f"{generation} {golden.name}", file.name))
+            copied(
+                golden, add(f"UQFF {'1.x' if generation > '1' else '0.x'}", f"{generation} {golden.name}", file.name)
+            )
     for golden in folders(GOLDEN / "adapters", GOLDEN / "adapters" / "mlx"):
         config = json.loads((golden / "adapter_config.json").read_text())
         base = config.get("base_model_name_or_path") or config["model"]
@@ -112,10 +119,13 @@ def make(root: Path) -> dict[str, list[Seed]]:
     for name, write in IMPORTANCE.items():
         write(add("importance matrices", name, "i.imatrix", "importance") / "i.imatrix")
     (add("topologies", "usual", "topology.yaml", "topology") / "topology.yaml").write_text(TOPOLOGY)
-    shutil.copy(GOLDEN / "checkpoints" / "gemma3n" / "matformer.csv", add("MatFormer", "usual", "matformer.csv", "matformer"))
+    shutil.copy(
+        GOLDEN / "checkpoints" / "gemma3n" / "matformer.csv", add("MatFormer", "usual", "matformer.csv", "matformer")
+    )
     (add("chat templates", "usual", "chat.jinja", "template") / "chat.jinja").write_text(TEMPLATE)
     shutil.copy(
-        GOLDEN / "gpt_oss" / "harmony" / "chat_template.jinja", add("chat templates", "harmony", "chat_template.jinja", "template")
+        GOLDEN / "gpt_oss" / "harmony" / "chat_template.jinja",
+        add("chat templates", "harmony", "chat_template.jinja", "template"),
     )
     return made
 
@@ -123,7 +133,9 @@ def make(root: Path) -> dict[str, list[Seed]]:
 def folders(*parents: Path) -> list[Path]:
     """The folders of checkpoints or adapters in these."""
     found = [folder for parent in parents for folder in sorted(parent.iterdir())]
-    return [folder for folder in found if {"config.json", "adapter_config.json"} & {file.name for file in folder.glob("*")}]
+    return [
+        folder for folder in found if {"config.json", "adapter_config.json"} & {file.name for file in folder.glob("*")}
+    ]
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,13 +16,29 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
+import jaxllm
 from fuzz import damage
 from fuzz.seeds import GOLDEN, Seed
+from jaxllm.checkpoint import matching
+from jaxllm.checkpoint.adapter_files import read_adapter
+from jaxllm.checkpoint.adapting import adapter as adapted
+from jaxllm.checkpoint.matformer import sliced
+from jaxllm.checkpoint.opening import open_checkpoint
+from jaxllm.errors import InputError
+from jaxllm.imatrix import importance_for
+from jaxllm.layers.parameter import parameters
+from jaxllm.parallel import make_mesh
+from jaxllm.tokenizer.chat import ChatTemplate
+from jaxllm.topology import Topology
 
 SECONDS, MEMORY = 10, 1 << 30  # the promise: no input takes longer, or more memory beside its own size
 LOADED = 0.03  # of the inputs that are checkpoints, the share that is loaded and asked for logits
 TREE = Path(__file__).resolve().parents[2]
-KNOWN = [str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, TREE, "/proc", "/sys", "/usr", "/lib", "/dev/null")]
+KNOWN = [
+    str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, TREE, "/proc", "/sys", "/usr", "/lib", "/dev/null")
+]
 FORBIDDEN = ("pickle.find_class", "socket.connect", "os.system", "os.exec", "os.fork")
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 
@@ -45,11 +60,6 @@ class Outcome(NamedTuple):
 
 def checkpoint(path: Path, seed: Seed, load: bool) -> None:
     """All that is done with a checkpoint before its weights are read, or all until there are logits."""
-    import jaxllm
-    from jaxllm.checkpoint import matching
-    from jaxllm.checkpoint.opening import open_checkpoint
-    from jaxllm.parallel import make_mesh
-
     if load:
         model = jaxllm.load(path, progress=False)
         model.logits([[1, 2, 0]])
@@ -65,43 +75,27 @@ def checkpoint(path: Path, seed: Seed, load: bool) -> None:
 
 
 def adapter(path: Path, seed: Seed, load: bool) -> None:
-    from jaxllm.checkpoint.adapter_files import read_adapter
-    from jaxllm.checkpoint.adapting import adapter
-    from jaxllm.checkpoint.opening import open_checkpoint
-    from jaxllm.layers.parameter import parameters
-    from jaxllm.parallel import make_mesh
-
     file = read_adapter(path)
     base = open_checkpoint(GOLDEN / seed.base)
     sketch = base.family.model(base.config, make_mesh(), 1)
-    adapter(file, base.config, {name: param.get_value() for name, param in parameters(sketch).items()})
+    adapted(file, base.config, {name: param.get_value() for name, param in parameters(sketch).items()})
 
 
 def importance(path: Path, seed: Seed, load: bool) -> None:
-    from jaxllm.checkpoint.opening import open_checkpoint
-    from jaxllm.imatrix import importance_for
-
     importance_for(path, open_checkpoint(GOLDEN / seed.base))
 
 
 def topology(path: Path, seed: Seed, load: bool) -> None:
-    from jaxllm.topology import Topology
-
     found = Topology.read(path)
     for i in range(3):
         found.find([f"layers.{i}.self_attn.q_proj.weight", f"blk.{i}.attn_q.weight"])
 
 
 def matformer(path: Path, seed: Seed, load: bool) -> None:
-    from jaxllm.checkpoint.matformer import sliced
-    from jaxllm.checkpoint.opening import open_checkpoint
-
     sliced(open_checkpoint(GOLDEN / "checkpoints" / "gemma3n"), path, "small")
 
 
 def template(path: Path, seed: Seed, load: bool) -> None:
-    from jaxllm.tokenizer.chat import ChatTemplate
-
     text = path.read_text(errors="replace")
     ChatTemplate(text, {"bos_token": "<s>"}).render([{"role": "user", "content": "Hello"}], tools=TOOLS)
 
@@ -125,7 +119,9 @@ class Watch:
             self._path(os.fsdecode(args[0]), "writes" if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else "reads")
         elif event in CHANGES:
             self._path(os.fsdecode(args[0]), event)
-        elif event in FORBIDDEN or (event == "subprocess.Popen" and not str(args[1][-1]).endswith("confined_process.py")):
+        elif event in FORBIDDEN or (
+            event == "subprocess.Popen" and not str(args[1][-1]).endswith("confined_process.py")
+        ):
             self.seen.append(f"{event} {args[:2]}")
 
     def _path(self, path: str, what: str) -> None:
@@ -140,6 +136,7 @@ def work(connection: Connection, made: dict[str, list[Seed]], root: Path, seed: 
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     os.environ["JAX_PLATFORMS"] = "cpu"
     warnings.simplefilter("ignore")
+    jax.config.update("jax_disable_most_optimizations", True)  # of tiny models, compiling takes longer than running
     watch = Watch()
     place = Path(root, f"worker-{os.getpid()}")
     seed_of_all = Seed(GOLDEN / "checkpoints" / "llama")
@@ -166,8 +163,6 @@ def put(made: dict[str, list[Seed]], place: Path, seed: str, number: int) -> tup
 
 def attempt(watch: Watch, folder: Path, kind: str, number: int, what: str, chosen: Seed, load: bool) -> Outcome:
     """What comes of the input in `folder`."""
-    from jaxllm.errors import InputError
-
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink())
     before, begun = _memory("VmRSS"), _seconds()
     Path("/proc/self/clear_refs").write_text("5")  # from here on, VmHWM is the most memory since now
@@ -182,7 +177,10 @@ def attempt(watch: Watch, folder: Path, kind: str, number: int, what: str, chose
             came, says = "failed", f"a message that is not one line of text: {says[:300]!r}"
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        came, says = "failed", f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}: {str(error)[:200]!r}"
+        came, says = (
+            "failed",
+            f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}: {str(error)[:200]!r}",
+        )
     watch.folder = ""
     seconds, memory = _seconds() - begun, max(0, _memory("VmHWM") - before)
     for wrong, complaint in (
