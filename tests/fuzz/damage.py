@@ -187,7 +187,7 @@ def _content(rng: random.Random, suffix: str, data: bytes) -> tuple[bytes, str]:
             return containers.safetensors(rng, data), "other tensors"
         if data[:4] == b"GGUF" and way < 0.6:
             return containers.gguf(rng, data), "other entries"
-    except (ValueError, KeyError, IndexError, TypeError, struct.error):
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error):
         pass  # damaged before, so that there is nothing to understand
     return _bytes(rng, data), "other bytes"
 
