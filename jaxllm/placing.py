@@ -40,8 +40,12 @@ class FileArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
+        """The array, mapped. Raises InputError if the file was cut since its header was read."""
         stored = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
-        array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
+        try:
+            array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: changed while it was read: {error}") from error
         return array.swapaxes(-1, -2) if self.transposed else array
 
     def swapaxes(self, *_: int) -> "FileArray":

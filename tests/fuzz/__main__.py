@@ -46,11 +46,13 @@ class Worker:
         self.connection.send(number)
 
     def seconds(self) -> float:
+        """CPU time of the process and of those that it started."""
         try:
-            times = psutil.Process(self.process.pid).cpu_times()
+            process = psutil.Process(self.process.pid)
+            times = [each.cpu_times() for each in (process, *process.children())]
         except psutil.NoSuchProcess:
             return 0.0
-        return times.user + times.system
+        return sum(each.user + each.system for each in times)
 
     def result(self) -> Outcome | None:
         """The outcome, if there is one: also if the process died of its input, or had to be ended."""
