@@ -5,9 +5,11 @@ It is run as a file, so that it need not wait for JAX, and imports nothing of ja
 
 import json
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 
@@ -56,10 +58,9 @@ WORK: dict[str, Callable] = {"render": render, "search": search}
 
 
 def main() -> None:
-    import resource  # not on Windows, where modules have to be imported nevertheless
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the other process's business
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with suppress(ValueError):  # macOS does not let it be set
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + SECONDS + 1
