@@ -53,9 +53,9 @@ def ask(work: str, **arguments: object) -> Any:
             raise InputError(
                 f"takes more than {SECONDS} seconds of computing, or more than {MEMORY >> 20} MiB of memory"
             )
-    result, error = json.loads(answer)
-    if error is not None:
-        raise InputError(error)
+    result, refusal = json.loads(answer)
+    if refusal is not None:
+        raise InputError(refusal)
     return result
 
 

@@ -299,3 +299,16 @@ def test_a_topology_is_only_text(text, message):
     with pytest.raises(InputError, match=message) as error:
         Topology.parse(text)
     assert len(str(error.value)) < 1600
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_a_tensor_without_axes_has_another_shape(tmp_path, name):
+    source = LLAMA.parent / "phi3"
+    tensors = read_safetensors(source / "model.safetensors")[0]
+    write_safetensors(tmp_path / "model.safetensors", tensors | {name: np.float32(1)[None].reshape(())})
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(InputError, match=rf"tensor '{name}' has shape \[\], expected "):
+        jaxllm.load(tmp_path, progress=False)

@@ -110,7 +110,7 @@ def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
 
     hparams = HParams(*cursor.numbers("<u4", len(fields(HParams))))
     vocabulary = _vocabulary(cursor, hparams.n_vocab, scores=bool(versions))
-    tensors = {}
+    tensors: dict[str, Weight] = {}
     while cursor.left:
         if len(tensors) == MOST_ENTRIES:
             raise InputError(f"damaged: more than {MOST_ENTRIES} tensors")

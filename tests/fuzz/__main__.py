@@ -22,7 +22,7 @@ import psutil
 from fuzz import seeds, trial
 from fuzz.trial import Outcome
 
-STUCK = 2 * trial.SECONDS  # CPU seconds after which a worker is ended
+STUCK = trial.SECONDS + 2  # CPU seconds after which a worker is ended
 MARK = "<!-- what follows is written by make fuzz -->\n"
 
 
@@ -80,20 +80,24 @@ class Worker:
 
 
 def outcomes(seed: str, seconds: float, jobs: int, root: Path) -> Iterator[Outcome]:
-    """Outcomes of inputs, as long as the time allows."""
+    """Outcomes of inputs, as long as the time allows from the first one on; each that is begun has an outcome."""
     made, numbers = seeds.make(root / "seeds"), itertools.count()
     workers = [Worker(made, root, seed) for _ in range(jobs)]
     for worker in workers:
         worker.give(next(numbers))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        wait([worker.connection for worker in workers], timeout=1)
-        for worker in workers:
+    end, busy = float("inf"), list(workers)
+    while busy:
+        wait([worker.connection for worker in busy], timeout=1)
+        for worker in list(busy):
             if (found := worker.result()) is not None:
+                end = min(end, time.monotonic() + seconds)
                 yield found
-                worker.give(next(numbers))
+                if time.monotonic() < end:
+                    worker.give(next(numbers))
+                else:
+                    busy.remove(worker)
     for worker in workers:
-        worker.process.kill()
+        worker.connection.send(None)
         worker.process.join()
 
 

@@ -139,7 +139,8 @@ JSON_BOMBS: tuple[Callable[[], bytes], ...] = (
 
 def damage(rng: random.Random, folder: Path, named: str) -> str:
     """Damage one of the files in a folder; returns what was done. The file that the user `named` stays a file."""
-    file = rng.choice(sorted(folder.iterdir()))
+    files = sorted(folder.iterdir())
+    file = rng.choices(files, [5 if "index" in file.name else 1 for file in files])[0]
     if rng.random() < 0.1 and file.name != named:
         return f"{file.name}: {_as_a_file(rng, file)}"
     data = file.read_bytes()
@@ -218,7 +219,7 @@ def _bytes(rng: random.Random, data: bytes) -> bytes:
 
 def _text(rng: random.Random, text: str, snippets: tuple[str, ...]) -> str:
     """A snippet put in or instead, a piece left out, doubled, or moved."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.4:
         return rng.choice(snippets)
     begin, end = sorted(rng.choices(range(len(text) + 1), k=2))
     end = min(end, begin + rng.choice((1, 5, 50)))
@@ -269,8 +270,10 @@ def _other(rng: random.Random, old: Any) -> Any:
     """A value instead of `old`: often one like it."""
     if isinstance(old, int | float) and not isinstance(old, bool) and rng.random() < 0.5:
         return rng.choice((old + 1, old - 1, old * 2, -old, old // 2, float(old), str(old), [old], old * 1000))
+    if isinstance(old, str) and old.endswith(".safetensors") and rng.random() < 0.6:
+        return f"../{SECRET}/{old}"
     if isinstance(old, str) and rng.random() < 0.3:
-        return rng.choice((old.upper(), old + "x", old[:-1], old * 2, [old], f"../{SECRET}/{old}", f"/{old}"))
+        return rng.choice((old.upper(), old + "x", old[:-1], old * 2, [old], f"/{old}"))
     if isinstance(old, list) and rng.random() < 0.5:
         return rng.choice((old[:-1], old + old, old[::-1], [old], {str(i): v for i, v in enumerate(old)}))
     return rng.choice(VALUES)
