@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import covering
+import pytest
 from fuzz import seeds, trial
 
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.filterwarnings("ignore:topology")
 def test_what_is_sound_is_answered(tmp_path):
     made = seeds.make(tmp_path)
     assert len(made) > 15

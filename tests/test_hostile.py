@@ -189,13 +189,11 @@ def test_patterns_mean_what_they_mean_in_python(pattern):
         assert occurs(pattern, text) == (re.search(pattern, text) is not None)
 
 
-@pytest.mark.parametrize("pattern", ["(.|.)*!", "(a?){9}" * 9])
-def test_patterns_that_could_go_on_for_ever_end(pattern):
-    text = NAME if "." in pattern else "a" * 50 + "!"
-    try:
-        assert not matches(pattern + "$", text)
-    except InputError as error:
-        assert str(error).endswith("takes more than 2 seconds of computing, or more than 512 MiB of memory")
+def test_a_pattern_that_could_go_on_for_ever_ends():
+    with pytest.raises(
+        InputError, match="the pattern '.*': takes more than 2 seconds of computing, or more than 512 MiB"
+    ):
+        matches("(.|.)*!", NAME)
 
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 3000, "a{99999999999}", "a" * 3000])
