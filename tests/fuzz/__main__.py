@@ -66,7 +66,8 @@ class Worker:
             self.process.join()
             return self._lost(f"the process died ({self.process.exitcode})")
         if self.number is not None and self.doing[0] and self.seconds() - self.begun > STUCK:
-            self.process.kill()
+            for process in (*psutil.Process(self.process.pid).children(), self.process):
+                process.kill()
             self.process.join()
             return self._lost(f"no end after {STUCK} seconds")
         return None
