@@ -5,11 +5,14 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxllm.decoding import Memory as Memory
+    from jaxllm.engine.answer import Completion as Completion
+    from jaxllm.engine.drafting import DraftModel as DraftModel
+    from jaxllm.engine.drafting import PromptLookup as PromptLookup
+    from jaxllm.engine.engine import Engine as Engine
+    from jaxllm.engine.memory import Memory as Memory
     from jaxllm.errors import InputError as InputError
     from jaxllm.initializing import PRESETS as PRESETS
     from jaxllm.initializing import initialize as initialize
-    from jaxllm.language_model import Completion as Completion
     from jaxllm.language_model import LanguageModel as LanguageModel
     from jaxllm.loading import load as load
     from jaxllm.parallel import make_mesh as make_mesh
@@ -17,17 +20,22 @@ if TYPE_CHECKING:
     from jaxllm.requantize import quantize as quantize
     from jaxllm.sampling import Sampler as Sampler
     from jaxllm.sampling import Sampling as Sampling
+    from jaxllm.structured import Constraint as Constraint
 
     __version__: str
 
 # Imported on first use, so that `jaxllm --help` need not wait for JAX. No name may equal that of a module,
 # which importing the module would put in its place; but the module `plan` can be called.
 _MODULES = {
-    "Completion": "language_model",
+    "Completion": "engine.answer",
+    "Constraint": "structured",
+    "DraftModel": "engine.drafting",
+    "Engine": "engine.engine",
     "InputError": "errors",
     "LanguageModel": "language_model",
-    "Memory": "decoding",
+    "Memory": "engine.memory",
     "PRESETS": "initializing",
+    "PromptLookup": "engine.drafting",
     "Sampler": "sampling",
     "Sampling": "sampling",
     "initialize": "initializing",

@@ -23,13 +23,12 @@ from tabulate import tabulate
 
 from jaxllm import processor
 from jaxllm.cli import Parser, execute
-from jaxllm.decoding import generate_tokens
+from jaxllm.engine.engine import Engine
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.language_model import LanguageModel
 from jaxllm.loading import DTYPES, WEIGHTS, find_checkpoint, load
 from jaxllm.parallel import EP
-from jaxllm.sampling import Sampler
 from jaxllm.startup import measure_startup
 
 # Engines, and what they quantize the weights to.
@@ -56,12 +55,14 @@ def measure(model: LanguageModel, prefill: int, decode: int, repeats: int) -> di
     runs = []
     for _ in range(repeats + 1):
         prompt = rng.integers(0, model.config.vocab_size, prefill).tolist()
-        steps = generate_tokens(model.programs, [prompt], decode + 1, Sampler())
+        engine = Engine(model, 1, prefill + decode + 1)
         begun = time.perf_counter()
-        next(steps)
+        answer = engine.add(prompt, decode + 1, eos_ids=(), temperature=0.0)
+        while not answer.completion.tokens:
+            engine.step()
         first = time.perf_counter()
-        for _ in steps:
-            pass
+        while engine.busy:
+            engine.step()
         runs.append((prefill / (first - begun), decode / (time.perf_counter() - first)))
     prefill_rate, decode_rate = (statistics.median(column) for column in zip(*runs[1:], strict=True))
     return {"prefill_tok_s": prefill_rate, "decode_tok_s": decode_rate}

@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 
 from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, add_quantizing, execute, quantizing
-from jaxllm.decoding import Memory
+from jaxllm.engine.answer import Completion, Prompt
+from jaxllm.engine.memory import Memory
 from jaxllm.errors import InputError
-from jaxllm.language_model import Completion, LanguageModel, Prompt
+from jaxllm.language_model import LanguageModel
 from jaxllm.leading import Leader, follow
 from jaxllm.loading import DTYPES, MATMULS, WEIGHTS, find_checkpoint, load
 from jaxllm.meeting import Group

@@ -2,9 +2,8 @@
 
 import os
 import sys
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Unpack, cast
 
 import jax
@@ -16,15 +15,20 @@ from tqdm import tqdm
 from jaxllm.adapters import Adapters
 from jaxllm.checkpoint.filling import Placed, refill
 from jaxllm.declaration import Declaration
-from jaxllm.decoding import Memory, cache_for, generate_tokens, hidden_states
+from jaxllm.decoding import bucket, cache_for, hidden_states
 from jaxllm.encodings import Encoding
+from jaxllm.engine.answer import Completion, Prompt
+from jaxllm.engine.drafting import Drafter
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.memory import Memory
 from jaxllm.errors import InputError
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
 from jaxllm.programs import Programs
 from jaxllm.recipe import Plan, Row, is_in, recipe
 from jaxllm.requantize import fitting_shards
-from jaxllm.sampling import Sampler, Sampling, SamplingOptions
+from jaxllm.sampling import Sampling, SamplingOptions
+from jaxllm.structured import Constraint
 from jaxllm.summary import Summary, summarize
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer.chat import Messages
@@ -32,38 +36,6 @@ from jaxllm.topology import Topology
 from jaxllm.tracking import Statistics
 
 BATCH = 8  # prompts that are answered together by default
-
-Prompt = str | Messages | Sequence[int]
-
-
-@dataclass
-class Completion:
-    """An answer.
-
-    Attributes:
-        prompt: the prompt as it was given.
-        text: the answer, without the token that ended it; empty if there is no tokenizer.
-        tokens: the ids of all generated tokens, including the one that ended the answer.
-        prompt_tokens: length of the prompt.
-        cached_tokens: how many of these the conversation's `Memory` already held, so that they were not processed.
-        finish_reason: "stop" if the model ended the answer, "length" if a limit did.
-        prefill_tok_s: processed prompt tokens per second, until the first token of the answer.
-        decode_tok_s: tokens per second from the second token on. (The first decode step has costs of its own.)
-
-    Rates leave out the time that compiling took. In a batch they are this prompt's own, not the sum.
-    """
-
-    prompt: Prompt
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    finish_reason: str = "length"
-    prefill_tok_s: float = 0.0
-    decode_tok_s: float = 0.0
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class LanguageModel:
@@ -189,10 +161,15 @@ class LanguageModel:
         *,
         seed: int = 0,
         eos_ids: Collection[int] | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        schema: Constraint | Mapping[str, object] | None = None,
+        drafter: Drafter | None = None,
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
-        """Answer one prompt, or a list of them in batches.
+        """Answer one prompt, or a list of them, several at a time (`max_batch_size`).
 
         Greedy answers do not depend on what else is in the list. Drawn ones depend on the position in it: prompt i
         draws from the random stream i of the seed.
@@ -201,6 +178,11 @@ class LanguageModel:
             max_new_tokens: the most tokens that an answer may have.
             seed: of the random draws. The same seed gives the same answer on the same kind of machine.
             eos_ids: tokens that end an answer, in place of the checkpoint's; `()` for none.
+            stop: texts that end an answer; they are no part of it.
+            logprobs: report log-probabilities of the answer's tokens, and of as many of the most likely ones (0 to 20).
+            logit_bias: what is added to the logits of tokens.
+            schema: a JSON schema that answers follow, or another constraint (`jaxllm.Constraint`).
+            drafter: guesses tokens, see `Engine`. Answers stay the same.
             sampling: how tokens are chosen, see `Sampling`.
             **options: fields of `Sampling`, which override `sampling`. What neither sets comes from the checkpoint's
                 generation_config.json, or else is off: the most likely token is taken.
@@ -208,15 +190,34 @@ class LanguageModel:
         Raises:
             InputError: a prompt does not fit into the context, or a parameter is outside its range.
         """
-        sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
         one = _is_one(prompts)
         listed: Any = [prompts] if one else prompts
-        completions = [Completion(prompt) for prompt in listed]
-        ids = [self.encode(c.prompt) for c in completions]
-        for first in range(0, len(ids), self.max_batch_size):
-            batch = slice(first, first + self.max_batch_size)
-            for _ in self._answer(completions[batch], ids[batch], max_new_tokens, sampler, seed, eos, first):
-                pass
+        ids = [self.encode(prompt) for prompt in listed]
+        positions = min(max(map(len, ids), default=1) + max(max_new_tokens, 1), self.max_seq_len)
+        engine = Engine(self, bucket(min(len(ids), self.max_batch_size), 1), positions, drafter)
+        constraint = _constraint(schema)
+        answers = [
+            engine.add(
+                prompt,
+                max_new_tokens,
+                seed=seed,
+                stream=i,
+                eos_ids=eos_ids,
+                stop=stop,
+                logprobs=logprobs,
+                logit_bias=logit_bias,
+                constraint=constraint,
+                completion=Completion(listed[i]),
+                sampling=sampling,
+                **options,
+            )
+            for i, prompt in enumerate(ids)
+        ]
+        while engine.busy:
+            for answer in engine.step():
+                if answer.error:
+                    raise answer.error
+        completions = [answer.completion for answer in answers]
         return completions[0] if one else completions
 
     def stream(
@@ -226,6 +227,11 @@ class LanguageModel:
         *,
         seed: int = 0,
         eos_ids: Collection[int] | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        schema: Constraint | Mapping[str, object] | None = None,
+        drafter: Drafter | None = None,
         memory: Memory | None = None,
         completion: Completion | None = None,
         sampling: Sampling | None = None,
@@ -237,24 +243,36 @@ class LanguageModel:
             memory: keeps the cache of a conversation between calls, so that only new turns are processed.
             completion: filled in while the answer is generated.
         """
-        sampler, eos = self._sampler(sampling, options), self._eos(eos_ids)
-        completion, ids = completion or Completion(prompt), self.encode(prompt)
-        for [text] in self._answer([completion], [ids], max_new_tokens, sampler, seed, eos, memory=memory):
-            if text:
-                yield text
+        ids, constraint = self.encode(prompt), _constraint(schema)
+        positions, memory = min(len(ids) + max(max_new_tokens, 1), self.max_seq_len), memory or Memory()
+        engine = memory.engine_for(self, positions, drafter)
+        answer = engine.add(
+            ids,
+            max_new_tokens,
+            seed=seed,
+            eos_ids=eos_ids,
+            stop=stop,
+            logprobs=logprobs,
+            logit_bias=logit_bias,
+            constraint=constraint,
+            completion=completion or Completion(prompt),
+            sampling=sampling,
+            **options,
+        )
+        try:
+            while not answer.done:
+                engine.step()
+                memory.reused = answer.completion.cached_tokens
+                if text := answer.take().text:
+                    yield text
+            if answer.error:
+                raise answer.error
+        finally:
+            engine.cancel(answer)
 
-    def chat(
-        self,
-        messages: Messages,
-        max_new_tokens: int = 256,
-        *,
-        seed: int = 0,
-        eos_ids: Collection[int] | None = None,
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Completion:
+    def chat(self, messages: Messages, max_new_tokens: int = 256, **options: Any) -> Completion:
         """The model's answer to a conversation. Other arguments are those of `generate`."""
-        answer = self.generate(messages, max_new_tokens, seed=seed, eos_ids=eos_ids, sampling=sampling, **options)
+        answer = self.generate(messages, max_new_tokens, **options)
         assert isinstance(answer, Completion)
         return answer
 
@@ -372,67 +390,9 @@ class LanguageModel:
             self._checked(row.tolist())
         return array.astype(np.int32)
 
-    def _sampler(self, sampling: Sampling | None, options: SamplingOptions) -> Sampler:
-        chosen = Sampling(**options).with_defaults(sampling or Sampling())
-        return chosen.with_defaults(self.sampling).sampler()
 
-    def _eos(self, eos_ids: Collection[int] | None) -> Collection[int]:
-        return self.eos_ids if eos_ids is None else eos_ids
-
-    def _clock(self) -> float:
-        """Seconds, excluding the time that programs are being compiled."""
-        return time.perf_counter() - self.programs.compile_seconds
-
-    def _answer(
-        self,
-        completions: Sequence[Completion],
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampler: Sampler,
-        seed: int,
-        eos: Collection[int],
-        first_stream: int = 0,
-        memory: Memory | None = None,
-    ) -> Iterator[list[str]]:
-        """Fill in completions; after each step, yield the text that it added to each of them."""
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens}: must be 1 or above")
-        limits = [min(max_new_tokens, self.max_seq_len - len(ids) + 1) for ids in prompts]
-        streams = [self.tokenizer.stream() if self.tokenizer else None for _ in prompts]
-        active = [True] * len(prompts)
-        times = [self._clock()]
-        steps = generate_tokens(self.programs, prompts, max(limits), sampler, seed, memory, first_stream)
-        for tokens in steps:
-            times.append(self._clock())
-            cached = memory.reused if memory else 0
-            added = [""] * len(prompts)
-            for i, (c, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):
-                if not active[i]:
-                    continue
-                c.tokens.append(token)
-                c.prompt_tokens, c.cached_tokens = len(prompts[i]), cached
-                c.prefill_tok_s, c.decode_tok_s = _rates(len(prompts[i]) - cached, times)
-                if token in eos:
-                    c.finish_reason = "stop"
-                elif stream := streams[i]:
-                    added[i] = stream.push(token)
-                if token in eos or len(c.tokens) == limits[i]:
-                    active[i] = False
-                    added[i] += stream.finish() if (stream := streams[i]) else ""
-                c.text += added[i]
-            yield added
-            if not any(active):
-                return
-
-
-def _rates(processed: int, times: Sequence[float]) -> tuple[float, float]:
-    """Tokens per second of prefill and decoding, from when the answer began and when each of its tokens came.
-
-    The first decode step counts only while there is no other.
-    """
-    begun, first, *later = times
-    since = first if len(later) < 2 else later.pop(0)
-    return processed / (first - begun), len(later) / (times[-1] - since) if later else 0.0
+def _constraint(schema: Constraint | Mapping[str, object] | None) -> Constraint | None:
+    return schema if schema is None or isinstance(schema, Constraint) else Constraint.json_schema(dict(schema))
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jaxllm.decoding import Memory
+from jaxllm.engine.answer import Completion, Prompt
+from jaxllm.engine.memory import Memory
 from jaxllm.errors import InputError
-from jaxllm.language_model import Completion, LanguageModel, Prompt
+from jaxllm.language_model import LanguageModel
 from jaxllm.meeting import Group
 from jaxllm.sampling import Sampling
 

@@ -7,7 +7,7 @@ can be told from run time, and the compiled text can be inspected.
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,20 +18,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
+from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
-from jaxllm.sampling import Sampler
+from jaxllm.parallel import DP
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
-    """What a decode step passes to the next one."""
+class Batch:
+    """What `Programs.advance` does with some of the cached sequences.
 
-    token: jax.Array  # int32 [batch], the newest token, not yet in the cache
-    occurred: jax.Array  # bool [batch, vocab], which tokens occur in the prompt or the answer so far
-    keys: jax.Array  # one random key per row
+    Attributes:
+        rows: int32 `[rows]`, which sequences. One may occur twice with the same contents, to fill up.
+        tokens: int32 `[rows, time]`; where the first of them is negative, the sequence's newest token.
+        counts: int32 `[rows]`, how many of them are real; the rest is padding.
+        starts: int32 `[rows]`, where they stand in their sequences; negative: at the end.
+        drafted: int32 `[rows]`, how many of them, the last ones, are drafts that are to be checked.
+    """
+
+    rows: jax.Array
+    tokens: jax.Array
+    counts: jax.Array
+    starts: jax.Array
+    drafted: jax.Array
 
 
 def runs_ahead(mesh: Mesh) -> bool:
@@ -55,6 +66,7 @@ class Programs:
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
         runs_ahead: whether calls may return before their results are computed, see the function `runs_ahead`.
         tracks: which statistics of the activations of prompts are collected; None: none.
+        whole_batches: whether `advance` has to be given all sequences, in order: where they lie on different devices.
         seen: the statistics so far, by the parameters' names; on the mesh, as they lie there.
         compile_seconds: time spent on compiling (or on reading the compilation cache) so far.
         compiled: the programs by key: what they were compiled for.
@@ -67,7 +79,9 @@ class Programs:
         self.cache_dtype = jnp.dtype(jnp.float16) if int8_blocks else self.dtype
         self.tracks: tracking.Kind | None = None
         self.seen: dict[str, tracking.Statistics] = {}
-        self.runs_ahead = runs_ahead(mesh)
+        self.vocab_size = model.config.vocab_size
+        self.runs_ahead, self.whole_batches = runs_ahead(mesh), mesh.shape[DP] > 1
+        self._short_contexts = {rope.short_context for layer in model.layers if (rope := layer.rope) and rope.long}
         self.compile_seconds = 0.0
         self.compiled: dict[Hashable, jax.stages.Compiled] = {}
         self.leaves: list[jax.Array] = []
@@ -79,22 +93,41 @@ class Programs:
         def extend(
             leaves: list[jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, window: int
         ) -> tuple[tuple[jax.Array, KVCache], dict[str, tracking.Statistics]]:
-            model, real = merge(leaves), jnp.arange(tokens.shape[1]) < counts[:, None]
-            with tracking.collecting(model, self.tracks, real) as seen:
+            model = merge(leaves)
+            with tracking.collecting(model, self.tracks, jnp.arange(tokens.shape[1]) < counts[:, None]) as seen:
                 return model(tokens, cache, counts, window, self.dtype), seen
 
         def head(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
             return merge(leaves).logits(hidden)
 
-        def decode_step(
-            leaves: list[jax.Array], cache: KVCache, state: State, sampler: Sampler
-        ) -> tuple[KVCache, State]:
-            model = merge(leaves)
-            ones = jnp.ones_like(cache.lengths)
-            hidden, cache = model(state.token[:, None], cache, ones, cache.capacity, self.dtype)
-            return cache, _draw(model.logits(hidden[:, 0]), state, sampler)
+        def advance(
+            leaves: list[jax.Array], cache: KVCache, newest: jax.Array, batch: Batch, *, window: int, most: int
+        ) -> tuple[tuple[KVCache, jax.Array], dict[str, tracking.Statistics]]:
+            model, rows = merge(leaves), batch.rows
+            starts = jnp.where(batch.starts < 0, cache.lengths[rows], batch.starts)
+            cache = replace(cache, lengths=cache.lengths.at[rows].set(starts))
+            first = jnp.where(batch.tokens[:, 0] < 0, newest[rows], batch.tokens[:, 0])
+            tokens = batch.tokens.at[:, 0].set(first)
+            with tracking.collecting(model, self._tracked(batch, most), _real(batch)) as seen:
+                held = None if self.whole_batches or len(cache.lengths) == 1 else rows
+                hidden, cache = model(tokens, cache, batch.counts, window, self.dtype, held)
+            last = (batch.counts - 1 - batch.drafted)[:, None] + jnp.arange(most)
+            last = jnp.clip(last, 0, tokens.shape[1] - 1)[..., None]
+            return (cache, model.logits(jnp.take_along_axis(hidden, last, axis=1))), seen
 
-        self._extend, self._head, self._decode_step = extend, head, decode_step
+        def begin(at: Progress, row: jax.Array, drawn: jax.Array, prompted: jax.Array) -> Progress:
+            return Progress(
+                at.newest, at.drawn.at[row].set(drawn), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
+            )
+
+        def copy(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+            def copied(buffer: jax.Array) -> jax.Array:
+                return buffer.at[target].set(buffer[source])
+
+            keys, values = jax.tree.map(copied, (cache.keys, cache.values))
+            return replace(cache, keys=keys, values=values)
+
+        self._extend, self._head, self._advance, self._begin, self._copy = extend, head, advance, begin, copy
         self._replicated = NamedSharding(mesh, PartitionSpec())
 
     def refresh(self) -> None:
@@ -104,6 +137,10 @@ class Programs:
         if _kinds(self.leaves) != before:
             self.compiled.clear()
         self.version = object()
+
+    def frequencies(self, limit: int) -> Hashable:
+        """Which rotary frequencies a sequence gets that may grow to `limit` tokens: equal where these are equal."""
+        return tuple(limit > short for short in sorted(self._short_contexts))
 
     def replicate(self, value: jax.typing.ArrayLike) -> jax.Array:
         """An array with a copy on every device, from one that every process has."""
@@ -132,36 +169,54 @@ class Programs:
         extend = partial(self._extend, window=window)
         shardings = (self._replicated, cache.shardings), self._replicated
         result, seen = self._run(key, extend, *args, outputs=lambda: shardings, donated=1)
-        for name, statistics in seen.items():
-            self.seen[name] = self.seen[name] + statistics if name in self.seen else statistics
+        self._keep(seen)
         return result
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]`."""
         return self._run(("head", hidden.shape), self._head, self.leaves, self.replicate(hidden))
 
-    def decode_step(self, cache: KVCache, state: State, sampler: Sampler) -> tuple[KVCache, State]:
-        """Add the newest token to the cache (which is donated) and draw the next one."""
-        key = "decode_step", state.token.shape, cache.capacity, sampler.kind
-        # The state is not donated: its token is read while the next step runs.
-        outputs, args = (lambda: (cache.shardings, self._replicated)), (self.leaves, cache, state, sampler)
-        return self._run(key, self._decode_step, *args, outputs=outputs, donated=1)
+    def advance(
+        self, cache: KVCache, newest: jax.Array, batch: Batch, window: int, most: int
+    ) -> tuple[KVCache, jax.Array]:
+        """Add tokens to some sequences of the cache, which is donated. Returns it, and logits float32
+        `[rows, most, vocab]` after the last token of each row that is no draft, and after its drafts.
 
-    def start(
-        self, logits: jax.Array, prompts: Sequence[Sequence[int]], seed: int, first_stream: int, sampler: Sampler
-    ) -> State:
-        """Draw the first token after each prompt from logits `[batch, vocab]`.
-
-        Each row draws from its own random stream, numbered from `first_stream` on.
+        Args:
+            newest: int32 `[sequences]`, what negative tokens stand for.
+            window: see `Context`.
+            most: one more than there are drafts, at most. With drafts, `batch.tokens` has as many columns.
         """
-        occurred = np.zeros(logits.shape, bool)
-        for row, prompt in zip(occurred, prompts, strict=True):
-            row[list(prompt)] = True
-        streams = first_stream + jnp.arange(len(prompts))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams)
-        begun = State(jnp.zeros(len(prompts), jnp.int32), jnp.asarray(occurred), keys)
-        state = jax.tree.map(self.replicate, begun)
-        return self._run(("draw", logits.shape, sampler.kind), _draw, logits, state, sampler)
+        key = "advance", batch.tokens.shape, most, len(cache.lengths), cache.capacity, window, self.tracks
+        outputs = lambda: ((cache.shardings, self._replicated), self._replicated)  # noqa: E731
+        program = partial(self._advance, window=window, most=most)
+        result, seen = self._run(key, program, self.leaves, cache, newest, batch, outputs=outputs, donated=1)
+        self._keep(seen)
+        return result
+
+    def draw(self, logits: jax.Array, lines: Lines, asked: Asked, at: Progress) -> tuple[Progress, Drawn]:
+        """Draw the next tokens from what `advance` returned, see `drawing.draw`. `at` is donated."""
+        return self._run(("draw", logits.shape, len(at.newest)), draw, logits, lines, asked, at, donated=3)
+
+    def begin(self, at: Progress, row: int, drawn: int, prompted: jax.typing.ArrayLike) -> Progress:
+        """Progress (donated) where the answer of a sequence has `drawn` tokens, after a prompt of tokens bool
+        `[vocab]`."""
+        args = at, self.replicate(np.int32(row)), self.replicate(np.int32(drawn)), self.replicate(prompted)
+        return self._run(("begin", at.answered.shape), self._begin, *args, donated=0)
+
+    def copy(self, cache: KVCache, source: int, target: int) -> KVCache:
+        """The cache (donated) with what it holds of one sequence copied to another; lengths and limits stay."""
+        args = cache, self.replicate(np.int32(source)), self.replicate(np.int32(target))
+        key = "copy", len(cache.lengths), cache.capacity
+        return self._run(key, self._copy, *args, outputs=lambda: cache.shardings, donated=0)
+
+    def _tracked(self, batch: Batch, most: int) -> tracking.Kind | None:
+        """Only tokens of prompts are tracked."""
+        return self.tracks if most == 1 and batch.tokens.shape[1] > 1 else None
+
+    def _keep(self, seen: dict[str, tracking.Statistics]) -> None:
+        for name, statistics in seen.items():
+            self.seen[name] = self.seen[name] + statistics if name in self.seen else statistics
 
     def _run[T](
         self,
@@ -169,13 +224,13 @@ class Programs:
         function: Callable[..., T],
         *args: object,
         outputs: Callable[[], object] | None = None,
-        donated: int | None = None,
+        donated: int | tuple[int, ...] | None = None,
     ) -> T:
         """The result of `function`, which is compiled for `key` if it has not been yet.
 
         Args:
             outputs: returns the shardings of the results; by default they are replicated.
-            donated: the number of the argument that is updated in place.
+            donated: the numbers of the arguments that are updated in place.
         """
         program = self.compiled.pop(key, None)
         if program is None:
@@ -197,9 +252,5 @@ def _kinds(leaves: Sequence[jax.Array]) -> list[tuple]:
     return [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves]
 
 
-def _draw(logits: jax.Array, state: State, sampler: Sampler) -> State:
-    """The state with a next token drawn from `logits[batch, vocab]`."""
-    keys = jax.vmap(jax.random.split)(state.keys)
-    token = sampler(logits, state.occurred, keys[:, 0])
-    occurred = state.occurred.at[jnp.arange(token.shape[0]), token].set(True)
-    return State(token, occurred, keys[:, 1])
+def _real(batch: Batch) -> jax.Array:
+    return jnp.arange(batch.tokens.shape[1]) < batch.counts[:, None]

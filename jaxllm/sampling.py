@@ -1,8 +1,8 @@
 """Choosing the next token: `Sampling` is what a user asks for, `Sampler` is what a compiled step does.
 
-A `Sampler` is a tuple of pure functions over logits, applied in order before a token is drawn. The usual order, that of
-mistral.rs, is repetition penalty, temperature, top-k, top-p, min-p. Their parameters are arrays, so changing one does
-not compile the decode step again.
+A step transforms the logits of many sequences at once, each with a value of its own. The usual order, that of
+mistral.rs, is penalties, temperature, top-k, top-p, min-p. Values are arrays, and a step that no row asks for is
+skipped while the program runs, so that one program serves every choice.
 
 Top-k and top-p do not sort the vocabulary, which would dominate a step on a CPU. The smallest probability to keep is
 found by bisection over float32 bit patterns, which order non-negative floats. Tokens exactly as likely as the last one
@@ -10,118 +10,127 @@ kept are kept too.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypedDict, dataclass_transform
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxllm.errors import InputError
 
 
-class Step(Protocol):
-    """One transformation of the logits."""
+class Seen(NamedTuple):
+    """Which tokens occurred in the prompt, bool `[rows, vocab]`; and how often in the answer, int32 `[rows, vocab]`."""
 
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        """New logits float32 `[batch, vocab]`; `occurred` bool `[batch, vocab]` marks tokens of prompt and answer."""
-
-
-@dataclass_transform(frozen_default=True)
-def _step[T](cls: type[T]) -> type[T]:
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+    prompted: jax.Array
+    answered: jax.Array
 
 
-@_step
-class RepetitionPenalty:
+def repeated(logits: jax.Array, penalty: jax.Array, seen: Seen) -> jax.Array:
     """For tokens that occurred, positive logits are divided by `penalty`, negative ones multiplied (Keskar 2019)."""
-
-    penalty: jax.typing.ArrayLike
-
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        return jnp.where(occurred, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+    occurred = seen.prompted | (seen.answered > 0)
+    return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-@_step
-class Temperature:
-    """Logits divided by `temperature`, which is above 0. (A sampler without this step is greedy.)"""
-
-    temperature: jax.typing.ArrayLike
-
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        return logits / self.temperature
+def frequent(logits: jax.Array, penalty: jax.Array, seen: Seen) -> jax.Array:
+    """`penalty` is subtracted for each time that a token occurred in the answer (OpenAI)."""
+    return logits - penalty * seen.answered.astype(logits.dtype)
 
 
-@_step
-class TopK:
+def present(logits: jax.Array, penalty: jax.Array, seen: Seen) -> jax.Array:
+    """`penalty` is subtracted from tokens that occurred in the answer (OpenAI)."""
+    return jnp.where(seen.answered > 0, logits - penalty, logits)
+
+
+def top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Only the `k` most likely tokens."""
-
-    k: jax.typing.ArrayLike
-
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        probs = jax.nn.softmax(logits)
-        enough = _least(probs, lambda kept: jnp.sum(kept, axis=-1) >= self.k)
-        return jnp.where(probs >= enough, logits, -jnp.inf)
+    probs = jax.nn.softmax(logits)
+    enough = _least(probs, lambda kept: jnp.sum(kept, axis=-1, keepdims=True, dtype=k.dtype) >= k)
+    return jnp.where(probs >= enough, logits, -jnp.inf)
 
 
-@_step
-class TopP:
+def top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """The most likely tokens that together reach probability `p` (nucleus sampling, Holtzman et al., 2020)."""
-
-    p: jax.typing.ArrayLike
-
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        probs = jax.nn.softmax(logits)
-        enough = _least(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= self.p)
-        return jnp.where(probs >= enough, logits, -jnp.inf)
+    probs = jax.nn.softmax(logits)
+    enough = _least(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1, keepdims=True) >= p)
+    return jnp.where(probs >= enough, logits, -jnp.inf)
 
 
-@_step
-class MinP:
+def min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """Tokens at least `p` times as likely as the most likely one."""
-
-    p: jax.typing.ArrayLike
-
-    def __call__(self, logits: jax.Array, occurred: jax.Array) -> jax.Array:
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(self.p)
-        return jnp.where(logits >= floor, logits, -jnp.inf)
+    return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf)
 
 
 def _least(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest threshold `[batch, 1]` such that the tokens at least that likely satisfy `enough`."""
+    """The largest threshold `[rows, 1]` such that the tokens at least that likely satisfy `enough`."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # enough at low; not known to be enough at high
         middle = low + (high - low + 1) // 2
-        good = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32))[:, None]
+        good = enough(probs >= lax.bitcast_convert_type(middle, jnp.float32))
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
     zero = jnp.zeros((probs.shape[0], 1), jnp.int32)
     one = jnp.full_like(zero, np.float32(1).view(np.int32).item())
-    low, _ = jax.lax.fori_loop(0, 31, halve, (zero, one))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    low, _ = lax.fori_loop(0, 31, halve, (zero, one))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+# The options of `Sampling` in the order in which they apply, and the value that turns each of them off.
+OFF = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "temperature": 0.0,
+    "top_k": 0.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+}
+PENALTIES = {"repetition_penalty": repeated, "frequency_penalty": frequent, "presence_penalty": present}
+CUTS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampler:
-    """Applies `steps` to the logits, then draws; without a `Temperature` step it takes the most likely token."""
+    """How the next token of each row is drawn. `values`, float32 `[rows, options]`, has the columns of OFF."""
 
-    steps: tuple[Step, ...] = ()
+    values: jax.typing.ArrayLike
 
-    @property
-    def kind(self) -> tuple[type, ...]:
-        """What a compiled program depends on: the types of the steps, not their parameters."""
-        return tuple(type(step) for step in self.steps)
+    @classmethod
+    def of(cls, samplings: Sequence["Sampling"]) -> "Sampler":
+        """A row for each of `samplings`."""
+        return cls(np.array([sampling.values() for sampling in samplings], np.float32))
 
-    def __call__(self, logits: jax.Array, occurred: jax.Array, keys: jax.Array) -> jax.Array:
-        """Token ids int32 `[batch]` from logits `[batch, vocab]`, with one random key per row."""
-        for step in self.steps:
-            logits = step(logits, occurred)
-        if Temperature in self.kind:
-            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def __call__(self, logits: jax.Array, seen: Callable[[], Seen], noise: Callable[[], jax.Array]) -> jax.Array:
+        """Token ids int32 `[rows]` from logits `[rows, vocab]`.
+
+        Args:
+            seen: what the penalties need; only computed if there are any.
+            noise: independent draws of the Gumbel distribution, float32 `[rows, vocab]`. The largest sum of a logit and
+                its noise is a draw of the softmax of the logits (Gumbel, 1954).
+        """
+        values = dict(zip(OFF, jnp.split(jnp.asarray(self.values), len(OFF), axis=-1), strict=True))
+
+        def step(name: str, logits: jax.Array, change: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            asked = values[name] != OFF[name]
+            return lax.cond(jnp.any(asked), lambda: jnp.where(asked, change(logits), logits), lambda: logits)
+
+        for name, penalty in PENALTIES.items():
+            logits = step(name, logits, lambda x, name=name, penalty=penalty: penalty(x, values[name], seen()))
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        draws = values["temperature"] > 0
+
+        def draw() -> jax.Array:
+            scaled = logits / jnp.where(draws, values["temperature"], 1.0)
+            for name, cut in CUTS.items():
+                scaled = step(name, scaled, lambda x, name=name, cut=cut: cut(x, values[name]))
+            return jnp.where(draws[:, 0], jnp.argmax(scaled + noise(), axis=-1).astype(jnp.int32), likeliest)
+
+        return lax.cond(jnp.any(draws), draw, lambda: likeliest)
 
 
 def _option(metavar: str, help: str, valid: Callable[[Any], bool], range: str) -> Any:
@@ -162,6 +171,15 @@ class Sampling:
         lambda r: 0 < r < math.inf,
         "above 0",
     )
+    frequency_penalty: float | None = _option(
+        "F",
+        "lower the logits of tokens by F for each time that they occurred in the answer",
+        math.isfinite,
+        "a finite number",
+    )
+    presence_penalty: float | None = _option(
+        "F", "lower the logits of tokens that occurred in the answer by F", math.isfinite, "a finite number"
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -175,20 +193,11 @@ class Sampling:
         both = ((f.name, getattr(self, f.name), getattr(defaults, f.name)) for f in fields(self))
         return Sampling(**{name: default if value is None else value for name, value, default in both})
 
-    def sampler(self) -> Sampler:
-        """The requested steps. Greedy sampling (temperature 0 or None) needs only the repetition penalty."""
-        steps: list[Step] = []
-        if self.repetition_penalty is not None:
-            steps.append(RepetitionPenalty(np.float32(self.repetition_penalty)))
-        if self.temperature:
-            steps.append(Temperature(np.float32(self.temperature)))
-            if self.top_k is not None:
-                steps.append(TopK(np.int32(self.top_k)))
-            if self.top_p is not None:
-                steps.append(TopP(np.float32(self.top_p)))
-            if self.min_p is not None:
-                steps.append(MinP(np.float32(self.min_p)))
-        return Sampler(tuple(steps))
+    def values(self) -> list[float]:
+        """A row of `Sampler`. Greedy sampling (temperature 0 or None) needs only the penalties."""
+        greedy = not self.temperature
+        chosen = ((name, None if greedy and name in CUTS else getattr(self, name)) for name in OFF)
+        return [OFF[name] if value is None else float(value) for name, value in chosen]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -199,3 +208,5 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None

@@ -12,11 +12,12 @@ class Cached(NamedTuple):
     """Queries and the cache that they attend to.
 
     q: `[batch, time, heads, head_dim]`, scaled; queries that share a key/value head are adjacent.
-    keys, values: `[batch, kv_heads, length, dim]`.
+    keys, values: `[sequences, kv_heads, length, dim]`.
     positions: `[batch, time]`, the position of each query.
     key_positions: `[batch or 1, length]`, the positions of the keys, negative where there is none; None: their indices.
     sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS, after
         Xiao et al., 2023); None: there is none.
+    rows: `[batch]`, which of the sequences each row of q belongs to; None: each to its own.
     """
 
     q: jax.Array
@@ -25,6 +26,7 @@ class Cached(NamedTuple):
     positions: jax.Array
     key_positions: jax.Array | None = None
     sinks: jax.Array | None = None
+    rows: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
     """
-    q, keys, values, positions, key_positions, sinks = given
+    q, keys, values, positions, key_positions, sinks, rows = given
     sliding_window, score_cap = scoring.sliding_window, scoring.score_cap
     if key_positions is None:
         keys, values = keys[:, :, : scoring.window], values[:, :, : scoring.window]
         key_positions = jnp.arange(scoring.window, dtype=jnp.int32)[None]
+    if rows is not None:
+        keys, values = keys[rows], values[rows]
     batch, time, heads, head_dim = q.shape
     kv_heads, length = keys.shape[1:3]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None

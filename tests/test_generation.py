@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import tiny_hf
+from compiled import is_step, watch
 from gguf import GGMLQuantizationType as T
 from tiny_gguf import Tiny, reference_logits, write
 
 import jaxllm
 from jaxllm import bench, decoding
-from jaxllm.language_model import _rates
+from jaxllm.engine.answer import rates
 from jaxllm.loading import default_weights
 from jaxllm.perplexity import perplexity
 from jaxllm.programs import runs_ahead
@@ -78,14 +78,9 @@ def turn(model, memory, prompt, count, **options):
 
 @pytest.fixture
 def processed(model, monkeypatch):
-    """How many real tokens every call of `extend` has got."""
-    counts, extend = [], model.programs.extend
-
-    def counting(cache, tokens, real, window):
-        counts.append(int(real.sum()))
-        return extend(cache, tokens, real, window)
-
-    monkeypatch.setattr(model.programs, "extend", counting)
+    """How many tokens of prompts every call has got."""
+    counts = []
+    watch(monkeypatch, model, lambda batch: is_step(batch) or counts.append(int(batch.counts.sum())))
     return counts
 
 
@@ -93,17 +88,19 @@ def processed(model, monkeypatch):
 def test_a_conversation_processes_only_what_is_new(model, file, processed, end):
     """However the first answer ended, the second is what the whole text gives, and its beginning is not processed."""
     weights, memory = file[1], jaxllm.Memory()
-    answer = greedy(weights, PROMPT, 6)
-    stop = next(i for i in range(2, 6) if answer[i] not in answer[:i])
+    expected = greedy(weights, PROMPT, 6)
+    stop = next(i for i in range(2, 6) if expected[i] not in expected[:i])
     if end == "abandoned":
-        steps = decoding.generate_tokens(model.programs, [PROMPT], 20, Sampling().sampler(), memory=memory)
-        said = [int(next(steps)[0]) for _ in range(stop + 1)]
-        steps.close()
+        answer = memory.engine_for(model, 64).add(PROMPT, 20, eos_ids=())
+        while len(answer.completion.tokens) < stop + 1:
+            memory.engine.step()
+        memory.engine.cancel(answer)
+        said = answer.completion.tokens
     else:
-        limits = {"eos_ids": [answer[stop]]} if end == "eos" else {"eos_ids": ()}
+        limits = {"eos_ids": [expected[stop]]} if end == "eos" else {"eos_ids": ()}
         said = turn(model, memory, PROMPT, 20 if end == "eos" else stop + 1, **limits).tokens
-    assert said == answer[: stop + 1]
-    assert (processed, memory.reused) == ([12], 0)
+    assert said == expected[: stop + 1]
+    assert processed == [12]
 
     second = [*PROMPT, *said, 1, 2, 3, 4]
     completion = turn(model, memory, second, 5)
@@ -128,17 +125,14 @@ def test_a_conversation_that_changes_keeps_what_is_equal(model, file, processed)
 
 
 def test_a_turn_that_is_interrupted_leaves_no_donated_cache(model, file, monkeypatch):
-    memory, step = jaxllm.Memory(), model.programs.decode_step
-    calls = []
+    memory, calls = jaxllm.Memory(), []
 
-    def interrupted(*args):
-        calls.append(args)
-        result = step(*args)
+    def interrupt(batch):
+        calls.append(batch)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return result
 
-    monkeypatch.setattr(model.programs, "decode_step", interrupted)
+    watch(monkeypatch, model, after=interrupt)
     with pytest.raises(KeyboardInterrupt):
         turn(model, memory, PROMPT, 8)
     assert turn(model, memory, PROMPT, 4).tokens == greedy(file[1], PROMPT, 4)
@@ -157,10 +151,12 @@ def test_where_steps_are_started_ahead(platform, devices, expected):
 
 
 def test_a_step_is_started_before_the_newest_token_is_handed_out(model, monkeypatch):
-    events, step = [], model.programs.decode_step
-    monkeypatch.setattr(model.programs, "decode_step", lambda *args: (events.append("step"), step(*args))[1])
-    for _ in decoding.generate_tokens(model.programs, [PROMPT], 4, Sampling().sampler()):
-        events.append("token")
+    events = []
+    watch(monkeypatch, model, lambda batch: is_step(batch) and events.append("step"))
+    engine = jaxllm.Engine(model, 1)
+    engine.add(PROMPT, 4, eos_ids=())
+    while engine.busy:
+        events += ["token"] * len(engine.step())
     # The first token never waits for the first step to be compiled.
     ahead, waiting = "token step step token step token token", "token step token step token step token"
     assert " ".join(events) == (ahead if model.mesh.size == 1 else waiting)
@@ -168,26 +164,27 @@ def test_a_step_is_started_before_the_newest_token_is_handed_out(model, monkeypa
 
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_an_answer_that_ends_early_wastes_at_most_one_step(model, file, monkeypatch, count):
-    answer = greedy(file[1], PROMPT, 6)
-    steps, step = [], model.programs.decode_step
-    monkeypatch.setattr(model.programs, "decode_step", lambda *args: (steps.append(args), step(*args))[1])
+    answer, steps = greedy(file[1], PROMPT, 6), []
+    watch(monkeypatch, model, lambda batch: is_step(batch) and steps.append(batch))
     completion = model.generate(PROMPT, 50, eos_ids={answer[count - 1]})
     assert completion.finish_reason == "stop"
     assert completion.tokens == answer[: answer.index(answer[count - 1]) + 1]
     assert len(steps) - (len(completion.tokens) - 1) in ((0, 1) if model.mesh.size == 1 else (0,))
 
 
-def test_the_cache_is_donated(model):
-    programs = model.programs
-    cache = first = decoding.cache_for(programs, 1, 12)
-    hidden, cache = programs.extend(cache, np.zeros((1, 16), np.int32), np.array([12], np.int32), 16)
-    assert all(leaf.is_deleted() for leaf in (*first.keys, *first.values))
-    second, sampler = cache, Sampling().sampler()
-    state = programs.start(programs.head(hidden[:, 11]), [[0]], 0, 0, sampler)
-    cache, _ = programs.decode_step(cache, state, sampler)
-    assert all(leaf.is_deleted() for leaf in (*second.keys, *second.values))
-    shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in (*cache.keys, *cache.values))
-    used = [p for key, p in programs.compiled.items() if key[0] in ("extend", "decode_step") and cache.capacity in key]
+def test_the_cache_is_donated(model, monkeypatch):
+    caches, advance = [], model.programs.advance
+
+    def watched(cache, *args):
+        caches.append(cache)
+        return advance(cache, *args)
+
+    monkeypatch.setattr(model.programs, "advance", watched)
+    model.generate(PROMPT, 3, eos_ids=())
+    assert len(caches) == 3  # the prompt and two steps
+    assert all(leaf.is_deleted() for cache in caches[:-1] for leaf in (*cache.keys, *cache.values))
+    shards = 2 * 256 * 2 * 16 * 4 // model.mesh.size  # keys and values, capacity, heads, numbers, bytes
+    used = [p for key, p in model.programs.compiled.items() if key[0] == "advance"]
     assert len(used) >= 2
     assert all(program.memory_analysis().alias_size_in_bytes >= shards for program in used)
 
@@ -290,8 +287,8 @@ def test_options_are_the_fields_of_sampling():
 
 def test_keywords_count_more_than_sampling_and_that_more_than_the_checkpoint(alone, monkeypatch):
     monkeypatch.setattr(alone, "sampling", Sampling(temperature=1e6, top_k=1, repetition_penalty=1.5))
-    chosen = alone._sampler(Sampling(top_k=7, top_p=0.5), {"temperature": 2.0})
-    assert [float(leaf) for leaf in jax.tree.leaves(chosen)] == [1.5, 2.0, 7, 0.5]
+    answer = jaxllm.Engine(alone).add(PROMPT, sampling=Sampling(top_k=7, top_p=0.5), temperature=2.0)
+    assert answer.request.sampling == Sampling(2.0, top_k=7, top_p=0.5, repetition_penalty=1.5)
     drawn = alone.generate(PROMPT, 8, temperature=1e6, top_k=50, seed=4).tokens
     assert drawn == alone.generate(PROMPT, 8, sampling=Sampling(top_k=50), seed=4).tokens
     with pytest.raises(TypeError, match="temprature"):
@@ -301,10 +298,10 @@ def test_keywords_count_more_than_sampling_and_that_more_than_the_checkpoint(alo
 # Numbers about a model.
 
 
-def test_rates_leave_out_the_first_step():
-    assert _rates(20, [1.0, 3.0]) == (10.0, 0.0)
-    assert _rates(20, [1.0, 3.0, 7.0]) == (10.0, 1 / 4)  # nothing better is known
-    assert _rates(20, [1.0, 3.0, 7.0, 7.5, 8.0]) == (10.0, 2.0)
+def testrates_leave_out_the_first_step():
+    assert rates(20, [1.0, 3.0]) == (10.0, 0.0)
+    assert rates(20, [1.0, 3.0, 7.0]) == (10.0, 1 / 4)  # nothing better is known
+    assert rates(20, [1.0, 3.0, 7.0, 7.5, 8.0]) == (10.0, 2.0)
 
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(1.0, "packed"), (3.0, "bfloat16")])

@@ -575,6 +575,8 @@ def test_a_chat_with_several_ends():
     metadata = gguf_tokenizer(tokenizer, config, {"eos_token_id": ends})
     ours, theirs = Tokenizer.from_gguf(metadata), Tokenizer.from_directory(HARMONY, config, ends)
     assert ours.eos_ids == theirs.eos_ids >= set(ends)
+    others = {key: value for key, value in metadata.items() if not key.endswith(("eot_token_id", "eom_token_id"))}
+    assert Tokenizer.from_gguf(others).eos_ids == {382, 388}  # <|return|> and <|call|>, which converters leave out
     assert ours.encode_chat(chat) == theirs.encode_chat(chat)
     files = huggingface_tokenizer(metadata)
     assert set(json.loads(files["generation_config.json"])["eos_token_id"]) == ours.eos_ids

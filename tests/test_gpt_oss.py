@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 with it)
 import numpy as np
 import pytest
+from compiled import decode_steps
 from covering import in_turn, some
 from flax import nnx
 from hf_to_gguf import convert
@@ -77,7 +78,7 @@ def test_experts_stay_packed(load_once):
 def test_a_block_sums_twice(load_once, mesh):
     model = load_once(CHECKPOINTS / "mxfp4", mesh=mesh, dtype="float32", weights="packed")
     model.generate([1, 2, 3], 2)
-    [step] = [p for key, p in model.programs.compiled.items() if key[:3] == ("decode_step", (1,), 256)]
+    [step] = decode_steps(model)
     assert collectives(step.as_text()) == {"all-reduce": 2 * 3 + 1, "all-gather": 1}
 
 

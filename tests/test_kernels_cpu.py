@@ -145,17 +145,19 @@ ATTENTION = {
 def test_attention(name, ring):
     batch, time, heads, kv_heads, dim, value_dim, length, first, dtype, window, cap, has_sinks = ATTENTION[name]
     q = floats(batch, time, heads, dim) * 3 * dim**-0.5
-    keys = floats(batch, kv_heads, length, dim, seed=1).astype(dtype)
-    values = floats(batch, kv_heads, length, value_dim, seed=2).astype(dtype)
+    keys = floats(batch + 1, kv_heads, length, dim, seed=1).astype(dtype)
+    values = floats(batch + 1, kv_heads, length, value_dim, seed=2).astype(dtype)
+    rows = jnp.arange(batch, 0, -1, dtype=jnp.int32)  # of the sequences in the cache
     positions = first + jnp.arange(time, dtype=jnp.int32) + jnp.arange(batch, dtype=jnp.int32)[:, None]
     key_positions = None
     if ring:  # in any order, some slots empty
         order = np.random.default_rng(0).permutation(length) - 10
         key_positions, window = jnp.asarray(np.maximum(order, -1), jnp.int32)[None], window or 10_000
     sinks = floats(heads, seed=3) if has_sinks else None
-    given, scoring = Cached(q, keys, values, positions, key_positions, sinks), Scoring(length, window, cap)
-    got, expected = (f(given, scoring) for f in (native_cpu.attention, attend))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)
+    given, scoring = Cached(q, keys, values, positions, key_positions, sinks, rows), Scoring(length, window, cap)
+    picked = Cached(q, keys[::-1][:-1], values[::-1][:-1], positions, key_positions, sinks)
+    for got in (native_cpu.attention(given, scoring), attend(given, scoring)):
+        np.testing.assert_allclose(got, attend(picked, scoring), rtol=0, atol=3e-5)
 
 
 def test_gradients_of_attention_are_those_of_the_definition():

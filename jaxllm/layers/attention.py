@@ -32,6 +32,7 @@ class _Operands(NamedTuple):
     values: Operand
     positions: Operand
     counts: Operand
+    rows: Operand
     sinks: Operand
 
 
@@ -109,10 +110,10 @@ class Attention(nnx.Module):
             v = v if self.v_norm is None else self.v_norm(v)
         q = self._placed(q, self.q_norm, context)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
+        operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, context.rows, sinks)
         attend = partial(self._attend, window=context.window)
         heads, kept, rows = (of_batch(spec, len(x)) for spec in (HEADS, CACHE, ROWS))
-        specs = _Operands(heads, heads, heads, kept, kept, rows, rows, PartitionSpec(TP))
+        specs = _Operands(heads, heads, heads, kept, kept, rows, rows, rows, PartitionSpec(TP))
         y, keys, values = local(attend, (specs,), (heads, kept, kept))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
@@ -124,10 +125,11 @@ class Attention(nnx.Module):
 
     def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = given.keys, given.values
-        seen, at = (keys, values), None
+        seen, at, rows = (keys, values), None, given.rows
         if given.k is not None:
             (keys, values), seen, at = _updated((keys, values), (given.k, given.v), given, window)
-        cached = Cached(given.q, *seen, given.positions, at, given.sinks)
+            rows = rows if seen[0] is keys else None
+        cached = Cached(given.q, *seen, given.positions, at, given.sinks, rows)
         y = attention(cached, Scoring(window, self.sliding_window, self.score_cap))
         return y, keys, values
 
@@ -135,23 +137,24 @@ class Attention(nnx.Module):
 def _updated(
     cache: LayerCache, new: LayerCache, given: _Operands, window: int
 ) -> tuple[LayerCache, LayerCache, jax.Array | None]:
-    """The updated cache, the keys and values to attend to, and their positions `[batch or 1, length]` (None: each has
-    its slot's)."""
-    start, length = given.positions[:, 0], cache[0].shape[2]
+    """The updated cache, the keys and values to attend to (the cache itself, or those of each row), and their positions
+    `[batch or 1, length]` (None: each has its slot's)."""
+    start, length, rows = given.positions[:, 0], cache[0].shape[2], given.rows
     if window <= length:  # no ring has wrapped around yet
         # The barrier keeps XLA from fusing the update into its reader too, which would cost copies of the cache.
-        keys, values = lax.optimization_barrier((write(cache[0], new[0], start), write(cache[1], new[1], start)))
-        return (keys, values), (keys, values), None
+        cache = lax.optimization_barrier((write(cache[0], new[0], start, rows), write(cache[1], new[1], start, rows)))
+        return cache, cache, None
     if given.positions.shape[1] == 1:  # the position that it overwrites is outside the window
         slot = start % length
-        cache = lax.optimization_barrier((write(cache[0], new[0], slot), write(cache[1], new[1], slot)))
+        cache = lax.optimization_barrier((write(cache[0], new[0], slot, rows), write(cache[1], new[1], slot, rows)))
         return cache, cache, ring_positions(length, start)
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
+        old = old if rows is None else old[rows]
         return jnp.concatenate([old, x.swapaxes(1, 2).astype(old.dtype)], axis=2)
 
     def written(old: jax.Array, x: jax.Array) -> jax.Array:
-        return write_ring(old, x, start, given.counts)
+        return write_ring(old, x, start, given.counts, rows)
 
     at = jnp.concatenate([ring_positions(length, start - 1), given.positions], axis=1)
     looked_at = joined(cache[0], new[0]), joined(cache[1], new[1])

@@ -93,16 +93,27 @@ class KVCache:
         return all(length <= size or length - to <= size - window for size, window in rings)
 
 
-def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new[batch, time, heads, dim]` into `buffer[batch, heads, length, dim]` from slot `start[batch]` on."""
+def write(buffer: jax.Array, new: jax.Array, start: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+    """Write `new[batch, time, heads, dim]` into `buffer[sequences, heads, length, dim]` from slot `start[batch]` on.
+
+    `rows[batch]` are the sequences that are written to; None: each row of `new` is a sequence.
+    """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
-    if buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, which is slower
+    if rows is None and buffer.shape[0] == 1:  # a plain slice update; the batched one becomes a scatter, slower
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
-    return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis=1))(buffer, new, start)
+    if rows is None:
+        return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis=1))(buffer, new, start)
+    for i in range(new.shape[0]):
+        buffer = jax.lax.dynamic_update_slice(buffer, new[i : i + 1], (rows[i], 0, start[i], 0))
+    return buffer
 
 
-def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array) -> jax.Array:
+def write_ring(
+    ring: jax.Array, new: jax.Array, start: jax.Array, counts: jax.Array, rows: jax.Array | None = None
+) -> jax.Array:
     """Like `write`, for a ring: of the first `counts[batch]` new positions, writes the newest of each slot."""
+    if rows is not None:
+        return write(ring, jnp.swapaxes(write_ring(ring[rows], new, start, counts), 1, 2), jnp.zeros_like(start), rows)
     newest = ring_positions(ring.shape[2], start + counts - 1)  # [batch, length]
     fresh = newest >= start[:, None]
     index = jnp.where(fresh, newest - start[:, None], 0)[:, None, :, None]

@@ -17,6 +17,7 @@ class Context:
         counts: int32 `[batch]`, how many of the tokens are real; the rest is padding.
         window: how many positions of the cache are read; all of `positions` are below it.
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
+        rows: int32 `[batch]`, which of the cached sequences these are; None: each of them, in order.
         per_layer: what the layer is given besides the previous one's output, see `decoder.Ends`; None: nothing.
     """
 
@@ -25,4 +26,5 @@ class Context:
     angles: tuple[jax.Array, jax.Array] | None
     window: int = field(metadata={"static": True})
     int8_blocks: bool = field(metadata={"static": True})
+    rows: jax.Array | None = None
     per_layer: jax.Array | None = None

@@ -97,34 +97,46 @@ class Decoder(nnx.Module):
         return KVCache.abstract(shapes, batch, capacity, dtype, mesh, self.cache_spec)
 
     def __call__(
-        self, tokens: jax.Array, cache: KVCache, counts: jax.Array, window: int, dtype: jax.typing.DTypeLike
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        counts: jax.Array,
+        window: int,
+        dtype: jax.typing.DTypeLike,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Append `tokens[batch, time]` to the cached sequences.
+        """Append `tokens[batch, time]` to cached sequences.
 
         Args:
             counts: `[batch]`, how many of each row's tokens are real; the rest is padding on the right.
             window: see `Context`.
             dtype: the dtype of the activations.
+            rows: int32 `[batch]`, which of the sequences; None: each of them, in order. One may occur twice, with the
+                same tokens.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
         """
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        at = slice(None) if rows is None else rows
+        lengths, limits = cache.lengths[at], cache.limits[at]
+        positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         ropes = dict.fromkeys(layer.rope for layer in self.layers)  # each once: layers of a kind share angles
-        angles = {rope: rope.angles(positions, cache.limits) if rope else None for rope in ropes}
+        angles = {rope: rope.angles(positions, limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
         x, inputs = (x, [None] * len(self.layers)) if self.ends is None else self.ends.begin(tokens, x)
         own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
-            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), inputs[i])
+            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), rows, inputs[i])
             with jax.named_scope(f"layers.{i}"):
                 x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
         x = x if self.ends is None else self.ends.end(x)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
-        return self.norm(x), replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
+        return self.norm(x), replace(
+            cache, keys=keys, values=values, lengths=cache.lengths.at[at].set(lengths + counts)
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`hidden[..., hidden]` -> float32 `[..., vocab]`. A tied head uses the embedding table's parameter."""

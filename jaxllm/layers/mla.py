@@ -69,6 +69,7 @@ class _Operands(NamedTuple):
     kv_b: Operand
     cache: Operand
     positions: Operand
+    rows: Operand
 
 
 class LatentAttention(nnx.Module):
@@ -128,9 +129,9 @@ class LatentAttention(nnx.Module):
         heads, rows = of_batch(HEADS, len(x)), of_batch(ROWS, len(x))
         spec = of_batch(CACHE, len(x)) if self.per_head_cache else rows
         kv_specs = [local_specs(w, cut) for w in kv_b]
-        specs = _Operands(heads, heads, rows, rows, kv_specs, (spec, spec), rows)
+        specs = _Operands(heads, heads, rows, rows, kv_specs, (spec, spec), rows, rows)
         attend = partial(self._per_head if self.per_head_cache else self._latent, window=context.window)
-        operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions)
+        operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions, context.rows)
         y, first, second = local(attend, (specs,), (heads, spec, spec))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (first, second)
 
@@ -149,15 +150,16 @@ class LatentAttention(nnx.Module):
 
     def _per_head(self, given: _Operands, window: int) -> Attended:
         k, v = self._expand(given.latent[:, :, 0], given.k_rope[:, :, 0], self._up(given.kv_b, given.latent.dtype))
-        keys, values = _written(given.cache, (k.swapaxes(1, 2), v.swapaxes(1, 2)), given.positions)
+        keys, values = _written(given, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
         q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
-        return attention(Cached(q, keys, values, given.positions), Scoring(window)), keys, values
+        return attention(Cached(q, keys, values, given.positions, rows=given.rows), Scoring(window)), keys, values
 
     def _latent(self, given: _Operands, window: int) -> Attended:
         dtype, positions = given.latent.dtype, given.positions
         up = self._up(given.kv_b, dtype)
-        latents, ropes = _written(given.cache, (given.latent, given.k_rope), positions)
-        seen, seen_rope = latents[:, :, :window].astype(dtype), ropes[:, :, :window].astype(dtype)
+        latents, ropes = _written(given, (given.latent, given.k_rope))
+        at = slice(None) if given.rows is None else given.rows
+        seen, seen_rope = latents[at, :, :window].astype(dtype), ropes[at, :, :window].astype(dtype)
         if positions.shape[1] > 1:
             keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
             q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
@@ -180,6 +182,7 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
-def _written(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
+def _written(given: _Operands, new: LayerCache) -> LayerCache:
     """Both buffers updated; a barrier keeps XLA from fusing the updates into their readers (see `Attention`)."""
-    return lax.optimization_barrier(tuple(write(a, b, positions[:, 0]) for a, b in zip(cache, new, strict=True)))
+    start, both = given.positions[:, 0], zip(given.cache, new, strict=True)
+    return lax.optimization_barrier(tuple(write(old, x, start, given.rows) for old, x in both))

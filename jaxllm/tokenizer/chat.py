@@ -16,12 +16,15 @@ class ChatTemplate:
         source: Jinja text.
         variables: what it may use besides the messages, such as `bos_token`.
 
+    Attributes:
+        source: the same text.
+
     Raises:
         InputError: the text is not a template.
     """
 
     def __init__(self, source: str, variables: Mapping[str, object]) -> None:
-        self._source, self._variables = source, dict(variables)
+        self.source, self._variables = source, dict(variables)
         self._run(None)
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: object) -> str:
@@ -39,6 +42,6 @@ class ChatTemplate:
 
     def _run(self, variables: Mapping[str, object] | None) -> str:
         try:
-            return ask("render", source=self._source, now=datetime.now().isoformat(), variables=variables)
+            return ask("render", source=self.source, now=datetime.now().isoformat(), variables=variables)
         except InputError as error:
             raise InputError(f"chat template: {error}") from error

@@ -14,9 +14,9 @@ from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
 
-MOST_GROWTH = (
-    1000  # how many times as long normalizers and decoders may make a text; most put U+2581 for spaces: 3 times
-)
+MOST_GROWTH = 1000  # how many times as long normalizers and decoders may make a text; U+2581 for a space is 3 times
+# What ends an answer that calls a tool, in GPT-OSS and Llama 3. Converters to GGUF leave it to readers to know them.
+_CALL_ENDS = ("<|call|>", "<|eom_id|>")
 
 
 class Tokenizer:
@@ -59,10 +59,13 @@ class Tokenizer:
         if add_bos is None:  # then it goes by the kind
             known = pretokenizers.BY_NAME.get(get("pre"))
             add_bos = get("model") == "llama" or (known is not None and known.add_bos)
+        backend = gguf.build(metadata)
+        ends = [get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
+        ends += [backend.token_to_id(token) for token in _CALL_ENDS]
         return cls(
-            gguf.build(metadata),
+            backend,
             bos_id=get("bos_token_id"),
-            eos_ids=frozenset(i for key in ("eos", "eot", "eom") if (i := get(f"{key}_token_id")) is not None),
+            eos_ids=frozenset(i for i in ends if i is not None),
             add_bos=bool(add_bos),
             chat_template=metadata.get("tokenizer.chat_template"),
             eos_id=get("eos_token_id"),

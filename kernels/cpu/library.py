@@ -13,6 +13,7 @@ import ctypes
 import functools
 import os
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import jax
@@ -43,12 +44,13 @@ def native() -> Native:
     wanted = os.environ.get("JAXLLM_CPU", "")
     if wanted == "off":
         return Native(None, "the native kernels are switched off (JAXLLM_CPU=off)")
-    files = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not files:
+    # Of this Python: another's, in the same folder, may have been compiled from an older source.
+    file = Path(__file__).with_name(f"_native{EXTENSION_SUFFIXES[0]}")
+    if not file.exists():
         # The demo decodes 3.5 times as fast with them (AMD EPYC with AVX2, two cores).
         cause = "there was no C++ compiler at installation; decoding takes about three times as long"
         return Native(None, f"the native kernels were not compiled, because {cause}")
-    library = ctypes.CDLL(str(files[0]))
+    library = ctypes.CDLL(str(file))
     start = library.jaxllm_start
     start.argtypes, start.restype = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p), ctypes.c_char_p
     addresses = np.array([_grid(name).ctypes.data for name in GRIDS], np.uintp)

@@ -62,7 +62,7 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
-    q, keys, values, positions, key_positions, sinks = given
+    q, keys, values, positions, key_positions, sinks, rows = given
     arrays = [
         q.astype(jnp.float32),
         keys,
@@ -70,6 +70,7 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
         positions,
         jnp.zeros((1, 0), jnp.int32) if key_positions is None else key_positions,
         jnp.zeros(0, jnp.float32) if sinks is None else sinks,
+        jnp.arange(len(q), dtype=jnp.int32) if rows is None else rows,
     ]
     y = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
     options = {"window": np.int64(scoring.sliding_window or 0), "score_cap": np.float32(scoring.score_cap or 0)}

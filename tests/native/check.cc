@@ -132,13 +132,13 @@ static void check_attention(const Level& level, int64_t time, int64_t heads, int
   };
   const auto keys = fill(batch * kv_heads * length * dim), values = fill(batch * kv_heads * length * value_dim);
   std::vector<float> q(batch * time * heads * dim), sinks(heads), got(batch * time * heads * value_dim), expected(got);
-  std::vector<int32_t> positions, at;
+  std::vector<int32_t> positions, at, rows{1, 0};
   for (float& x : q) x = real() / 4;
   for (float& x : sinks) x = real();
   for (int64_t i = 0; i < batch * time; i++) positions.push_back(int32_t(length - time + i % time));
   for (int64_t k = 0; k < length; k++) at.push_back(int32_t((k * 7 + 3) % length) - 1);
-  Attention a{q.data(), keys.data(), values.data(), positions.data(), ring ? at.data() : nullptr, sinks.data(), batch, time,
-              heads, kv_heads, length, dim, value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
+  Attention a{q.data(), keys.data(), values.data(), positions.data(), ring ? at.data() : nullptr, sinks.data(), rows.data(),
+              batch, time, heads, kv_heads, length, dim, value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
   a.y = got.data(), attend(level, a);
   a.y = expected.data(), attend(portable, a);
   compare("attention", ring ? "ring" : "buffer", got, expected);

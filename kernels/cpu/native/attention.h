@@ -72,7 +72,7 @@ template <int kType>
 static void attend(const Attention& a, int64_t batch, int64_t head, const float* q, const int32_t* positions,
                    int64_t rows, int64_t begin, int64_t end, State& state) {
   constexpr int size = kSizeOf<kType>;
-  const int64_t slot = (batch * a.kv_heads + head) * a.length;
+  const int64_t slot = (a.rows[batch] * a.kv_heads + head) * a.length;
   const uint8_t *keys = a.keys + slot * a.dim * size, *values = a.values + slot * a.value_dim * size;
   const int32_t* key_positions = a.key_positions ? a.key_positions + batch % a.key_batches * a.length : nullptr;
   alignas(32) float scores[kTokens][kKeys];

@@ -89,7 +89,7 @@ ffi::Error grouped_matmul(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> expert,
 // See Attention in level.h. `key_positions` and `sinks` are empty where there are none.
 ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> key_positions, ffi::Buffer<ffi::F32> sinks,
-                     ffi::ResultBuffer<ffi::F32> y, int64_t window, float score_cap) {
+                     ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> y, int64_t window, float score_cap) {
   const auto queries = q.dimensions(), held = keys.dimensions();
   Attention a{};
   a.q = q.typed_data(), a.positions = positions.typed_data(), a.y = y->typed_data();
@@ -97,6 +97,7 @@ ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffe
   a.values = static_cast<const uint8_t*>(values.untyped_data());
   a.key_positions = key_positions.element_count() ? key_positions.typed_data() : nullptr;
   a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  a.rows = rows.typed_data();
   a.batch = queries[0], a.time = queries[1], a.heads = queries[2], a.dim = queries[3];
   a.kv_heads = held[1], a.length = held[2], a.value_dim = values.dimensions()[3];
   a.key_batches = key_positions.dimensions()[0];
@@ -127,7 +128,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxllm_attention, jaxllm::attention,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-        .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+        .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
 
 #pragma GCC visibility pop
 

@@ -26,13 +26,14 @@ struct RoundedX {
   int64_t rows;
 };
 
-// Queries q [batch, time, heads, dim], scaled, attend to a cache of keys [batch, kv_heads, length, dim] and values.
+// Queries q [batch, time, heads, dim], scaled, attend to a cache of keys [sequences, kv_heads, length, dim] and values.
 struct Attention {
   const float* q;
   const uint8_t *keys, *values;
   const int32_t* positions;      // [batch, time]
   const int32_t* key_positions;  // [key_batches, length], negative where there is no key; null: each key's own index
   const float* sinks;            // [heads], or null
+  const int32_t* rows;           // [batch], the sequence that each belongs to
   int64_t batch, time, heads, kv_heads, length, dim, value_dim, key_batches;
   int64_t type;                  // of keys and values: kF32, kF16 or kBF16
   int64_t window;                // how many positions a query sees, its own included; 0: all

@@ -1,0 +1,1 @@
+"""What a server needs beside the engine: the parts of answers, and what goes over HTTP."""
