@@ -51,9 +51,7 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> Self:
         try:
-            given = yaml.load(
-                text, yaml.BaseLoader
-            )  # all is text: making dates and numbers of it can fail in many ways
+            given = yaml.load(text, yaml.BaseLoader)  # leaves all as text: dates and numbers fail in many ways
         except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"topology: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):

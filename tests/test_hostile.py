@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_demo_layout
 import tiny_hf
 from quantized_writers import quantized_checkpoint, read_safetensors, write_safetensors
 from test_tokenizer import HELLO, render
@@ -86,6 +87,13 @@ def test_an_index_does_not_lead_outside_by_a_link(tmp_path):
     )
     with pytest.raises(InputError, match="x.safetensors: a link to .*, outside of the checkpoint"):
         open_checkpoint(inside)
+
+
+def test_a_config_that_the_user_names_may_be_a_link(tmp_path):
+    path = test_demo_layout.made(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "args.json").symlink_to(path / "config_671B.json")
+    assert open_checkpoint(path, config=tmp_path / "elsewhere" / "args.json").tensors
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path):
