@@ -8,12 +8,14 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 
 SECONDS, MEMORY = 2, 512 << 20  # of the CPU for a request, rounded up; of address space
+QUICK = 0.1  # seconds of the CPU for one search; those of published patterns take microseconds
 MOST_TEXT = 1 << 22  # characters that a template may write beside what it was given
 
 
@@ -50,8 +52,12 @@ def _tojson(value: object, indent: int | None = None, ensure_ascii: bool = False
 
 
 def search(pattern: str, text: str, match: bool) -> bool:
-    """Whether a regular expression is found in a text, or at its beginning."""
-    return (re.match if match else re.search)(pattern, text) is not None
+    """Whether a regular expression is found in a text, or at its beginning. Texts may be many: each has to be quick."""
+    begun = time.process_time()
+    found = (re.match if match else re.search)(pattern, text) is not None
+    if (seconds := time.process_time() - begun) > QUICK:
+        raise ValueError(f"takes {seconds:.1f} seconds of computing for one name")
+    return found
 
 
 WORK: dict[str, Callable] = {"render": render, "search": search}

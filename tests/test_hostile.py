@@ -202,6 +202,8 @@ def test_a_pattern_that_could_go_on_for_ever_ends():
         InputError, match="the pattern '.*': takes more than 2 seconds of computing, or more than 512 MiB"
     ):
         matches("(.|.)*!", NAME)
+    with pytest.raises(InputError, match=r"the pattern '.*': takes \d\.\d seconds of computing for one name"):
+        matches("(a|a)*!", "a" * 22)
 
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 3000, "a{99999999999}", "a" * 3000])
