@@ -89,6 +89,15 @@ def test_an_index_does_not_lead_outside_by_a_link(tmp_path):
         open_checkpoint(inside)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "\ud800", "nul\0l"])
+def test_an_index_names_what_is_no_name_of_a_file(tmp_path, name):
+    folder = checkpoint(tmp_path / "in")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(InputError, match="tensor 'x' is said to be in .*, which does not exist"):
+        open_checkpoint(folder)
+
+
 def test_a_config_that_the_user_names_may_be_a_link(tmp_path):
     path = test_demo_layout.made(tmp_path)
     (tmp_path / "elsewhere").mkdir()

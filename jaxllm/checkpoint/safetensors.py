@@ -89,11 +89,12 @@ def _files(path: Path) -> dict[Path, list[str]]:
     names = read_json(path / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(f"{path / INDEX}: no 'weight_map'")
+    present = {file.name for file in path.iterdir()}  # a name that no file can have would be an OSError
     files: dict[Path, list[str]] = {}
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{path / INDEX}: tensor {tensor!r} is said to be in {name!r}, outside the directory")
-        if not (path / name).is_file():
+        if name not in present:
             raise InputError(f"{path / INDEX}: tensor {tensor!r} is said to be in {name!r}, which does not exist")
         files.setdefault(path / name, []).append(tensor)
     return files
