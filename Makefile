@@ -27,7 +27,7 @@ test-fast: $(VENV)/installed
 
 # The native kernels' C++ with the sanitizers of addresses and of undefined behaviour.
 SANITIZED := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all
-CHECKED := $(addprefix kernels/cpu/native/,pool.cc products.cc attention.cc level_portable.cc)
+CHECKED := $(addprefix kernels/cpu/native/,pool.cc products.cc attention.cc norm.cc level_portable.cc)
 test-native:
 	$(CXX) $(SANITIZED) -mavx2 -mfma -mf16c -c kernels/cpu/native/level_avx2.cc -o .native-check.o
 	$(CXX) $(SANITIZED) -Ikernels/cpu/native -DLEVELS='&avx2' tests/native/check.cc $(CHECKED) .native-check.o -o .native-check

@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, add_quantizing, execute, quantizing
 from jaxllm.engine.answer import Completion, Prompt
+from jaxllm.engine.drafting import Drafter, DraftModel, PromptLookup
 from jaxllm.engine.memory import Memory
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
@@ -49,6 +51,14 @@ def parser() -> Parser:
     for option in dataclasses.fields(Sampling):
         name, metavar, help = option.name.replace("_", "-"), option.metadata["metavar"], option.metadata["help"]
         p.add_argument(f"--{name}", type=TYPES.get(option.name, float), metavar=metavar, help=help)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end answers before TEXT; repeatable")
+    p.add_argument("--schema", metavar="FILE", help="answer in JSON that follows the JSON schema in FILE")
+    p.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="guess tokens with a smaller model of the same vocabulary, or with 'lookup' in the text so far; answers "
+        "stay the same",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (0)")
 
     p.add_argument("--tp", type=int, default=1, metavar="N", help="shard every matrix over N devices")
@@ -102,6 +112,7 @@ def answer(args: argparse.Namespace, group: Group) -> None:
     """Load the model, and answer what the options ask for, together with the other processes."""
     sampling = Sampling(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)})
     lines = _read_lines(args.input_file) if args.input_file else []
+    schema = _read_schema(args.schema) if args.schema else None
     ids = None if args.prompt_ids is None else _parse_ids(args.prompt_ids, "--prompt-ids")
     devices = args.tp * args.ep * args.dp
     if devices % group.count:
@@ -117,10 +128,12 @@ def answer(args: argparse.Namespace, group: Group) -> None:
         group.agree("the option", {name: str(value) for name, value in options.items()})
         group.agree("the file", fingerprint(find_checkpoint(args.model)))
     model = load(args.model, **options, progress=group.leads)
+    drafter = None if args.draft is None else _drafter(args.draft, options["mesh"], group)
     if not group.leads:
-        follow(model, group)
+        follow(model, group, drafter)
         return
-    leader = Leader(model, group, args.max_new_tokens, args.seed, sampling)
+    answering = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop, "schema": schema}
+    leader = Leader(model, group, sampling, answering, drafter)
     session = Session(leader, args.raw, args.json)
     if args.interactive:
         session.converse()
@@ -142,6 +155,21 @@ def emulate_devices(count: int) -> None:
     """
     if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def _drafter(name: str, mesh: str, group: Group) -> Drafter:
+    if name == "lookup":
+        return PromptLookup()
+    if group.count > 1:
+        group.agree("the file", fingerprint(find_checkpoint(name)))
+    return DraftModel(load(name, mesh=mesh, progress=group.leads))
+
+
+def _read_schema(file: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_lines(file: str) -> list[str]:

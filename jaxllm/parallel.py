@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, shards
+from jaxllm.kernels import dispatch, norm
 from jaxllm.kernels.activations import Peak, unchanged
 from jaxllm.kernels.adapted import products
 from jaxllm.kernels.dispatch import few_rows
@@ -168,6 +169,14 @@ def lookup(ids: jax.Array, weight: Weight, dtype: jax.typing.DTypeLike) -> jax.A
 
     rows = of_batch(ROWS, ids.shape[0]) if ids.ndim else PartitionSpec()
     return local(shard, (rows, local_specs(weight, COLUMN)), rows)(ids, weight)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """The norm over the last axis, which is on every device. On one device a kernel may do it; on several, each does
+    what it has of x, and XLA knows what that is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = not mesh.empty and mesh.size == 1
+    return dispatch.rms_norm(x, weight, eps) if whole else norm.rms_norm(x, weight, eps)
 
 
 def sums_of_squares(*xs: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ class Constraint:
 
     @classmethod
     def lark(cls, grammar: str) -> Self:
-        """Text of a context-free grammar in llguidance's dialect of Lark.
+        """Text of a context-free grammar in llguidance's dialect of Lark, without special tokens.
 
         Raises:
             InputError: the grammar is malformed, produces nothing, or explodes.
@@ -148,7 +148,7 @@ class Guide:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing but the end can follow."""
+        """Whether it is known that nothing but the end can follow."""
         return self._matcher.is_stopped()
 
     def forced(self) -> list[int]:
@@ -193,8 +193,8 @@ def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 def _try(grammar: str) -> str:
     """What is wrong with a grammar, or nothing.
 
-    There are schemas of one line that llguidance, for all its limits, compiles for hours (`multipleOf` a large prime).
-    Only a process can be stopped, so a grammar is compiled in one before it may come near a server.
+    There are short schemas that llguidance, for all its limits, has not compiled after three minutes (`allOf` of fifty
+    patterns). Only a process can be stopped, so a grammar is compiled in one before it may come near a server.
     """
     command = [sys.executable, "-P", str(_TRYING), str(_SECONDS), str(_SYMBOLS)]
     try:

@@ -24,7 +24,7 @@ from jaxllm.formats.adapted import base_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Activations, Scaled
-from jaxllm.kernels import dense, registry
+from jaxllm.kernels import dense, norm, registry
 from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
 from jaxllm.kernels.attention import Cached, Scoring, attend
 from jaxllm.kernels.registry import REFERENCE, Kernel
@@ -66,7 +66,7 @@ def choose(op: str, x: Any, weight: Weight | type, platform: str | None = None) 
 
     Args:
         op: "matmul" or "grouped_matmul"; or "act_quant" (`weight` is a class), "weight_dequant" (x is None), or
-            "attention" (x is `Cached`, `weight` is `jax.Array`).
+            "attention" (x is `Cached`, `weight` is `jax.Array`) or "rms_norm" (`weight` is `jax.Array`).
         platform: "cpu", "tpu" or "gpu"; by default that of the ambient mesh, or else JAX's default.
 
     Raises:
@@ -176,6 +176,17 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     function = jax.custom_vjp(run)
     function.defvjp(lambda given: (run(given), given), lambda given, g: jax.vjp(definition, given)[1](g))
     return function(*_alike(given))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """The norm of each row, see `norm.rms_norm`."""
+    kernel, definition = choose("rms_norm", x, jax.Array).kernel, partial(norm.rms_norm, eps=eps)
+    if kernel.differentiable:
+        return definition(x, weight)
+    run = partial(kernel.function, eps=eps)
+    function = jax.custom_vjp(run)
+    function.defvjp(lambda *given: (run(*given), given), lambda given, g: jax.vjp(definition, *given)[1](g))
+    return function(x, weight)
 
 
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:

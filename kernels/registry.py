@@ -21,7 +21,7 @@ from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.nvfp4 import NVFP4
 from jaxllm.formats.scaled import Scaled
-from jaxllm.kernels import attention, dense
+from jaxllm.kernels import attention, dense, norm
 
 REFERENCE = "reference"
 MATMULS = "matmul", "grouped_matmul"
@@ -76,10 +76,10 @@ class Kernel:
     """One way to do an op.
 
     Attributes:
-        op: "matmul", "grouped_matmul", "act_quant", "weight_dequant" or "attention", see `dense`,
-            `block_fp8.reference` and `attention`.
+        op: "matmul", "grouped_matmul", "act_quant", "weight_dequant", "attention" or "rms_norm", see `dense`,
+            `block_fp8.reference`, `attention` and `norm`.
         weight: the class of weights that it takes, or several. `act_quant` takes none and is registered for `Scaled`,
-            attention for `jax.Array`.
+            attention and norms for `jax.Array`.
         platform: "cpu", "tpu" or "gpu"; None: all of them.
         backend: its name in `dispatch.using` and in explanations.
         function: the op, on one device's shards.
@@ -146,8 +146,9 @@ KERNELS: list[Kernel] = [
     Kernel("matmul", Weight, None, REFERENCE, dense.matmul, differentiable=True),
     Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
     Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
-    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", **NATIVE),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", "rms_norm", **NATIVE),
     Kernel("attention", jax.Array, None, REFERENCE, attention.attend, differentiable=True),
+    Kernel("rms_norm", jax.Array, None, REFERENCE, norm.rms_norm, differentiable=True),
 ]
 
 

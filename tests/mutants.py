@@ -206,6 +206,27 @@ MUTANTS = [
         "del limit",
         FUZZ,
     ),
+    Mutant(
+        "a grammar that explodes is compiled without a limit of time",
+        "jaxllm/structured_trial.py",
+        "    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))\n",
+        "",
+        ("tests/test_structured.py", "-k", "cannot_be_followed", "-x"),
+    ),
+    Mutant(
+        "padding of the vocabulary may be drawn where a grammar binds",
+        "jaxllm/structured.py",
+        "out[len(words) :] = 0",
+        "pass",
+        ("tests/test_structured.py", "-k", "any_text", "-x"),
+    ),
+    Mutant(
+        "text shown before it is known not to be a tag",
+        "jaxllm/serving/tags.py",
+        " - _overlap(held, self._tag)",
+        "",
+        ("tests/test_answer_parts.py", "-k", "do_not_depend"),
+    ),
 ]
 
 

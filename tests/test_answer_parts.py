@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ ANSWERS = [
     ("tagged", TAG, [PARIS]),
     ("tagged", f"I look.\n\n{TAG}\n{TAG}\n", [Content("I look."), PARIS, PARIS]),
     ("tagged", f'{TAG}<tool_call>{{"name": "now", "arguments": "{{}}"}}</tool_call>', [PARIS, NOW]),
-    ("tagged", "a <tool_call>{oh</tool_call> b", [Content("a<tool_call>{oh</tool_call>b")]),
+    ("tagged", "a <tool_call>{oh</tool_call> b", [Content("a <tool_call>{oh</tool_call> b")]),
     ("tagged", f"{TAG[:40]}", [Content(TAG[:40])]),
     ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Paris", "days": 2}}]', [PARIS]),
     (
@@ -225,6 +226,7 @@ def test_calls_in_the_forms_of_models(form, answer, wanted, special):
         '{"name": 3, "arguments": {}}',
         '{"name": "now", "arguments": [1]}',
         '"now"',
+        "[]",
         "[" * 100_000,
     ],
 )
@@ -245,6 +247,25 @@ def test_thoughts_and_then_a_call():
     answer = f"<think>Is <tool_call> right?</think>\nYes. {TAG}"
     wanted = [Reasoning("Is <tool_call> right?"), Content("Yes."), PARIS]
     assert split(tokenizer, tokenizer.encode(answer), tools=TOOLS, most=6) == wanted
+
+
+SCRAPS = [" ", "\n", "a", "é", "{", "}", "[", "]", '"name"', "now", ";", "<", "</", '{"name": "now", "arguments": {}}']
+
+
+@pytest.mark.parametrize("form", [*FORMS, "harmony"])
+def test_parts_do_not_depend_on_how_the_text_comes(harmony, form):
+    rng = random.Random(0)
+    tags = (
+        ["<think>", "</think>", *FORMS[form][1]]
+        if form != "harmony"
+        else [p for case in HARMONY.values() for p in case["pieces"]]
+    )
+    tokenizer = byte_tokenizer(f"{{% if false %}}{' '.join(tags)}{{% endif %}}", rng.sample(tags, len(tags) // 2), tags)
+    tokenizer = harmony if form == "harmony" else tokenizer
+    for seed in range(40):
+        ids = tokenizer.encode("".join(rng.choice(rng.choice([tags, SCRAPS])) for _ in range(rng.randint(0, 14))))
+        at_once = split(tokenizer, ids, tools=TOOLS, most=1000)
+        assert split(tokenizer, ids, tools=TOOLS) == split(tokenizer, ids, tools=TOOLS, seed=seed, most=7) == at_once
 
 
 def generate(tokenizer, constraint, seed, text="", most=4000):
@@ -283,6 +304,24 @@ def test_a_required_call_is_one_in_the_form_of_the_model(form, special):
     assert set.union(*names) == {"weather", "now"}
     assert {1} == {len(split(tokenizer, generate(tokenizer, named, seed), tools=TOOLS)) for seed in range(3)}
     assert called(split(tokenizer, generate(tokenizer, named, 0), tools=TOOLS)) == {"weather"}
+
+
+NOW_CALLED = {
+    "tagged": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS][{"name": "now", "arguments": {}}]',
+    "mistral 11": "[TOOL_CALLS]now[ARGS]{}",
+    "granite": '<|tool_call|>[{"name": "now", "arguments": {}}]',
+    "deepseek 3": f"{ALL_BEGIN}{BEGIN}function{SEP}now\n```json\n{{}}\n```{END}{ALL_END}",
+    "deepseek": f"{ALL_BEGIN}{BEGIN}now{SEP}{{}}{END}{ALL_END}",
+    "llama": '{"name": "now", "parameters": {}}',
+}
+
+
+@pytest.mark.parametrize("form", NOW_CALLED)
+def test_a_required_call_is_written_as_the_template_does(form):
+    tokenizer = answering(form, False)
+    text = tokenizer.decode(generate(tokenizer, required(tokenizer, [], TOOLS, "now"), 0))
+    assert re.sub(r"{\s*}", "{}", text) == NOW_CALLED[form]
 
 
 def test_a_required_call_in_harmony_after_thoughts(harmony):

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.layers.heads import HeadLayout
 from jaxllm.layers.parameter import declare
-from jaxllm.parallel import TP, sums_of_squares
+from jaxllm.parallel import TP, rms_norm, sums_of_squares
 
 
 class RMSNorm(nnx.Module):
@@ -26,13 +26,18 @@ class RMSNorm(nnx.Module):
         self.weight = declare((size,), spec, rows) if learned else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.scaled(x, jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True))
+        return rms_norm(x, self._weight(), self.eps)
 
     def scaled(self, x: jax.Array, mean_square: jax.Array) -> jax.Array:
         """`x[..., size]`, given the mean of its squares, float32 `[..., 1]`."""
-        wide, scale = x.astype(jnp.float32), jax.lax.rsqrt(mean_square + self.eps)
-        weight = 1.0 if self.weight is None else self.offset + self.weight.get_value()
-        return (wide * scale * weight).astype(x.dtype)
+        wide, scale, weight = x.astype(jnp.float32), jax.lax.rsqrt(mean_square + self.eps), self._weight()
+        return (wide * scale * (1.0 if weight is None else weight)).astype(x.dtype)
+
+    def _weight(self) -> jax.Array | None:
+        if self.weight is None:
+            return None
+        value = self.weight.get_value()
+        return self.offset + value if self.offset else value
 
 
 class QKNorm(nnx.Module):

@@ -21,7 +21,7 @@ class Form:
     """How some models write calls.
 
     Attributes:
-        parse: the calls in the text between `opening` and `closing`. Raises ValueError if it is something else.
+        parse: the calls in the text between `opening` and `closing`. None, or a ValueError, if it is something else.
         opening: what calls begin with; None if an answer is nothing but calls.
         closing: what they end with; None if nothing follows them.
         call: one call, with $NAME and $ARGUMENTS in it; None if its arguments are not JSON.
@@ -63,7 +63,7 @@ def _llama_calls(text: str, schemas: Schemas) -> list[ToolCall]:
         value, end = json.JSONDecoder().raw_decode(rest)
         calls.append(_json_call(value))
         rest = rest[end:].lstrip("; \n")
-    if not calls or any(call.name not in schemas for call in calls):
+    if any(call.name not in schemas for call in calls):
         raise ValueError("not calls")
     return calls
 
@@ -83,8 +83,6 @@ def _deepseek_calls(text: str, schemas: Schemas) -> list[ToolCall]:
     """`name` and JSON; before version 3.1 `function`, `name`, and JSON as a block of code."""
     call = rf"(?:function{_DEEPSEEK_SEPARATOR})?([^\s<]+)(?:{_DEEPSEEK_SEPARATOR}|\s*```json)(.*?)(?:```)?\s*"
     parts = re.findall(f"{_DEEPSEEK_BEGIN}(.*?){_DEEPSEEK_END}", text, re.DOTALL)
-    if not parts:
-        raise ValueError("no calls")
     return [_named_call(call, part) for part in parts]
 
 

@@ -12,20 +12,23 @@ class Until:
 
     Attributes:
         rest: what follows the tag, once it has been read; None before.
+        space: the white space before the tag, likewise.
     """
 
     def __init__(self, tag: str, after_tag: bool = True) -> None:
         self._tag, self._at_tag = tag, after_tag
         self._held = ""
         self.rest: str | None = None
+        self.space = ""
 
     def push(self, text: str) -> str:
         """The text that is known to come before the tag."""
         held = self._held + text
         place = held.find(self._tag)
         if place >= 0:
-            self.rest, self._held = held[place + len(self._tag) :], ""
-            return self._begun(held[:place].rstrip())
+            known = held[:place].rstrip()
+            self.space, self.rest, self._held = held[len(known) : place], held[place + len(self._tag) :], ""
+            return self._begun(known)
         known = held[: len(held) - _overlap(held, self._tag)].rstrip()
         self._held = held[len(known) :]
         return self._begun(known)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from jaxllm.errors import InputError
 from jaxllm.serving.forms import Form, Schemas
-from jaxllm.serving.parts import Content, Part
+from jaxllm.serving.parts import Content, Part, ToolCall
 from jaxllm.serving.tags import Until
 
 Tools = Sequence[Mapping[str, Any]]  # {"type": "function", "function": {"name": ..., "parameters": ...}}
@@ -38,12 +38,20 @@ class Calls(Protocol):
     def finish(self) -> list[Part]: ...
 
 
+def _calls(form: Form, text: str, schemas: Schemas) -> list[ToolCall]:
+    """The calls in a text of them; none if it is something else."""
+    try:
+        return form.parse(text, schemas)
+    except (ValueError, RecursionError):
+        return []
+
+
 def reader(form: Form, schemas: Schemas) -> Calls:
     return Bare(form, schemas) if form.opening is None else Enclosed(form, schemas)
 
 
 class Enclosed:
-    """Calls after an opening tag. What cannot be parsed is content, tags and all."""
+    """Calls after an opening tag. What cannot be parsed is content, tags, white space and all."""
 
     def __init__(self, form: Form, schemas: Schemas) -> None:
         self._form, self._schemas, self._opening = form, schemas, form.opening or ""
@@ -63,16 +71,14 @@ class Enclosed:
                 return parts
             call, text = self._call.split(self._form.closing, 1)
             parts += self._parsed(call, self._form.closing)
-            self._content, self._call = Until(self._opening), None
+            self._content, self._call = Until(self._opening, after_tag=isinstance(parts[-1], ToolCall)), None
 
     def finish(self) -> list[Part]:
         return [Content(self._content.finish())] if self._call is None else self._parsed(self._call, "")
 
     def _parsed(self, text: str, closing: str) -> list[Part]:
-        try:
-            return list(self._form.parse(text, self._schemas))
-        except (ValueError, RecursionError):
-            return [Content(self._opening + text + closing)]
+        as_content = self._content.space + self._opening + text + closing
+        return list(_calls(self._form, text, self._schemas)) or [Content(as_content)]
 
 
 class Bare:
@@ -98,10 +104,7 @@ class Bare:
     def finish(self) -> list[Part]:
         if self._text is None:
             return []
-        try:
-            return list(self._form.parse(self._without_tags(self._text), self._schemas))
-        except (ValueError, RecursionError):
-            return [Content(self._text)]
+        return list(_calls(self._form, self._without_tags(self._text), self._schemas)) or [Content(self._text)]
 
     def _without_tags(self, text: str) -> str:
         for tag in self._form.tags:

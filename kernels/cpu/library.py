@@ -23,7 +23,7 @@ from jaxllm.errors import InputError
 from jaxllm.formats.ggml_grids import grid
 
 GRIDS = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-TARGETS = ("jaxllm_matmul", "jaxllm_grouped_matmul", "jaxllm_attention")
+TARGETS = ("jaxllm_matmul", "jaxllm_grouped_matmul", "jaxllm_attention", "jaxllm_rms_norm")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from jaxllm.kernels.cpu.operands import operands
 
 def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
     """See `Kernel.refuses`."""
+    if op == "rms_norm":
+        return None
     if op == "attention":
         return _refuses_attention(x)
     if isinstance(weight, Dense) and (weight.values.dtype.itemsize > 2 or weight.values.dtype == x.dtype):
@@ -75,6 +77,14 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     y = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
     options = {"window": np.int64(scoring.sliding_window or 0), "score_cap": np.float32(scoring.score_cap or 0)}
     return _varying([jax.ffi.ffi_call("jaxllm_attention", y)(*arrays, **options)], arrays)[0].astype(q.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """See `norm.rms_norm`. A row's result does not depend on how many rows there are, to the bit."""
+    library.native()
+    arrays = [x.astype(jnp.float32), jnp.zeros(0, jnp.float32) if weight is None else weight.astype(jnp.float32)]
+    y = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call("jaxllm_rms_norm", y)(*arrays, eps=np.float32(eps)).astype(x.dtype)
 
 
 def _call(

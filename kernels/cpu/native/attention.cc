@@ -25,8 +25,13 @@ struct Part {
   int64_t begin, end;  // keys
 };
 
+// A token of a decode step gets the same numbers whatever is computed beside it: so it has tiles of its own, divided as
+// its own position says.
+constexpr int64_t kFew = 16;  // tokens of a sequence
+
 std::vector<Tile> tiles_of(const Attention& a) {
-  const int64_t group = a.heads / a.kv_heads, heads = std::min<int64_t>(group, kTokens), times = kTokens / heads;
+  const int64_t group = a.heads / a.kv_heads, heads = std::min<int64_t>(group, kTokens);
+  const int64_t times = a.time < kFew ? 1 : kTokens / heads;
   std::vector<Tile> tiles;
   for (int64_t batch = 0; batch < a.batch; batch++) {
     for (int64_t head = 0; head < a.heads;) {
@@ -47,9 +52,9 @@ std::vector<Tile> tiles_of(const Attention& a) {
   return tiles;
 }
 
-// Where there are few tiles, as in a decode step, their keys are divided too.
-std::vector<Part> parts_of(std::vector<Tile>& tiles) {
-  const int64_t wanted = tiles.size() < size_t(2 * threads()) ? 4 : 1;
+// In a decode step, keys are divided too, because there are few tiles.
+std::vector<Part> parts_of(std::vector<Tile>& tiles, int64_t time) {
+  const int64_t wanted = time < kFew ? 4 : 1;
   std::vector<Part> parts;
   for (size_t i = 0; i < tiles.size(); i++) {
     Tile& tile = tiles[i];
@@ -67,7 +72,7 @@ std::vector<Part> parts_of(std::vector<Tile>& tiles) {
 
 void attend(const Level& level, const Attention& a) {
   std::vector<Tile> tiles = tiles_of(a);
-  const std::vector<Part> parts = parts_of(tiles);
+  const std::vector<Part> parts = parts_of(tiles, a.time);
   const int64_t size = (a.value_dim + 2) * kTokens;  // what a part finds, see Level
   thread_local std::vector<float> buffer;
   buffer.resize(std::max<size_t>(buffer.size(), parts.size() * size + 16));

@@ -12,4 +12,14 @@ void multiply(const Level& level, const std::vector<Product>& products, const fl
 
 void attend(const Level& level, const Attention& attention);
 
+// y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; without a weight if it is null.
+struct Norm {
+  const float *x, *weight;
+  int64_t rows, size;
+  float eps;
+  float* y;
+};
+
+void normalize(const Norm& norm);
+
 }  // namespace jaxllm

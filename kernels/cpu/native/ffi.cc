@@ -107,6 +107,15 @@ ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
+// See Norm in divide.h. `weight` is empty where there is none.
+ffi::Error rms_norm(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const int64_t size = x.dimensions().back();
+  if (size == 0) return ffi::Error::Success();
+  normalize({x.typed_data(), weight.element_count() ? weight.typed_data() : nullptr,
+             int64_t(x.element_count()) / size, size, eps, y->typed_data()});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxllm
 
@@ -129,6 +138,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
         .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_rms_norm, jaxllm::rms_norm,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<float>("eps"));
 
 #pragma GCC visibility pop
 

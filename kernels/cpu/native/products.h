@@ -110,29 +110,36 @@ static void add_codes(const Codes& panel, int groups, const RoundedSlice* x, f32
   for (int t = 0; t < T; t++) sums[t] += total[t];
 }
 
-// P panels; U sums for each, so that enough additions are under way.
+// P panels times T rows of x, as four sums each, of every fourth column: U of them at a time, so that enough additions
+// are under way. In the same order for all T and U, because a row's sums must not depend on its neighbours.
 template <int P, int T, int U>
 static void add_floats(const Floats* panels, int64_t columns, const float* x, int64_t stride, f32x8* sums) {
-  f32x8 total[P][T][U] = {};
-  int64_t k = 0;
-  for (; k + U <= columns; k += U) {
-    for (int u = 0; u < U; u++) {
+  constexpr int kSums = 4;
+  f32x8 all[P][T] = {};
+  for (int first = 0; first < kSums; first += U) {
+    f32x8 total[P][T][U] = {};
+    int64_t k = first;
+    for (; k + U <= columns; k += kSums) {
+      for (int u = 0; u < U; u++) {
+        for (int t = 0; t < T; t++) {
+          const f32x8 one = broadcast(x[t * stride + k + u]);
+          for (int p = 0; p < P; p++) total[p][t][u] += panels[p].weights[k + u] * one;
+        }
+      }
+    }
+    for (int u = 0; k + u < columns && u < U; u++) {
       for (int t = 0; t < T; t++) {
-        const f32x8 one = broadcast(x[t * stride + k + u]);
-        for (int p = 0; p < P; p++) total[p][t][u] += panels[p].weights[k + u] * one;
+        for (int p = 0; p < P; p++) total[p][t][u] += panels[p].weights[k + u] * broadcast(x[t * stride + k + u]);
+      }
+    }
+    for (int p = 0; p < P; p++) {
+      for (int t = 0; t < T; t++) {
+        for (int u = 0; u < U; u++) all[p][t] += total[p][t][u];
       }
     }
   }
-  for (; k < columns; k++) {
-    for (int t = 0; t < T; t++) {
-      for (int p = 0; p < P; p++) total[p][t][0] += panels[p].weights[k] * broadcast(x[t * stride + k]);
-    }
-  }
   for (int p = 0; p < P; p++) {
-    for (int t = 0; t < T; t++) {
-      for (int u = 1; u < U; u++) total[p][t][0] += total[p][t][u];
-      sums[p * kTokens + t] += total[p][t][0];
-    }
+    for (int t = 0; t < T; t++) sums[p * kTokens + t] += all[p][t];
   }
 }
 
