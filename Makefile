@@ -5,7 +5,7 @@ PROMPT ?= Tell me a short story about the sea, in one paragraph.
 # In float32, with a seed: the same text each time, and with rare exceptions (a draw that is nearly a tie) on every CPU.
 SAMPLING := --dtype float32 --seed 1 --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
 
-.PHONY: run test test-all test-fast test-native test-accelerators mutants lint bench bench-peers bench-gemma bench-kernels notebooks
+.PHONY: run test test-all test-fast test-native test-accelerators fuzz mutants lint bench bench-peers bench-gemma bench-kernels notebooks
 
 run: $(VENV)/installed
 	@$(BIN)/python -m jaxllm generate --model demo --prompt "$(PROMPT)" $(SAMPLING)
@@ -32,6 +32,11 @@ test-native:
 	$(CXX) $(SANITIZED) -mavx2 -mfma -mf16c -c kernels/cpu/native/level_avx2.cc -o .native-check.o
 	$(CXX) $(SANITIZED) -Ikernels/cpu/native -DLEVELS='&avx2' tests/native/check.cc $(CHECKED) .native-check.o -o .native-check
 	./.native-check 1 && ./.native-check 3
+
+# Inputs damaged by machine, with new seeds; the table of what came of them goes into the docs.
+SECONDS ?= 600
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --jobs 2 --table docs/hostile_files.md
 
 # Mistakes put into a copy of the tree, one after the other: each has to be noticed by the tests named for it.
 mutants: $(VENV)/installed

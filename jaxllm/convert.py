@@ -44,6 +44,7 @@ from jaxllm.exporting.model import Model, read_model
 from jaxllm.exporting.target import CONTAINERS, MIXED, made_by, target
 from jaxllm.exporting.uqff import VERSIONS, uqff
 from jaxllm.exporting.writer import WORKERS, Output
+from jaxllm.files import part_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.imatrix import importance_for
@@ -336,7 +337,7 @@ def parse_size(size: int | str) -> int:
 def _comes_along(file: Path) -> bool:
     if not file.is_file() or _LEFT_OUT.search(file.name):
         return False
-    with file.open("rb") as opened:
+    with part_of(file).open("rb") as opened:
         return not opened.read(4).startswith(_PICKLES)
 
 

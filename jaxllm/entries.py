@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import InputError
+from jaxllm.files import read_small
 
 
 def read_json(file: Path, where: str | None = None) -> dict[str, Any]:
@@ -17,12 +18,7 @@ def read_json(file: Path, where: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it does not hold a JSON object.
     """
-    where = where or str(file)
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror}") from error
-    return json_object(text, where)
+    return json_object(read_small(file), where or str(file))
 
 
 def json_object(text: bytes, where: str) -> dict[str, Any]:

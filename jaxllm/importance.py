@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.checkpoint.gguf import MAGIC, Cursor, GGUFFile, open_gguf
+from jaxllm.checkpoint.gguf import MAGIC, MOST_ENTRIES, Cursor, GGUFFile, open_gguf
 from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
 from jaxllm.errors import InputError, located
 from jaxllm.formats.dense import Dense
@@ -132,7 +132,7 @@ def _reader(data: np.ndarray) -> Callable[[Cursor, int], Iterator[Entry]]:
 
 
 def _entries(cursor: Cursor, read: Callable[[Cursor, int], Iterator[Entry]]) -> Importance:
-    count = cursor.length(4 if read is _legacy else 8)
+    count = cursor.length(4 if read is _legacy else 8, MOST_ENTRIES)
     stats: Importance = {}
     for name, entry in read(cursor, count):
         if name in stats:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout as layouts
 from jax.sharding import Mesh, NamedSharding
@@ -39,8 +40,12 @@ class FileArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
+        """The array, mapped. Raises InputError if the file was cut since its header was read."""
         stored = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
-        array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
+        try:
+            array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: changed while it was read: {error}") from error
         return array.swapaxes(-1, -2) if self.transposed else array
 
     def swapaxes(self, *_: int) -> "FileArray":
@@ -244,7 +249,11 @@ def place_of(weight: Weight, name: str, sharding: NamedSharding) -> NamedShardin
 
 
 def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
-    """The parameter, placed as `layout` says; for each device, only its part of the tensors is read."""
+    """The parameter, placed as `layout` says; for each device, only its part of the tensors is read.
+
+    Raises:
+        InputError: as `layout`; or scales, or what else floats say about quantized values, are not finite.
+    """
     plan = layout(source, declaration, mesh)
 
     def read(name: str) -> jax.Array:
@@ -252,9 +261,18 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         # A derived array is computed once for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and name != "values":  # few of them, with a wide effect
+            part = partial(_finite, f"tensor '{source.name}': its {name}", part)
         return jax.make_array_from_callback(leaf.shape, leaf.format, part)
 
     return plan.weight.with_leaves({name: read(name) for name in plan.weight.axes})
+
+
+def _finite(what: str, read: Callable[..., np.ndarray], part: tuple[slice, ...]) -> np.ndarray:
+    values = read(part)
+    if not np.isfinite(values).all():
+        raise InputError(f"{what} are not all finite numbers, so every answer would be nonsense; is the file damaged?")
+    return values
 
 
 def _read(

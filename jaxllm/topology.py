@@ -25,6 +25,7 @@ import yaml
 
 from jaxllm.encodings import Encoding, encoding
 from jaxllm.errors import InputError, located
+from jaxllm.patterns import occurs
 
 _RANGE = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blk)\.(\d+)(?:\.|$)")
@@ -34,7 +35,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blk)\.(\d+)(?:\.|$)")
 class Topology:
     """Types for matrices by their names. `patterns` and `ranges` are in order of precedence, with the text of each."""
 
-    patterns: tuple[tuple[str, re.Pattern, Encoding | None], ...]
+    patterns: tuple[tuple[str, str, Encoding | None], ...]
     ranges: tuple[tuple[str, range, Encoding | None], ...]
 
     @classmethod
@@ -50,19 +51,18 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> Self:
         try:
-            given = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            given = yaml.load(text, yaml.BaseLoader)  # leaves all as text: dates and numbers fail in many ways
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"topology: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):
             raise InputError("topology: expected entries such as '0-8: {isq: q4_k}'")
         patterns, ranges = [], []
-        for key, value in given.items():
-            selector, type = str(key), _type(key, value)
+        for selector, value in given.items():
+            type = _type(selector, value)
             if len(selector) > 1 and selector[0] == selector[-1] == "/":
-                try:
-                    patterns.append((selector, re.compile(selector[1:-1]), type))
-                except re.error as error:
-                    raise InputError(f"topology: {selector} is no regular expression: {error}") from error
+                with located("topology"):
+                    occurs(pattern := selector[1:-1], "")
+                patterns.append((selector, pattern, type))
                 continue
             if not (found := _RANGE.fullmatch(selector)):
                 raise InputError(f"topology: '{selector}' is no layer, no range such as 0-8, and no /pattern/")
@@ -77,17 +77,19 @@ class Topology:
         """The entry for a matrix that has these names, and its type (None: the general one); None: no entry."""
         names = list(names)
         for text, pattern, type in self.patterns:
-            if any(pattern.search(name) for name in names):
+            if any(occurs(pattern, name) for name in names):
                 return text, type
         layer = next((int(m[1]) for name in names if (m := _LAYER.search(name))), None)
         return next(((text, type) for text, layers, type in self.ranges if layer in layers), None)
 
 
 def _type(key: object, value: object) -> Encoding | None:
-    if value is None:
+    if value == "":
         return None
     if not isinstance(value, dict) or not value.keys() <= {"isq", "device"}:
         raise InputError(f"topology: entry '{key}' is not of the form {{isq: q4_k}}")
     if "device" in value:
         warnings.warn(f"topology: 'device' of '{key}' is left out: the mesh places all layers", stacklevel=2)
-    return None if value.get("isq") is None else encoding(value["isq"])
+    if not isinstance(type := value.get("isq", ""), str):  # a list of lists of lists could be too long for a message
+        raise InputError(f"topology: 'isq' of entry '{key}' is not the name of a type")
+    return encoding(type) if type else None

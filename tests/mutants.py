@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
 
 
 GENERATION = "tests/test_generation.py"
+FUZZ = ("tests/test_fuzz.py", "--full", "-k", "new_damage")  # the harness, for a minute
 MUTANTS = [
     Mutant(
         "the same random key at every step",
@@ -179,10 +180,31 @@ MUTANTS = [
     ),
     Mutant(
         "chat templates outside their sandbox",
-        "jaxllm/tokenizer/chat.py",
+        "jaxllm/confined_process.py",
         "from jinja2.sandbox import ImmutableSandboxedEnvironment",
         "from jinja2 import Environment as ImmutableSandboxedEnvironment",
         ("tests/test_tokenizer.py", "-k", "outside"),
+    ),
+    Mutant(
+        "lengths in a file are believed",
+        "jaxllm/checkpoint/gguf.py",
+        "if nbytes > self.left:",
+        "if nbytes < 0:",
+        FUZZ,
+    ),
+    Mutant(
+        "an index leads out of its directory",
+        "jaxllm/checkpoint/safetensors.py",
+        "if not isinstance(name, str) or Path(name).name != name:",
+        "if not isinstance(name, str):",
+        FUZZ,
+    ),
+    Mutant(
+        "a chat template has all the time",
+        "jaxllm/confined_process.py",
+        "resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))",
+        "del limit",
+        FUZZ,
     ),
     Mutant(
         "a grammar that explodes is compiled without a limit of time",

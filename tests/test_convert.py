@@ -339,14 +339,15 @@ def test_other_files_come_along_but_neither_weights_nor_pickles(tmp_path):
     left = ["pytorch_model.bin", "consolidated.00.pth", "a.pt", "x.ckpt", "t.pkl", "w.npz", "old.safetensors", "w.gguf"]
     left += ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "a.npy", "tf_model.h5"]
     left += [".gitattributes", "flax_model.msgpack", "model.onnx", "model.onnx_data"]
-    src = source(tmp_path / "a")
+    src = source(tmp_path / "snapshots" / "a")
     for name in kept + left:
         (src / name).write_bytes(b"\x0a of " + name.encode())
     (src / "state.data").write_bytes(b"\x80\x04\x95")  # a pickle under another name, and torch's archive of some
     (src / "state.txt").write_bytes(b"PK\x03\x04")
     (src / "original").mkdir()
-    (tmp_path / "blob").write_text("linked")
-    (src / "special_tokens_map.json").symlink_to(tmp_path / "blob")  # as in the cache of the hub
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1").write_text("linked")
+    (src / "special_tokens_map.json").symlink_to("../../blobs/1")  # as in the cache of the hub
     convert(src, tmp_path / "b", to="bfloat16", progress=False)
     got = {file.name: file for file in (tmp_path / "b").iterdir()}
     assert sorted(got) == sorted([*kept, "special_tokens_map.json", "config.json", "model.safetensors"])

@@ -7,6 +7,10 @@ ROOT = Path(__file__).parent.parent
 # From the lowest to the highest. What is not named stands above all of these.
 LAYERS = (
     "errors",
+    "confined_process",
+    "confined",
+    "patterns",
+    "files",
     "entries",
     "formats",
     "encodings",

@@ -57,7 +57,7 @@ def test_the_entry_of_a_topology(name, found):
         ("a: [", "not YAML"),
         ("a: {isq: q4_k}", "'a' is no layer, no range such as 0-8, and no /pattern/"),
         ("4-4: {isq: q4_k}", "the range '4-4' has no layers; its end is not included"),
-        ("'/(/': {isq: q4_k}", r"/\(/ is no regular expression"),
+        ("'/(/': {isq: q4_k}", r"'\(' is no regular expression"),
         ("4: {isq: q9}", "cannot quantize to 'q9'; known are"),
         ("4: {type: q4_k}", "entry '4' is not of the form {isq: q4_k}"),
         ("4: q4_k", "entry '4' is not of the form"),

@@ -424,6 +424,8 @@ OLD_DAMAGES = [
     (lambda t: t.update({"1": np.append(t["1"], np.uint8(0))}), "layer 1: damaged: 1 bytes behind its end"),
     (lambda t: t.update({"1": np.insert(t["1"][4:], 0, [0, 3, 0, 0])}), r"layer 1: UQFF version 0\.3\.0"),
     (lambda t: t.update({"1": np.insert(t["1"][5:], 0, [0, 1, 0, 0, 9])}), "layer 1: the unknown format 9"),
+    (lambda t: t.update({"1": t["1"].view(np.int8)}), "layer 1: damaged: int8 of shape"),
+    (lambda t: t.update({"1": t["1"][None]}), r"layer 1: damaged: uint8 of shape \[1, "),
 ]
 
 

@@ -23,6 +23,7 @@ from jaxllm.entries import Entries
 from jaxllm.errors import InputError, located
 from jaxllm.formats.adapted import LowRank
 from jaxllm.models.family import HUGGING_FACE
+from jaxllm.patterns import matches
 
 TENSORS = "adapter_model.safetensors"
 
@@ -148,12 +149,8 @@ class _Config:
 
 
 def _fits(pattern: str, key: str) -> bool:
-    return re.match(_whole(pattern), key) is not None
-
-
-def _whole(pattern: str) -> str:
-    """What a pattern of `rank_pattern` or `alpha_pattern` means: the last parts of a name."""
-    return rf"(.*\.)?({pattern})$"
+    """Whether a pattern of `rank_pattern` or `alpha_pattern` means a module: by the last parts of its name."""
+    return matches(pattern, key, r"(.*\.)?({})$")
 
 
 def _patterns(config: Entries, key: str) -> Entries:
@@ -161,10 +158,8 @@ def _patterns(config: Entries, key: str) -> Entries:
     for pattern in values:
         if not pattern.isprintable():  # it will be part of one-line messages
             raise InputError(f"{config.where}: '{key}': {pattern[:64]!r} is not a pattern of names")
-        try:
-            re.compile(_whole(pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{config.where}: '{key}': {pattern[:64]!r} is not a pattern: {error}") from error
+        with located(f"{config.where}: '{key}'"):
+            _fits(pattern, "")
     return Entries(values, f"{config.where}: {key}")
 
 

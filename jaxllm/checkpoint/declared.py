@@ -5,14 +5,14 @@ way to exclude modules, and its own way to give some of them other parameters.
 """
 
 import fnmatch
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxllm.checkpoint import fourbit_schemes, integer_schemes, scaled_schemes
 from jaxllm.checkpoint.schemes import Scheme
 from jaxllm.entries import Entries
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
+from jaxllm.patterns import matches
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,8 @@ def _left_out(patterns: list[str]) -> Callable[[str], str | None]:
 
 
 def _matches(pattern: str, name: str, end: str = "") -> bool:
-    try:
-        return re.match(f"(?:{pattern}){end}", name) is not None
-    except re.error as error:
-        raise InputError(f"its quantization config: {pattern!r} is no regular expression: {error}") from error
+    with located("its quantization config"):
+        return matches(pattern, name, f"(?:{{}}){end}")
 
 
 def _bits(entries: Entries, *allowed: int, default: int | None = None) -> int:

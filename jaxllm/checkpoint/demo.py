@@ -37,7 +37,7 @@ def open_demo(path: Path, config: Path | None = None) -> tuple[dict[str, Any], d
     Raises:
         InputError: files are missing, damaged, or do not fit together, or there is no such config.
     """
-    args = read_args(config or find_config(path))
+    args = read_args(config.resolve() if config else find_config(path))  # a link of the user's own may lead anywhere
     return args, joined(demo_tensors(path), args)
 
 

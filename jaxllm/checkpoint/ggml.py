@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf import TokenType
 
-from jaxllm.checkpoint.gguf import Cursor, tensor_weight
+from jaxllm.checkpoint.gguf import MOST_ENTRIES, MOST_ITEMS, Cursor, tensor_weight
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 
@@ -110,8 +110,10 @@ def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
 
     hparams = HParams(*cursor.numbers("<u4", len(fields(HParams))))
     vocabulary = _vocabulary(cursor, hparams.n_vocab, scores=bool(versions))
-    tensors = {}
+    tensors: dict[str, Weight] = {}
     while cursor.left:
+        if len(tensors) == MOST_ENTRIES:
+            raise InputError(f"damaged: more than {MOST_ENTRIES} tensors")
         name, dims, type_number = _tensor_info(cursor)
         if type_number not in _FLOATS and (kind != "ggjt version 3" or type_number not in _BLOCKS):
             raise InputError(_unreadable(name, type_number, kind))
@@ -132,7 +134,7 @@ def _vocabulary(cursor: Cursor, count: int, scores: bool) -> list[tuple[bytes, f
     (llama.cpp's converter writes zeros instead, so that text is merged into tokens that differ from the training's.)
     """
     vocabulary = []
-    for i in range(cursor.plausible(count)):
+    for i in range(cursor.plausible(count, MOST_ITEMS // 4)):
         token = bytes(cursor.take(cursor.length()))
         vocabulary.append((token, cursor.number("<f4") if scores else -float(i)))
     return vocabulary

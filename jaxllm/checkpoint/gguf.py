@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
+from jaxllm.files import part_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
@@ -23,8 +24,9 @@ from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 
 MAGIC = b"GGUF"
 
-# Far more than any vocabulary or chat template needs, but small enough that a damaged length cannot fill memory.
-MOST = 1 << 24
+# Far more than any vocabulary or chat template needs, but small enough that a damaged length cannot fill memory; and so
+# for tensors, keys and other entries, each of which takes some time, and for the items of all lists together.
+MOST, MOST_ENTRIES, MOST_ITEMS = 1 << 24, 1 << 17, 1 << 22
 
 _PLAIN = {
     "F64": "<f8",
@@ -101,7 +103,7 @@ def _open_parts(given: GGUFFile) -> GGUFFile:
         path = given.path.with_name(given.path.name.removesuffix(end) + f"-{i + 1:05}-of-{count:05}.gguf")
         if not path.is_file():
             raise InputError(f"{given.path}: part {i + 1} of {count} is missing: {path}")
-        part = given if path == given.path else _open_one(path)
+        part = given if path == given.path else _open_one(part_of(path))
         claim = [part.metadata.get(key) for key in ("split.no", "split.count")]
         if claim != [i, count]:
             raise InputError(f"{path}: split.no and split.count are {claim[0]} and {claim[1]}, not {i} and {count}")
@@ -117,7 +119,7 @@ def _open_parts(given: GGUFFile) -> GGUFFile:
 
 def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
     header = _Header(data)
-    tensor_count, key_count = header.length(), header.length()
+    tensor_count, key_count = header.length(most=MOST_ENTRIES), header.length(most=MOST_ENTRIES)
     metadata, tensors, ranges = {}, {}, []
     for _ in range(key_count):
         key = header.string()
@@ -170,13 +172,13 @@ class Cursor:
     def number(self, dtype: str = "<u4") -> Any:
         return self.numbers(dtype, 1)[0]
 
-    def length(self, nbytes: int = 4) -> int:
+    def length(self, nbytes: int = 4, most: int = MOST) -> int:
         """A count of the items that follow, stored in `nbytes` bytes."""
-        return self.plausible(int.from_bytes(self.take(nbytes), "little"))
+        return self.plausible(int.from_bytes(self.take(nbytes), "little"), most)
 
-    def plausible(self, count: int) -> int:
+    def plausible(self, count: int, most: int = MOST) -> int:
         """The same `count`, if that many items can follow here: every item has at least one byte."""
-        if count > min(MOST, self.left):
+        if count > min(most, self.left):
             raise InputError(
                 f"cut short or damaged: {count} announced before offset {self.offset}, {self.left} bytes left"
             )
@@ -199,9 +201,10 @@ class _Header(Cursor):
         if version not in (1, 2, 3):
             raise InputError(f"GGUF version {version} is not supported; 1, 2 and 3 are")
         self.word = 4 if version == 1 else 8  # bytes of every count, length and dimension
+        self.items = MOST_ITEMS  # how many more there may be in lists
 
-    def length(self, nbytes: int | None = None) -> int:
-        return super().length(nbytes or self.word)
+    def length(self, nbytes: int | None = None, most: int = MOST) -> int:
+        return super().length(nbytes or self.word, most)
 
     def string(self) -> str:
         return str(self.take(self.length()), "utf-8", "replace")
@@ -215,8 +218,13 @@ class _Header(Cursor):
             return self.number(self._scalar(kind, repr(key[:64])))
         item = self.number()
         if item == GGUFValueType.STRING:
-            return self._strings(self.length())
-        return self.numbers(self._scalar(item, f"an item of {key[:64]!r}"), self.length())
+            return self._strings(self._count())
+        return self.numbers(self._scalar(item, f"an item of {key[:64]!r}"), self._count())
+
+    def _count(self) -> int:
+        count = self.length(most=self.items)
+        self.items -= count
+        return count
 
     def _strings(self, count: int) -> list[str]:
         """`count` strings. Vocabularies have 100,000 of them, so this loop uses local names only."""

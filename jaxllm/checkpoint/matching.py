@@ -95,7 +95,8 @@ def source_of(
     """Where the parameter comes from that these tensors stand for; if `stacked`, each is one matrix of it."""
     name, rule, m = found[0]
     parts = [rule.present(tensors[name], m) if rule.present else tensors[name] for name, rule, m in found]
-    return Source(name, tuple(parts), stacked, None if rule.rows is None else rule.rows(config, m))
+    scalar = parts[0].shape == ()  # has no rows, and will be refused
+    return Source(name, tuple(parts), stacked, None if rule.rows is None or scalar else rule.rows(config, m))
 
 
 def unused_rows(sources: Iterable[Source]) -> list[str]:

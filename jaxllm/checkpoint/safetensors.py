@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.entries import Entries, json_object, read_json
 from jaxllm.errors import InputError
+from jaxllm.files import MOST_TEXT, part_of
 from jaxllm.formats.dense import Dense
 from jaxllm.placing import FileArray
 
@@ -88,11 +89,12 @@ def _files(path: Path) -> dict[Path, list[str]]:
     names = read_json(path / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(f"{path / INDEX}: no 'weight_map'")
+    present = {file.name for file in path.iterdir()}  # a name that no file can have would be an OSError
     files: dict[Path, list[str]] = {}
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{path / INDEX}: tensor {tensor!r} is said to be in {name!r}, outside the directory")
-        if not (path / name).is_file():
+        if name not in present:
             raise InputError(f"{path / INDEX}: tensor {tensor!r} is said to be in {name!r}, which does not exist")
         files.setdefault(path / name, []).append(tensor)
     return files
@@ -105,11 +107,13 @@ def read_header(file: Path) -> dict[str, FileArray]:
         InputError: the file is truncated, or its header makes no sense.
     """
     try:
-        with file.open("rb") as opened:
+        with part_of(file).open("rb") as opened:
             size = file.stat().st_size
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"{file}: cut short or damaged: a header of {length} bytes in a file of {size}")
+            if length > MOST_TEXT:
+                raise InputError(f"{file}: a header of {length} bytes, which no such file has")
             text = opened.read(length)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error

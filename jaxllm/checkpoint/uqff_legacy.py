@@ -136,6 +136,8 @@ class _Layer(Cursor):
     """A layer: a version, a kind, and what that kind has."""
 
     def __init__(self, file: FileArray) -> None:
+        if file.dtype != np.uint8 or file.ndim != 1:
+            raise InputError(f"damaged: {file.dtype} of shape {[*file.shape]}, not bytes")
         super().__init__(file.map(), 0)
         self.file = file
         version = self.number()

@@ -13,9 +13,11 @@ from jaxllm.checkpoint.computed import in_parts
 from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
 from jaxllm.checkpoint.safetensors import optional_json
 from jaxllm.checkpoint.writing import File, Tensor, write_file
+from jaxllm.entries import json_object
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.model import Model, Values
 from jaxllm.exporting.writer import PLAIN, WORKERS, Output, Writer, dense_shapes
+from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
@@ -109,11 +111,11 @@ def _metadata(model: Model, entries: Mapping[str, Any], recipe: Recipe | None) -
         return kept | file_type | {"general.quantization_version": 2}
     architecture = entries["general.architecture"]
     texts = {"tokenizer.ggml.model": "none"}  # llama.cpp wants to be told
-    if (model.path / "tokenizer.json").is_file():
+    if (tokenizer := model.path / "tokenizer.json").is_file():
         said = dict(optional_json(model.path, "tokenizer_config.json").values)
         if (template := model.path / "chat_template.jinja").is_file():
-            said["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
-        texts = gguf_tokenizer(dict(optional_json(model.path, "tokenizer.json").values), said, given)
+            said["chat_template"] = read_small(template).decode(errors="replace")
+        texts = gguf_tokenizer(json_object(read_small(tokenizer, MOST_TOKENIZER), tokenizer.name), said, given)
     elif (model.path / "tokenizer.model").is_file():
         warnings.warn(f"{model.path}: tokenizer.model is not written; make a tokenizer.json of it first", stacklevel=4)
     named = {"general.architecture": architecture, "general.type": "model", "general.name": checkpoint.name}

@@ -22,6 +22,8 @@ _REQUIRED = object()
 # Values of tokenizer.ggml.token_type that matter here; normal, unused and byte tokens are plain entries of the BPE.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
+LONGEST = 1000  # characters of a token of SentencePiece; those of published models have up to 50
+
 # Tokens that end a turn are control tokens even where a converter forgot to say so; llama.cpp does the same.
 _ENDS = {
     *("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>"),
@@ -56,6 +58,8 @@ def build(metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def _sentencepiece(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> Tokenizer:
+    if (longest := max(map(len, vocabulary.tokens))) > LONGEST:  # deriving merges takes time like its square
+        raise InputError(f"{_PREFIX}tokens has one of {longest} characters, but at most {LONGEST} are supported")
     scores = _numbers(metadata, "scores", len(vocabulary.tokens), kinds="iuf")
     if np.isnan(scores).any():
         raise InputError(f"{_PREFIX}scores[{int(np.isnan(scores).argmax())}] is not a number")

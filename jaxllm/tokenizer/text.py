@@ -1,6 +1,8 @@
 """A tokenizer with what generation needs: special ids, the chat template, and decoding token by token."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,9 +10,11 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from jaxllm.errors import InputError
+from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.tokenizer import gguf, pretokenizers
 from jaxllm.tokenizer.chat import ChatTemplate, Messages
 
+MOST_GROWTH = 1000  # how many times as long normalizers and decoders may make a text; U+2581 for a space is 3 times
 # What ends an answer that calls a tool, in GPT-OSS and Llama 3. Converters to GGUF leave it to readers to know them.
 _CALL_ENDS = ("<|call|>", "<|eom_id|>")
 
@@ -77,10 +81,14 @@ class Tokenizer:
         Raises:
             InputError: tokenizer.json or the chat template cannot be read.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # `tokenizers` raises plain Exceptions
-            raise InputError(f"tokenizer.json: {str(error).splitlines()[0]}") from error
+        text = read_small(folder / "tokenizer.json", MOST_TOKENIZER)
+        with _refused():
+            backend = tokenizers.Tokenizer.from_buffer(text)
+            growth = _growth(backend.normalizer) * _growth(backend.decoder)
+        if growth > MOST_GROWTH:
+            raise InputError(f"tokenizer.json: replacements that can make a text {growth} times as long")
+        backend.no_padding()  # settings of training
+        backend.no_truncation()
 
         def token(name: str) -> int | None:
             text = config.get(name)
@@ -103,7 +111,7 @@ class Tokenizer:
 
         A chat template may have written BOS already; it is not put twice.
         """
-        return self._with_bos(self.backend.encode(text).ids)
+        return self._with_bos(self._ids(text, add_special_tokens=True))
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
         """Ids of a conversation, up to where the model has to answer; `variables` go to the chat template.
@@ -114,7 +122,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
         text = self.chat_template.render(messages, **variables)  # it writes what has to come first, as far as it knows
-        return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids)
+        return self._with_bos(self._ids(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -122,6 +130,10 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        with _refused():
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or not self._add_bos or ids[:1] == [self.bos_id]:
@@ -140,9 +152,31 @@ class Tokenizer:
         except InputError:  # some templates want a system message or tools; their eos_token_id has to do
             return frozenset()
         _, found, after = text.rpartition(answer)
-        ids = self.backend.encode(after.strip(), add_special_tokens=False).ids if found else []
+        ids = self._ids(after.strip(), add_special_tokens=False) if found else []
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         return frozenset(ids[:1]) & special
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What `tokenizers` raises about a tokenizer.json, while it is read or used, as InputError."""
+    try:
+        yield
+    except BaseException as error:  # it raises plain Exceptions and, where Rust panics, what is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"tokenizer.json: {str(error).partition('\n')[0]}") from error
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a normalizer or a decoder can make a text: `tokenizers` would fill memory, and abort."""
+    growth, found = 1, [] if step is None else [json.loads(step.__getstate__())]
+    for part in found:
+        if isinstance(part, dict):
+            new = part.get("content", "") if part.get("type") == "Replace" else part.get("prepend", "")
+            growth *= max(len(new.encode()), 1)
+        found += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return growth
 
 
 def _template(folder: Path, config: Mapping[str, object]) -> str | None:
@@ -150,9 +184,9 @@ def _template(folder: Path, config: Mapping[str, object]) -> str | None:
     for name in ("chat_template.jinja", "chat_template.jinja2"):
         if (folder / name).is_file():
             try:
-                return (folder / name).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+                return read_small(folder / name).decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name}: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}
