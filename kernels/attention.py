@@ -41,6 +41,12 @@ class Scoring:
     score_cap: float | None = None
 
 
+def apart(positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Positions of tokens `[batch, time]`, so changed that those of different texts in a row (`segments`, see `Context`)
+    are further apart than a window of `time` reaches. So texts do not see each other, and kernels need not know."""
+    return positions + 2 * positions.shape[1] * segments
+
+
 def attend(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention, each query over the cached positions up to its own; softmax in float32.
 
