@@ -1,5 +1,6 @@
-"""Low-rank adapters written as PEFT does: adapter_config.json and adapter_model.safetensors, with the names and the order
-of rows that a model's Hugging Face checkpoint has, whatever file the model was loaded from.
+"""Low-rank adapters written as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+Names and the order of rows are those of a model's Hugging Face checkpoint, whatever file the model was loaded from.
 
 The inverse of `adapter_peft`, which describes the files.
 """
@@ -82,8 +83,8 @@ def _stack_name(rule: Rule, path: str) -> str | None:
 
 
 def _joined(parts: Sequence[LowRank], rows: np.ndarray | None) -> LowRank:
-    """The change of a tensor that several parameters are parts of, in its own order of rows: their ranks add up, and each
-    part has its own. Scales are equal."""
+    """The change of a tensor that several parameters are parts of, in its own order of rows. Their ranks add up, and each
+    part has its own; their scales are equal."""
     a = np.concatenate([part.a for part in parts], axis=-2)
     ends = np.cumsum([part.rank for part in parts])
     blocks = [
@@ -95,7 +96,7 @@ def _joined(parts: Sequence[LowRank], rows: np.ndarray | None) -> LowRank:
 
 
 def _config(linear: Mapping[str, LowRank], stacks: Mapping[str, LowRank], base: str) -> dict[str, Any]:
-    kinds = {name: _rank_and_alpha(change) for name, change in (linear | stacks).items()}
+    kinds = {name: _rank_and_alpha(change) for name, change in {**linear, **stacks}.items()}
     rank, alpha = Counter(kinds.values()).most_common(1)[0][0]
     unlike = {re.escape(name): kind for name, kind in kinds.items() if kind != (rank, alpha)}
     return {

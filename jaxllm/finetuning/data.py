@@ -52,7 +52,8 @@ def read_examples(data: Data, tokenizer: Tokenizer) -> list[Example]:
     path = Path(data) if isinstance(data, str | os.PathLike) else None
     where = "record" if path is None else f"{path}: line"
     examples = []
-    for number, line in enumerate(_lines(path) if path else data, 1):  # type: ignore[arg-type]
+    lines: Iterable[Any] = data if path is None else _lines(path)  # type: ignore[assignment]
+    for number, line in enumerate(lines, 1):
         if isinstance(line, str) and not line.strip():
             continue
         try:
@@ -126,8 +127,8 @@ def _answers(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tup
         before, whole = render(messages[:i]), render(messages[: i + 1], add_generation_prompt=False)
         if not (text.startswith(whole) and whole.startswith(before)):
             raise InputError(
-                f"the chat template writes message {i + 1} differently when others follow it, or when it is the answer: "
-                "give a line for each answer, or prompt and completion"
+                f"the chat template writes message {i + 1} differently when others follow it, or when it is an "
+                "answer: give a line for each answer, or prompt and completion"
             )
         spans.append((len(before), len(whole)))
     if not spans:

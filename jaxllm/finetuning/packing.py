@@ -1,6 +1,7 @@
 """Several short examples in one row, so that little of a batch is padding. They do not see each other (`Context`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +18,30 @@ def row_length(examples: Sequence[Example], most: int) -> int:
     return min(most, -(-longest // MULTIPLE) * MULTIPLE)
 
 
-def packed(examples: Sequence[Example], length: int, order: np.ndarray) -> Batch:
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a training.
+
+    filled: int `[rows]`, how many tokens of each are not padding.
+    """
+
+    batch: Batch
+    filled: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.filled)
+
+    def take(self, chosen: np.ndarray, size: int) -> Batch:
+        """These rows, and as many without targets as a batch of `size` lacks."""
+        missing = ((0, size - len(chosen)), (0, 0))
+        tokens, segments, targets = (
+            np.pad(leaf[chosen], missing, constant_values=fill)
+            for leaf, fill in zip((self.batch.tokens, self.batch.segments, self.batch.targets), (0, 0, -1), strict=True)
+        )
+        return Batch(tokens, segments, targets)
+
+
+def packed(examples: Sequence[Example], length: int, order: np.ndarray) -> Rows:
     """Rows of examples, taken in this order: each goes into the first open row that has room for it.
 
     Args:
@@ -37,7 +61,8 @@ def packed(examples: Sequence[Example], length: int, order: np.ndarray) -> Batch
         rows[row].append(example)
         room[row] -= len(example)
     filled = [_row(row, length) for row in rows]
-    return Batch(*(np.stack(leaf) for leaf in zip(*filled, strict=True)))
+    batch = Batch(*(np.stack(leaf) for leaf in zip(*filled, strict=True)))
+    return Rows(batch, np.array([sum(map(len, row)) for row in rows]))
 
 
 def _row(examples: Sequence[Example], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,16 +74,3 @@ def _row(examples: Sequence[Example], length: int) -> tuple[np.ndarray, np.ndarr
         tokens[begin:end], segments[begin:end] = example.tokens, number
         targets[begin : end - 1] = np.where(example.learned[1:], example.tokens[1:], -1)
     return tokens, segments, targets
-
-
-def batches(rows: Batch, order: np.ndarray, size: int) -> Iterator[Batch]:
-    """Batches of `size` rows, taken in this order; the last one is filled up with rows without targets."""
-    for begin in range(0, len(order), size):
-        chosen = order[begin : begin + size]
-        some = Batch(rows.tokens[chosen], rows.segments[chosen], rows.targets[chosen])
-        missing = ((0, size - len(chosen)), (0, 0))
-        yield Batch(
-            np.pad(some.tokens, missing),
-            np.pad(some.segments, missing),
-            np.pad(some.targets, missing, constant_values=-1),
-        )

@@ -6,25 +6,29 @@ backward pass dequantizes one matrix at a time, and again when it needs it again
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.declaration import Declaration
+from jaxllm.errors import InputError
 from jaxllm.finetuning.loss import answer_loss
 from jaxllm.formats.adapted import Adapted, LowRank, base_of
 from jaxllm.formats.base import take
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
-from jaxllm.programs import runs_ahead
+
+try:
+    import optax
+except ModuleNotFoundError as error:
+    raise InputError("training needs optax: pip install 'jaxllm[finetune]'") from error
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +40,11 @@ class Factors:
     b: float32 `[*batch, out, rank]`.
     """
 
-    a: jax.Array
-    b: jax.Array
+    a: Any
+    b: Any
 
 
-Trained = dict[str, Factors]  # by the parameters' names
+Trained = Mapping[str, Factors]  # by the parameters' names
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +53,7 @@ class Batch:
     """Rows of texts, each int32 `[rows, time]`.
 
     tokens: what is read.
-    segments: which of several texts in its row each token belongs to, see `layers.context`.
+    segments: which of several texts in its row each token belongs to, see `Context`.
     targets: the token that has to follow; -1 where any may.
     """
 
@@ -57,63 +61,75 @@ class Batch:
     segments: np.ndarray
     targets: np.ndarray
 
+    @property
+    def answers(self) -> int:
+        """How many tokens have a target."""
+        return int((self.targets >= 0).sum())
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the tokens that have a target: of the losses, of their gradients, and how many there are."""
+    """Sums over tokens that have a target: of their losses (float32), of the gradients, and their number (int32)."""
 
     loss: jax.Array
     count: jax.Array
     gradients: Trained
 
-    @classmethod
-    def zeros(cls, trained: Trained) -> Self:
-        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, trained))
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Progress:
+    """What training changes: the factors, and the optimizer's state."""
+
+    trained: Trained
+    optimizer: optax.OptState
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the factors of one parameter go."""
+    """Where the factors of one parameter go on a mesh.
+
+    scale: what `b @ a` is multiplied by.
+    """
 
     declaration: Declaration
     scale: float
 
-    def sharding(self, factors: Factors, mesh: Mesh) -> Factors:
-        """How the trained factors lie on the mesh: sharded like their matrix, or, where the mesh needs rows or columns in
-        another order, replicated."""
-        if any(index is not None for index in self.index):
-            specs = Factors(PartitionSpec(), PartitionSpec())
-        else:
-            low = self._low_rank(factors).shard_specs(self.declaration.spec, mesh)
-            specs = Factors(low.a, low.b)
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
     @property
     def index(self) -> tuple[np.ndarray | None, ...]:
-        """See `Declaration.index`; None also where all are in order."""
+        """See `Declaration.index`; None also where everything is in order."""
         sizes = zip(self.declaration.index, self.declaration.shape, strict=True)
         return tuple(None if i is None or np.array_equal(i, np.arange(size)) else i for i, size in sizes)
 
+    def shardings(self, factors: Factors, mesh: Mesh) -> Factors:
+        """How the factors lie: sharded like their matrix; or replicated, where that has another order."""
+        specs: Any = Factors(PartitionSpec(), PartitionSpec())
+        if all(index is None for index in self.index):
+            specs = self.low_rank(factors).shard_specs(self.declaration.spec, mesh)
+        return Factors(NamedSharding(mesh, specs.a), NamedSharding(mesh, specs.b))
+
+    def low_rank(self, factors: Factors) -> LowRank:
+        """The change, in the checkpoint's order."""
+        numpy: Any = np if isinstance(factors.a, np.ndarray) else jnp
+        return LowRank(factors.a, factors.b, numpy.full(factors.a.shape[:-1], self.scale, np.float32))
+
     def arranged(self, factors: Factors) -> LowRank:
-        """On the mesh. Copies of a row (a key head on several devices) get the sum of their gradients."""
+        """The change, in the order on the mesh. So the copies of a row that several devices hold (of a key head) are
+        trained as one, and what is padding stays zero."""
         *stack, rows, cols = self.index
-        low = self._low_rank(factors).arrange(rows, cols)
+        low = self.low_rank(factors).arrange(rows, cols)
         for index in stack:
             low = low if index is None else jax.tree.map(lambda leaf, index=index: take(leaf, index, 0), low)
         return low
 
-    def _low_rank(self, factors: Factors) -> LowRank:
-        *batch, rank, _ = factors.a.shape
-        return LowRank(factors.a, factors.b, jnp.full((*batch, rank), self.scale, jnp.float32))
-
 
 class Steps:
-    """The programs for one model.
+    """The programs of one training. Each is compiled when it is first called; its first argument is donated.
 
     Attributes:
-        compile_seconds: spent on compiling so far.
-        compiled: the programs by name and shape.
+        compiled: the programs by name.
+        compile_seconds: time spent on compiling so far.
     """
 
     def __init__(
@@ -123,10 +139,11 @@ class Steps:
         optimizer: optax.GradientTransformation,
         remat: bool,
     ) -> None:
-        self.mesh, self.compile_seconds, self.compiled = model.mesh, 0.0, dict[Any, jax.stages.Compiled]()
+        self.mesh, self.compiled, self.compile_seconds = model.mesh, dict[str, jax.stages.Compiled](), 0.0
+        self._everywhere = NamedSharding(model.mesh, PartitionSpec())
+        self._optimizer = optimizer
         graph, state = nnx.split(model.model)
-        self.leaves, tree = jax.tree.flatten(state)
-        dtype = model.dtype
+        self._leaves, tree = jax.tree.flatten(state)
 
         def hidden_states(trained: Trained, leaves: list[jax.Array], batch: Batch) -> tuple[jax.Array, Decoder]:
             decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
@@ -135,11 +152,11 @@ class Steps:
                 base = base_of(held[name].get_value())
                 held[name].set_value(Adapted(base, places[name].arranged(factors)))
             rows, length = batch.tokens.shape
-            counts = jnp.full(rows, length, jnp.int32)
-            shapes = decoder.cache(rows, length, dtype, model.mesh)
-            cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            cache = jax.tree_util.tree_map(lambda leaf: leaf, cache)
-            return decoder(batch.tokens, cache, counts, length, dtype, batch.segments, remat)[0], decoder
+            whole = jnp.full(rows, length, jnp.int32)
+            shapes = decoder.cache(rows, length, model.dtype, model.mesh)  # rows are complete: it is not used
+            cache = replace(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), limits=whole)
+            hidden, _ = decoder(batch.tokens, cache, whole, length, model.dtype, batch.segments, remat)
+            return hidden, decoder
 
         def add(into: Sums, trained: Trained, leaves: list[jax.Array], batch: Batch) -> Sums:
             hidden, backward, decoder = jax.vjp(lambda t: hidden_states(t, leaves, batch), trained, has_aux=True)
@@ -147,17 +164,54 @@ class Steps:
             more = Sums(loss, jnp.sum(batch.targets >= 0, dtype=jnp.int32), backward(gradient)[0])
             return jax.tree.map(jnp.add, into, more)
 
-        self._add = add
+        def evaluate(loss: jax.Array, trained: Trained, leaves: list[jax.Array], batch: Batch) -> jax.Array:
+            hidden, decoder = hidden_states(trained, leaves, batch)
+            return loss + answer_loss(decoder.logits, hidden, batch.targets)[0]
+
+        def update(now: Progress, sums: Sums) -> tuple[Progress, jax.Array, jax.Array]:
+            mean = jax.tree.map(lambda gradient: gradient / jnp.maximum(sums.count, 1), sums.gradients)
+            changes, state = optimizer.update(mean, now.optimizer, now.trained)
+            trained = optax.apply_updates(now.trained, changes)
+            return Progress(trained, state), sums.loss / jnp.maximum(sums.count, 1), optax.global_norm(mean)
+
+        self._add, self._evaluate, self._update = add, evaluate, update
+
+    def begin(self, trained: Trained) -> Progress:
+        """The factors, placed, before the first step."""
+        state = jax.tree.map(
+            lambda leaf: self.replicated(leaf) if leaf.ndim == 0 else leaf, self._optimizer.init(trained)
+        )
+        return Progress(trained, state)
 
     def add(self, into: Sums, trained: Trained, batch: Batch) -> Sums:
-        return self._run("add", self._add, into, trained, self.leaves, batch)
+        """The sums with those of a batch added."""
+        return self._run("add", self._add, into, trained, self._leaves, self.replicated(batch))
 
-    def _run(self, name, function, *args):
-        key = name
-        program = self.compiled.get(key)
+    def evaluate(self, loss: jax.Array, trained: Trained, batch: Batch) -> jax.Array:
+        """The sum of losses with that of a batch added."""
+        return self._run("evaluate", self._evaluate, loss, trained, self._leaves, self.replicated(batch))
+
+    def update(self, now: Progress, sums: Sums) -> tuple[Progress, jax.Array, jax.Array]:
+        """One step of the optimizer; also the mean loss, and the norm of the gradient, float32 `[]`."""
+        return self._run("update", self._update, now, sums)
+
+    def zeros(self, trained: Trained) -> Sums:
+        """Sums over nothing."""
+        gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), trained)
+        return Sums(self.replicated(np.float32(0)), self.replicated(np.int32(0)), gradients)
+
+    def replicated[T](self, tree: T) -> T:
+        """Arrays of the host on every device."""
+        return jax.device_put(tree, self._everywhere)
+
+    def _run(self, name: str, function: Callable, donated: Any, *args: Any) -> Any:
+        program = self.compiled.get(name)
         if program is None:
             begun = time.perf_counter()
+            kept = jax.tree.map(lambda leaf: leaf.sharding, donated)
+            outputs: Any = (kept, self._everywhere, self._everywhere) if name == "update" else kept
             with jax.set_mesh(self.mesh), damaged_entries_removed():
-                program = self.compiled[key] = jax.jit(function, donate_argnums=0).lower(*args).compile()
+                jitted = jax.jit(function, out_shardings=outputs, donate_argnums=0)
+                program = self.compiled[name] = jitted.lower(donated, *args).compile()
             self.compile_seconds += time.perf_counter() - begun
-        return program(*args)
+        return program(donated, *args)
