@@ -42,8 +42,12 @@ class Scoring:
 
 
 def apart(positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """Positions of tokens `[batch, time]`, so changed that those of different texts in a row (`segments`, see `Context`)
-    are further apart than a window of `time` reaches. So texts do not see each other, and kernels need not know."""
+    """Positions of tokens `[batch, time]`, changed so that those of different texts in a row are further apart than a
+    window of `time` reaches: so texts do not see each other, and kernels need not know.
+
+    Args:
+        segments: int32 `[batch, time]`, which of the texts in its row each token belongs to, in ascending order.
+    """
     return positions + 2 * positions.shape[1] * segments
 
 

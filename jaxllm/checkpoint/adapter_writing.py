@@ -83,8 +83,8 @@ def _stack_name(rule: Rule, path: str) -> str | None:
 
 
 def _joined(parts: Sequence[LowRank], rows: np.ndarray | None) -> LowRank:
-    """The change of a tensor that several parameters are parts of, in its own order of rows. Their ranks add up, and each
-    part has its own; their scales are equal."""
+    """The change of a tensor that several parameters are parts of, in its own order of rows. Their ranks add up: each
+    part has its own."""
     a = np.concatenate([part.a for part in parts], axis=-2)
     ends = np.cumsum([part.rank for part in parts])
     blocks = [

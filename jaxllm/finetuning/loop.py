@@ -136,14 +136,8 @@ class Training:
         places: Mapping[str, Any],
         shown: bool,
     ) -> None:
-        self.model, self.asked, self.rows, self.tests, self.places, self.shown = (
-            model,
-            asked,
-            rows,
-            tests,
-            places,
-            shown,
-        )
+        self.model, self.asked, self.rows, self.tests = model, asked, rows, tests
+        self.places, self.shown = places, shown
         self.size = min(asked.batch, len(rows))
         self.per_step = self.size * asked.accumulate
         self.per_epoch = -(-len(rows) // self.per_step)

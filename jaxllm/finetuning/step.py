@@ -57,9 +57,9 @@ class Batch:
     targets: the token that has to follow; -1 where any may.
     """
 
-    tokens: np.ndarray
-    segments: np.ndarray
-    targets: np.ndarray
+    tokens: Any
+    segments: Any
+    targets: Any
 
     @property
     def answers(self) -> int:
@@ -169,10 +169,12 @@ class Steps:
             return loss + answer_loss(decoder.logits, hidden, batch.targets)[0]
 
         def update(now: Progress, sums: Sums) -> tuple[Progress, jax.Array, jax.Array]:
-            mean = jax.tree.map(lambda gradient: gradient / jnp.maximum(sums.count, 1), sums.gradients)
-            changes, state = optimizer.update(mean, now.optimizer, now.trained)
+            count = jnp.maximum(sums.count, 1).astype(jnp.float32)
+            mean = jax.tree.map(lambda gradient: gradient / count, sums.gradients)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+                changes, state = optimizer.update(mean, now.optimizer, now.trained)
             trained = optax.apply_updates(now.trained, changes)
-            return Progress(trained, state), sums.loss / jnp.maximum(sums.count, 1), optax.global_norm(mean)
+            return Progress(trained, state), sums.loss / count, optax.tree.norm(mean)
 
         self._add, self._evaluate, self._update = add, evaluate, update
 
@@ -200,7 +202,7 @@ class Steps:
         gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), trained)
         return Sums(self.replicated(np.float32(0)), self.replicated(np.int32(0)), gradients)
 
-    def replicated[T](self, tree: T) -> T:
+    def replicated(self, tree: Any) -> Any:
         """Arrays of the host on every device."""
         return jax.device_put(tree, self._everywhere)
 

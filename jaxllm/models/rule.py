@@ -137,11 +137,8 @@ def inverted(
             if not np.array_equal(joined[rows], np.arange(len(rows))):
                 complaints.append(f"tensor '{name}' is not made of {' and '.join(path for path, _, _ in parts)} alone")
             rows = None if np.array_equal(rows, np.arange(len(rows))) else rows
-        written.append(
-            Written(
-                name, tuple((path, i) for path, i, _ in parts), rows, *_PRESENTED.get(first.present, (False, False))
-            )
-        )
+        presented = _PRESENTED.get(first.present, (False, False))
+        written.append(Written(name, tuple((path, i) for path, i, _ in parts), rows, *presented))
     if complaints:
         more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise InputError("; ".join(complaints[:8]) + more)
