@@ -150,8 +150,9 @@ def matmuls(rows: Sequence[Rows], weights: Sequence[Weight]) -> tuple[jax.Array,
 
 
 def _matmul(kernel: Kernel, x: Any, weight: Weight) -> jax.Array:
-    if kernel.differentiable:
+    if kernel.differentiable and isinstance(weight, Dense) and weight.values.dtype == x.dtype:
         return kernel.function(x, weight)
+    # Otherwise the dequantized matrix would be kept for the backward pass: of a model, all of them.
     return _frozen(kernel.function, _matmul_vjp)(*_alike(x, weight))
 
 
@@ -250,7 +251,7 @@ def _stack_gradients(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Arra
 
 
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:
-    return dense.product(g, weight.dequantize(), 0)
+    return dense.product(g.astype(x.dtype), weight.dequantize(x.dtype), 0)
 
 
 def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> jax.Array:
@@ -258,4 +259,4 @@ def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> ja
 
 
 def _grouped_vjp(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
-    return dense.each_tile(g, stack, expert, lambda rows, weight: dense.product(rows, weight.dequantize(), 0))
+    return dense.each_tile(g, stack, expert, lambda rows, weight: _matmul_vjp(rows, x, weight))

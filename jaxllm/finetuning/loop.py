@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxllm.checkpoint.adapter_writing import written_tensors
 from jaxllm.checkpoint.unfinished import Kept, unfinished
 from jaxllm.errors import InputError
 from jaxllm.finetuning.checkpoints import Checkpoints, Log
@@ -104,6 +105,8 @@ def finetune(
         else continued(model, os.fspath(start))
     )
     path = None if out is None else Path(out)
+    if path is not None:  # what has no name there is noticed before training
+        written_tensors(model.config, {name: place.declaration.shape for name, place in places.items()})
     training = Training(model, asked, rows, tests, places, progress and sys.stderr.isatty())
     with _writing(path, model, training, factors) as checkpoints:
         trained, log, rate = training.run(factors, checkpoints)
@@ -159,6 +162,7 @@ class Training:
         places, steps, mesh = self.places, self.steps, self.model.mesh
         shardings = {name: places[name].shardings(each, mesh) for name, each in factors.items()}
         now = steps.begin(jax.tree.map(jax.device_put, dict(factors), shardings))
+        self.sums = steps.zeros(now.trained)
         log, tokens, seconds = Log(), 0, 0.0
         if checkpoints is not None:
             now, log = checkpoints.load(now)
@@ -190,10 +194,9 @@ class Training:
         epoch, step = divmod(number, self.per_epoch)
         order = np.random.default_rng([self.asked.seed, epoch]).permutation(len(self.rows))
         chosen = order[step * self.per_step :][: self.per_step]
-        sums = self.steps.zeros(now.trained)
         for begin in range(0, len(chosen), self.size):
-            sums = self.steps.add(sums, now.trained, self.rows.take(chosen[begin : begin + self.size], self.size))
-        now, loss, norm = self.steps.update(now, sums)
+            self.sums = self.steps.add(self.sums, now.trained, self.rows.take(chosen[begin : begin + self.size], self.size))
+        now, self.sums, loss, norm = self.steps.update(now, self.sums)
         if not np.isfinite(float(loss) + float(norm)):
             newest = None if checkpoints is None else checkpoints.newest
             kept = "nothing was saved before" if newest is None else f"the newest checkpoint is {newest}"
@@ -204,11 +207,11 @@ class Training:
     def _evaluate(self, now: Progress, log: Log) -> None:
         if self.tests is None:
             return
-        total = self.steps.replicated(np.float32(0))
+        total = 0.0
         for begin in range(0, len(self.tests), self.size):
             chosen = np.arange(begin, min(begin + self.size, len(self.tests)))
-            total = self.steps.evaluate(total, now.trained, self.tests.take(chosen, self.size))
-        log.evaluations.append((len(log.losses), float(total) / self.tests.batch.answers))
+            total += float(self.steps.evaluate(now.trained, self.tests.take(chosen, self.size)))
+        log.evaluations.append((len(log.losses), total / self.tests.batch.answers))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from jaxllm.formats.base import take
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
+from jaxllm.programs import runs_ahead
 
 try:
     import optax
@@ -125,7 +126,8 @@ class Place:
 
 
 class Steps:
-    """The programs of one training. Each is compiled when it is first called; its first argument is donated.
+    """The programs of one training, each compiled when it is first called. Arguments that have
+    a successor among the results are donated.
 
     Attributes:
         compiled: the programs by name.
@@ -141,7 +143,7 @@ class Steps:
     ) -> None:
         self.mesh, self.compiled, self.compile_seconds = model.mesh, dict[str, jax.stages.Compiled](), 0.0
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
-        self._optimizer = optimizer
+        self._optimizer, self._runs_ahead = optimizer, runs_ahead(model.mesh)
         graph, state = nnx.split(model.model)
         self._leaves, tree = jax.tree.flatten(state)
 
@@ -164,17 +166,18 @@ class Steps:
             more = Sums(loss, jnp.sum(batch.targets >= 0, dtype=jnp.int32), backward(gradient)[0])
             return jax.tree.map(jnp.add, into, more)
 
-        def evaluate(loss: jax.Array, trained: Trained, leaves: list[jax.Array], batch: Batch) -> jax.Array:
+        def evaluate(trained: Trained, leaves: list[jax.Array], batch: Batch) -> jax.Array:
             hidden, decoder = hidden_states(trained, leaves, batch)
-            return loss + answer_loss(decoder.logits, hidden, batch.targets)[0]
+            return answer_loss(decoder.logits, hidden, batch.targets)[0]
 
-        def update(now: Progress, sums: Sums) -> tuple[Progress, jax.Array, jax.Array]:
+        def update(now: Progress, sums: Sums) -> tuple[Progress, Sums, jax.Array, jax.Array]:
             count = jnp.maximum(sums.count, 1).astype(jnp.float32)
             mean = jax.tree.map(lambda gradient: gradient / count, sums.gradients)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
                 changes, state = optimizer.update(mean, now.optimizer, now.trained)
             trained = optax.apply_updates(now.trained, changes)
-            return Progress(trained, state), sums.loss / count, optax.tree.norm(mean)
+            nothing = jax.tree.map(jnp.zeros_like, sums)
+            return Progress(trained, state), nothing, sums.loss / count, optax.tree.norm(mean)
 
         self._add, self._evaluate, self._update = add, evaluate, update
 
@@ -185,35 +188,46 @@ class Steps:
         )
         return Progress(trained, state)
 
-    def add(self, into: Sums, trained: Trained, batch: Batch) -> Sums:
-        """The sums with those of a batch added."""
-        return self._run("add", self._add, into, trained, self._leaves, self.replicated(batch))
-
-    def evaluate(self, loss: jax.Array, trained: Trained, batch: Batch) -> jax.Array:
-        """The sum of losses with that of a batch added."""
-        return self._run("evaluate", self._evaluate, loss, trained, self._leaves, self.replicated(batch))
-
-    def update(self, now: Progress, sums: Sums) -> tuple[Progress, jax.Array, jax.Array]:
-        """One step of the optimizer; also the mean loss, and the norm of the gradient, float32 `[]`."""
-        return self._run("update", self._update, now, sums)
-
     def zeros(self, trained: Trained) -> Sums:
         """Sums over nothing."""
         gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), trained)
         return Sums(self.replicated(np.float32(0)), self.replicated(np.int32(0)), gradients)
 
+    def add(self, into: Sums, trained: Trained, batch: Batch) -> Sums:
+        """The sums with those of a batch added."""
+        outputs = _shardings(into)
+        return self._run("add", self._add, outputs, (0,), into, trained, self._leaves, self.replicated(batch))
+
+    def evaluate(self, trained: Trained, batch: Batch) -> jax.Array:
+        """The sum of a batch's losses."""
+        return self._run("evaluate", self._evaluate, self._everywhere, (), trained, self._leaves, self.replicated(batch))
+
+    def update(self, now: Progress, sums: Sums) -> tuple[Progress, Sums, jax.Array, jax.Array]:
+        """One step of the optimizer; then sums over nothing, the mean loss, and the norm of the gradient."""
+        outputs = _shardings(now), _shardings(sums), self._everywhere, self._everywhere
+        return self._run("update", self._update, outputs, (0, 1), now, sums)
+
     def replicated(self, tree: Any) -> Any:
         """Arrays of the host on every device."""
         return jax.device_put(tree, self._everywhere)
 
-    def _run(self, name: str, function: Callable, donated: Any, *args: Any) -> Any:
+    def _run(self, name: str, function: Callable, outputs: Any, donated: tuple[int, ...], *args: Any) -> Any:
+        """The results of `function`, which is compiled when it is first called.
+
+        Args:
+            outputs: the shardings of the results.
+            donated: the numbers of the arguments that are updated in place.
+        """
         program = self.compiled.get(name)
         if program is None:
             begun = time.perf_counter()
-            kept = jax.tree.map(lambda leaf: leaf.sharding, donated)
-            outputs: Any = (kept, self._everywhere, self._everywhere) if name == "update" else kept
             with jax.set_mesh(self.mesh), damaged_entries_removed():
-                jitted = jax.jit(function, out_shardings=outputs, donate_argnums=0)
-                program = self.compiled[name] = jitted.lower(donated, *args).compile()
+                jitted = jax.jit(function, out_shardings=outputs, donate_argnums=donated)
+                program = self.compiled[name] = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begun
-        return program(donated, *args)
+        results = program(*args)
+        return results if self._runs_ahead else jax.block_until_ready(results)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

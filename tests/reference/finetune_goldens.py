@@ -10,8 +10,8 @@ Each directory is the adapter that training begins with, as `save_pretrained` wr
     losses  float32 [STEPS]    the mean cross-entropy of each step, by predicted token
     logits  float32 [2, T, V]  after the last step, for the `tokens` of the base's golden.npz
 
-Every step is on all texts, each on its own. AdamW, its schedule and the clipping are torch's and transformers'. A golden
-is refused if float64 gives other losses: then experts were nearly tied.
+Every step is on all texts, each on its own. AdamW, its schedule and the clipping are torch's and transformers'. A
+golden is refused if float64 gives other losses: then experts were nearly tied.
 """
 
 import argparse
