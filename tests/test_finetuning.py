@@ -105,9 +105,16 @@ def test_no_decoded_copy_of_the_model_is_kept(tmp_path, backend):
     assert temporary < decoded / 2
 
 
-DATA = [{"messages": [{"role": "user", "content": f"What is {a} plus {b} ?"}, {"role": "assistant", "content": c}]}
-        for a, b, c in [("one", "one", "ANSWER: two"), ("one", "two", "ANSWER: three"), ("two", "three", "ANSWER: five"),
-                        ("one", "three", "ANSWER: four"), ("two", "two", "ANSWER: four")]]  # fmt: skip
+SUMS = ("one one two", "one two three", "two three five", "one three four", "two two four")
+DATA = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {a} plus {b} ?"},
+            {"role": "assistant", "content": f"ANSWER: {c}"},
+        ]
+    }
+    for a, b, c in map(str.split, SUMS)
+]
 SHORT = {"epochs": 3, "batch": 2, "length": 12, "rank": 4, "learning_rate": 1e-2, "save_every": 2, "held_out": 1}
 
 

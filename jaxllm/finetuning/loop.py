@@ -195,7 +195,8 @@ class Training:
         order = np.random.default_rng([self.asked.seed, epoch]).permutation(len(self.rows))
         chosen = order[step * self.per_step :][: self.per_step]
         for begin in range(0, len(chosen), self.size):
-            self.sums = self.steps.add(self.sums, now.trained, self.rows.take(chosen[begin : begin + self.size], self.size))
+            batch = self.rows.take(chosen[begin : begin + self.size], self.size)
+            self.sums = self.steps.add(self.sums, now.trained, batch)
         now, self.sums, loss, norm = self.steps.update(now, self.sums)
         if not np.isfinite(float(loss) + float(norm)):
             newest = None if checkpoints is None else checkpoints.newest
