@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.errors import InputError
 from jaxllm.formats.adapted import base_of
@@ -29,6 +30,7 @@ from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, o
 from jaxllm.kernels.attention import Cached, Scoring, attend
 from jaxllm.kernels.registry import REFERENCE, Kernel
 
+PRODUCT = "product"  # the name of results that are worth keeping for a backward pass, see `kept`
 _named: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
@@ -168,15 +170,20 @@ def few_rows(x: Rows, stack: Weight) -> int:
     return choose("grouped_matmul", x, stack).kernel.few_rows
 
 
+def kept(y: jax.Array) -> jax.Array:
+    """y, marked as what a backward pass should not compute again, unlike what lies between two such results."""
+    return checkpoint_name(y, PRODUCT)
+
+
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention over a cache on one device's heads, see `attention.attend`."""
     kernel = choose("attention", given, jax.Array).kernel
     run, definition = partial(kernel.function, scoring=scoring), partial(attend, scoring=scoring)
     if kernel.differentiable:
-        return run(given)
+        return kept(run(given))
     function = jax.custom_vjp(run)
     function.defvjp(lambda given: (run(given), given), lambda given, g: jax.vjp(definition, given)[1](g))
-    return function(*_alike(given))
+    return kept(function(*_alike(given)))
 
 
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.kernels.activations import rounding, rounds_int8_blocks
+from jaxllm.kernels.dispatch import PRODUCT
 from jaxllm.layers.cache import CacheShape, KVCache, LayerCache
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import Embedding
@@ -113,7 +114,8 @@ class Decoder(nnx.Module):
             window: see `Context`.
             dtype: the dtype of the activations.
             segments: see `Context`.
-            remat: whether a backward pass computes what is inside a layer again, instead of keeping it.
+            remat: whether a backward pass computes all of a layer again, instead of keeping the results of its matmuls
+                and of attention. What is cheap to compute is computed again in either case.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
@@ -123,7 +125,8 @@ class Decoder(nnx.Module):
         angles = {rope: rope.angles(positions, cache.limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
         x, inputs = (x, [None] * len(self.layers)) if self.ends is None else self.ends.begin(tokens, x)
-        run = jax.checkpoint(apply, static_argnums=4) if remat else apply
+        keep = jax.checkpoint_policies.save_only_these_names(*([] if remat else [PRODUCT]))
+        run = apply if segments is None else jax.checkpoint(apply, static_argnums=4, policy=keep)
         own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of

@@ -3,8 +3,8 @@
     python finetune_speed.py --gguf FILE --dtype bfloat16
 
 The base is the same file, dequantized by transformers. A step is rows x 256 random tokens with the loss on every one of
-them, LoRA of rank 16 on all linear layers, AdamW. Printed is the median over a few steps, after one that warms up; beside it
-the same by seconds of processors, which other work on the machine changes less.
+them, LoRA of rank 16 on all linear layers, AdamW. Printed is the median over a few steps, after one that warms up;
+beside it the same by seconds of processors, which other work on the machine changes less.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main() -> None:
         busy.append(time.process_time() - begun_busy)
     rate, of_processors = (args.rows * args.length / statistics.median(each[1:]) for each in (seconds, busy))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"torch {torch.__version__}, {args.dtype}: {rate:.0f} tokens/s, {of_processors:.0f} by CPU-second, {peak:.0f} MiB"
-    )
+    print(f"{args.dtype}: {rate:.0f} tokens/s, {of_processors:.0f} by CPU-second, {peak:.0f} MiB")
 
 
 if __name__ == "__main__":
