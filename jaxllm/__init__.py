@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine as Engine
     from jaxllm.engine.memory import Memory as Memory
     from jaxllm.errors import InputError as InputError
+    from jaxllm.finetuning.loop import Finetuned as Finetuned
+    from jaxllm.finetuning.loop import finetune as finetune
     from jaxllm.initializing import PRESETS as PRESETS
     from jaxllm.initializing import initialize as initialize
     from jaxllm.language_model import LanguageModel as LanguageModel
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
     __version__: str
 
 # Imported on first use, so that `jaxllm --help` need not wait for JAX. No name may equal that of a module,
-# which importing the module would put in its place; but the module `plan` can be called.
+# which importing the module would put in its place; but the modules `plan` and `finetune` can be called.
 _MODULES = {
     "Completion": "engine.answer",
     "Constraint": "structured",
     "DraftModel": "engine.drafting",
     "Engine": "engine.engine",
+    "Finetuned": "finetuning.loop",
     "InputError": "errors",
     "LanguageModel": "language_model",
     "Memory": "engine.memory",
@@ -38,6 +41,7 @@ _MODULES = {
     "PromptLookup": "engine.drafting",
     "Sampler": "sampling",
     "Sampling": "sampling",
+    "finetune": "finetuning.loop",
     "initialize": "initializing",
     "load": "loading",
     "make_mesh": "parallel",

@@ -22,7 +22,7 @@ from jaxllm.formats.base import Weight, shards
 from jaxllm.kernels import dispatch, norm
 from jaxllm.kernels.activations import Peak, unchanged
 from jaxllm.kernels.adapted import products
-from jaxllm.kernels.dispatch import few_rows
+from jaxllm.kernels.dispatch import few_rows, kept
 from jaxllm.kernels.experts import Activation, Gated, Tiles, grouped_mlp, hidden, tile_size
 
 DP = "dp"  # data parallelism: rows of a batch on different devices
@@ -141,7 +141,7 @@ def linears(
         ys = products(x, weights, _whole_rows(in_axis))
         if in_axis is not None:
             ys = jax.lax.psum(ys, in_axis)
-        return tuple(y.astype(dtype or x.dtype) for y in ys)
+        return tuple(kept(y.astype(dtype or x.dtype)) for y in ys)
 
     specs = [local_specs(weight, spec) for weight in weights]
     outputs = (PartitionSpec(*lead, out_axis),) * len(weights)

@@ -8,7 +8,7 @@ from jaxllm.formats.adapted import Adapted, base_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels.activations import Peak, each_row, rounded, rounded_tiles, unchanged
-from jaxllm.kernels.dispatch import grouped_matmul, matmul, matmuls
+from jaxllm.kernels.dispatch import grouped_matmul, kept, matmul, matmuls
 
 
 def products(x: jax.Array, weights: Sequence[Weight], peak: Peak = unchanged) -> tuple[jax.Array, ...]:
@@ -32,7 +32,7 @@ def grouped_product(rows: jax.Array, stack: Weight, expert: jax.Array, peak: Pea
     base = base_of(stack)
     y = grouped_matmul(rounded_tiles(rows, base, expert, peak, real), base, expert)
     if not isinstance(stack, Adapted):
-        return y
+        return kept(y)
     delta = stack.delta
     inner = grouped_matmul(rows, Dense(delta.a), expert) * each_row(delta.scale, expert, len(rows))
-    return y + grouped_matmul(inner, Dense(delta.b), expert)
+    return kept(y + grouped_matmul(inner, Dense(delta.b), expert))

@@ -58,7 +58,8 @@ def pytest_configure(config):
 
 
 # Workers take whole files. One that took long and came last would leave the other worker idle.
-LONGEST = "quantized_models processes kernels_pallas notebooks cli hf plan demo gpt_oss deepseek quantized_layers llama"
+LONGEST = "quantized_models processes kernels_pallas notebooks cli hf plan demo finetuning gpt_oss deepseek"
+LONGEST += " quantized_layers llama"
 
 
 def pytest_collection_modifyitems(items):

@@ -19,6 +19,9 @@ class Context:
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
         rows: int32 `[batch]`, which of the cached sequences these are; None: each of them, in order.
         per_layer: what the layer is given besides the previous one's output, see `decoder.Ends`; None: nothing.
+        segments: int32 `[batch, time]`, for rows that are complete: which of several texts in its row each token
+            belongs to, in ascending order. Tokens attend to their own text, and to nothing cached. None: rows that
+            continue what is cached.
     """
 
     positions: jax.Array
@@ -28,3 +31,4 @@ class Context:
     int8_blocks: bool = field(metadata={"static": True})
     rows: jax.Array | None = None
     per_layer: jax.Array | None = None
+    segments: jax.Array | None = None

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.kernels.activations import rounding, rounds_int8_blocks
+from jaxllm.kernels.dispatch import PRODUCT
 from jaxllm.layers.cache import CacheShape, KVCache, LayerCache
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import Embedding
@@ -104,6 +105,8 @@ class Decoder(nnx.Module):
         window: int,
         dtype: jax.typing.DTypeLike,
         rows: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Append `tokens[batch, time]` to cached sequences.
 
@@ -113,6 +116,9 @@ class Decoder(nnx.Module):
             dtype: the dtype of the activations.
             rows: int32 `[batch]`, which of the sequences; None: each of them, in order. One may occur twice, with the
                 same tokens.
+            segments: see `Context`.
+            remat: whether a backward pass computes all of a layer again, instead of keeping the results of its matmuls
+                and of attention. What is cheap to compute is computed again in either case.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
@@ -124,13 +130,16 @@ class Decoder(nnx.Module):
         angles = {rope: rope.angles(positions, limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
         x, inputs = (x, [None] * len(self.layers)) if self.ends is None else self.ends.begin(tokens, x)
+        keep = jax.checkpoint_policies.save_only_these_names(*([] if remat else [PRODUCT]))
+        run = apply if segments is None else jax.checkpoint(apply, static_argnums=4, policy=keep)
         own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
-            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), rows, inputs[i])
+            static = window, rounds_int8_blocks()
+            context = Context(positions, counts, angles[layer.rope], *static, rows, inputs[i], segments)
             with jax.named_scope(f"layers.{i}"):
-                x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
+                x, caches[slot], seen = run(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
         x = x if self.ends is None else self.ends.end(x)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)
