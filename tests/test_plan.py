@@ -107,7 +107,7 @@ for mesh in sys.argv[1:]:
 
 
 def test_deepseek_v3_on_256_devices():
-    """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. The README has the table."""
+    """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. docs/planning.md has the table."""
     meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=8,ep=32", "tp=32,ep=8"])
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", CODE, *meshes]

@@ -48,7 +48,8 @@ def static_field(default: Any = dataclasses.MISSING) -> Any:
 class Weight(ABC):
     """A matrix `[*batch, out, in]` in some format. Subclasses are final, frozen, registered dataclasses.
 
-    Leaves may be arrays, `ShapeDtypeStruct`s or `PartitionSpec`s, so nothing is validated on construction.
+    Leaves may be arrays or stand for them (`ShapeDtypeStruct`, `PartitionSpec`), so nothing is validated when it is
+    constructed.
     """
 
     @property
