@@ -297,6 +297,18 @@ def test_as_text_json_and_picture(capsys):
     ET.fromstring(f"<div>{made._repr_html_()}</div>")
 
 
+def test_a_plan_on_another_chip():
+    """The bounds by hand: the slowest of the three limits, from the numbers of NVIDIA's data sheet of the H100 SXM."""
+    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:8", "tp=2,ep=4", context=64)
+    there = made.on("h100")
+    assert there.topology == "h100:8" and there.fits and there.verdict.startswith("fits, 74.5")  # of 80e9 bytes
+    step = made.decode
+    slowest = max(step.flops / 989e12, step.nbytes / 3352e9, step.sent / 450e9)
+    assert there.decode.bound(there.limits) == pytest.approx(step.tokens / slowest)
+    with pytest.raises(jaxllm.InputError, match="^chip 'h1000': known are v4, v5e, "):
+        made.on("h1000")
+
+
 def test_the_picture_of_a_chip():
     sketch = Sketch.of(describe("gpt-oss-20b"), topology("cpu:1"), "tp=1", 1, 256)
     chip = CHIPS["b200"]

@@ -6,11 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from tabulate import tabulate
 
+from jaxllm.errors import InputError
 from jaxllm.planning import picture
+from jaxllm.planning.chips import CHIPS, Chip
 from jaxllm.planning.compiling import Collective
 
 GIB = 2**30
@@ -34,6 +36,12 @@ class Limits:
     flops: Mapping[str, float]
     links: float | None
     source: str
+
+    @classmethod
+    def of(cls, chip: Chip) -> Self:
+        """What is published about a chip."""
+        flops = {"bfloat16": chip.flops, "FP8": chip.flops_fp8, "int8": chip.flops_int8}
+        return cls(chip.memory, chip.bandwidth, flops, chip.links, chip.source)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,20 @@ class Plan:
         room = (self.limits.memory - self.total) / GIB
         said = f"fits, {room:.2f} GiB a device to spare" if self.fits else f"does not fit, by {-room:.2f} GiB a device"
         return f"{said}: {self.advice}" if self.advice else said
+
+    def on(self, chip: str) -> Self:
+        """The same plan within the published limits of as many other chips, for which no compiler is needed.
+
+        Weights, cache, operations and bytes are counted from shapes, so they stay the same. Temporaries and collectives
+        are still those of the compiler that made this plan.
+
+        Raises:
+            InputError: nothing is known of such a chip.
+        """
+        if chip not in CHIPS:
+            raise InputError(f"chip '{chip}': known are {', '.join(CHIPS)}")
+        limits = Limits.of(CHIPS[chip])
+        return dataclasses.replace(self, topology=f"{chip}:{self.devices}", limits=limits, ranking=(), advice="")
 
     def json(self) -> dict[str, Any]:
         """Everything, for `json.dumps`: bytes and seconds as numbers."""
