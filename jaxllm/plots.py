@@ -6,6 +6,7 @@ to a file. Nothing here touches `matplotlib.pyplot`, whose figures would be show
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jaxllm.planning.report import Limits, Phase, Plan
 from jaxllm.tracking import Statistics
 
 try:
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -26,7 +27,7 @@ except ImportError as error:
 __all__ = ["Picture", "expert_load", "levels", "memory", "quality", "roofline", "shards"]
 
 GIB = 2**30
-COLORS = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]
+COLORS = color_sequences["tab20"][::2] + color_sequences["tab20"][1::2]  # the dark ones first
 
 
 class Picture(Figure):
@@ -74,7 +75,7 @@ def shards(matrices: Mapping[str, Weight | jax.Array]) -> Picture:
 def _draw_shards(axis: Axes, leaf: jax.Array, rows: int, cols: int) -> None:
     """A rectangle for each part of two dimensions of an array that a device holds."""
     owners: dict[tuple[slice, ...], list[int]] = {}
-    everyone = leaf.sharding.devices_indices_map(leaf.shape)
+    everyone: dict[Any, Any] = dict(leaf.sharding.devices_indices_map(leaf.shape))
     for device, index in everyone.items():
         owners.setdefault((index[rows], index[cols]), []).append(device.id)
     height, width = leaf.shape[rows], leaf.shape[cols]
