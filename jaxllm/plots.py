@@ -133,13 +133,8 @@ def roofline(plans: Mapping[str, Plan]) -> Picture:
     reach = np.geomspace(min(points) / 4, 4 * max(*points, *(_ridge(limits) for limits in roofs.values())), 200)
     for chip, limits in roofs.items():
         axis.plot(reach, [_attainable(limits, x) for x in reach], color="gray", linewidth=1)
-        axis.annotate(
-            f"{chip}: {limits.flops['bfloat16'] / 1e12:.0f} TFLOP/s",
-            (reach[-1], limits.flops["bfloat16"]),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-        )
+        flat = f"{chip}: {limits.flops['bfloat16'] / 1e12:.0f} TFLOP/s"
+        axis.text(reach[-1], 1.1 * limits.flops["bfloat16"], flat, ha="right", va="bottom", fontsize=8)
     for (name, plan), color in zip(plans.items(), COLORS, strict=False):
         for phase, marker in ((plan.decode, "o"), (plan.prefill, "s")):
             x = _intensity(phase)

@@ -74,8 +74,9 @@ assert difference < 1e-3
 router = TopKRouter(4, normalize=True, scoring="sigmoid", groups=4, chosen_groups=2, group_score="top2", scale=2.5)
 scores, chosen = router(jax.random.normal(jax.random.key(0), (5, 16)), None)
 for s, experts in zip(np.asarray(scores), np.asarray(chosen), strict=True):
-    print(f"experts {np.sort(experts)} of groups {sorted(set((experts // 4).tolist()))}, weights that sum to {s.sum():.2f}")
-    assert len(set(experts // 4)) <= 2
+    groups = sorted(set((experts // 4).tolist()))
+    print(f"experts {np.sort(experts)} of groups {groups}, weights that sum to {s.sum():.2f}")
+    assert len(groups) <= 2
 
 # %% [markdown]
 # In the model: how many of 256 tokens chose each expert, in each of the sparse layers (the first layer is dense). A

@@ -68,7 +68,7 @@ print("what they were:    ", matrix[0, :4])
 # its range.
 
 # %%
-shown = ("q8_0", "q4_0", "q2_k", "iq4_nl", "nf4", "mxfp4", "nvfp4")
+shown = ("q8_0", "q4_0", "iq4_nl", "nf4", "mxfp4")
 plots.levels(matrix[0, :32], {type: weights[type] for type in shown})
 
 # %% [markdown]
@@ -114,10 +114,11 @@ for type, group in (("int8", "a row"), ("q8_0", "32 columns")):
 # %%
 golden = Path("../tests/golden/encoding_table.json")
 table = json.loads((golden if golden.exists() else Path("tests/golden/encoding_table.json")).read_text())
+shown = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "iq3_s", "iq2_xs", "iq1_m", "afq4", "hqq4", "mxfp4")
 
 
 def points(key):
-    return {row["type"]: (row["bits"], row[key]) for row in table["rows"] if row.get(key, 100) < 50}
+    return {row["type"]: (row["bits"], row[key]) for row in table["rows"] if row["type"] in shown and key in row}
 
 
 plots.quality(points("plain"), points("helped"), reference=table["file"])
