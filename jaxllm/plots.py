@@ -90,7 +90,7 @@ def _draw_shards(axis: Axes, leaf: jax.Array, rows: int, cols: int) -> None:
 
 
 def memory(plans: Mapping[str, Plan]) -> Picture:
-    """What fills a device's memory: a bar for each plan, and a black line where its device ends."""
+    """What fills a device's memory: a bar for each of the plans, by name, and a black line where its device ends."""
     parts = {
         name: {**plan.weights, "cache": plan.cache, "temporaries": max(plan.temporaries.values())}
         for name, plan in plans.items()
@@ -118,7 +118,7 @@ def _legend(axis: Axes, title: str | None = None) -> None:
 def roofline(plans: Mapping[str, Plan]) -> Picture:
     """What bounds the speed: operations per second by operations per byte read, both logarithmic (Williams, Waterman
     and Patterson, 2009). Under the slope the memory binds, under the flat part the arithmetic, in bfloat16. Circles are
-    decode steps, squares prompts; a program cannot be above its roof.
+    decode steps, squares prompts, of each of the plans; a program cannot be above its roof.
 
     Raises:
         InputError: nothing is known of a plan's devices.

@@ -39,7 +39,7 @@ class Topology:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Read a topology file. Raises InputError if there is none, or it makes no sense."""
+        """The topology in the file `path`. Raises InputError if there is none, or it makes no sense."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -49,6 +49,7 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> Self:
+        """The topology in a text. Raises InputError if it is not YAML, or makes no sense."""
         try:
             given = yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -1,6 +1,7 @@
 """What the README and the pages claim is what the code does; the long version is tests/reference/format_table.py."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,3 +39,11 @@ def test_a_row_of_the_table_of_formats(title):
     *linear, experts, encode = ROWS[title]
     assert (set(linear), experts) == ({"1, 2, 4, 8"}, "1, 2, 6, 8")
     assert encode == table.encoded(table.ROWS[title][:1])
+
+
+@pytest.mark.skipif(not covering.FULL, reason="with --full")
+def test_the_example_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris." in done.stdout and "(1, 3, 49152)" in done.stdout

@@ -69,12 +69,12 @@ class Phase:
         }
 
     def bound(self, limits: Limits) -> float | None:
-        """The most tokens per second, if everything overlaps perfectly."""
+        """The most tokens per second within `limits`, if everything overlaps perfectly; None: they are not known."""
         times = self.times(limits)
         return self.tokens / max(times.values()) if times else None
 
     def binds(self, limits: Limits) -> str | None:
-        """The limit that decides the bound."""
+        """Which of the limits decides the bound: "compute", "memory" or "links"; None: they are not known."""
         times = self.times(limits)
         return max(times, key=lambda name: times[name]) if times else None
 
@@ -121,6 +121,8 @@ class Plan:
     the compiled programs, and operations and bytes a step are counted from shapes (`planning.costs`).
 
     Attributes:
+        model, topology, mesh: what was planned, as text.
+        devices: how many there are.
         batch, context: sequences, and tokens of each.
         dtype: of the activations.
         weights: bytes on one device by format.
@@ -129,6 +131,7 @@ class Plan:
             is a little more: 33 MiB for Llama 3.1 8B on 8 x H100.)
         kinds: the layers by kind; `ends`: the collectives of a decode step before and after the layers.
         decode, prefill: a decode step with the context full, and the processing of prompts that fill it.
+        limits: what one device cannot pass.
         ranking: the meshes of a search, the best first.
         advice: what would fit if this does not.
     """
@@ -158,10 +161,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a device has room for all of it."""
         return self.total <= self.limits.memory
 
     @property
     def verdict(self) -> str:
+        """Whether it fits and by how much, and what would fit if not, in a sentence."""
         room = (self.limits.memory - self.total) / GIB
         said = f"fits, {room:.2f} GiB a device to spare" if self.fits else f"does not fit, by {-room:.2f} GiB a device"
         return f"{said}: {self.advice}" if self.advice else said
