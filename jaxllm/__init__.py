@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxllm.decoding import Memory as Memory
     from jaxllm.errors import InputError as InputError
+    from jaxllm.finetuning.loop import Finetuned as Finetuned
+    from jaxllm.finetuning.loop import finetune as finetune
     from jaxllm.initializing import PRESETS as PRESETS
     from jaxllm.initializing import initialize as initialize
     from jaxllm.language_model import Completion as Completion
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
     __version__: str
 
 # Imported on first use, so that `jaxllm --help` need not wait for JAX. No name may equal that of a module,
-# which importing the module would put in its place; but the module `plan` can be called.
+# which importing the module would put in its place; but the modules `plan` and `finetune` can be called.
 _MODULES = {
     "Completion": "language_model",
+    "Finetuned": "finetuning.loop",
     "InputError": "errors",
     "LanguageModel": "language_model",
     "Memory": "decoding",
     "PRESETS": "initializing",
     "Sampler": "sampling",
     "Sampling": "sampling",
+    "finetune": "finetuning.loop",
     "initialize": "initializing",
     "load": "loading",
     "make_mesh": "parallel",

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("jaxllm.generate", "answer prompts, or talk with a model"),
     "convert": ("jaxllm.convert", "write a checkpoint in another type or another kind of file"),
     "calibrate": ("jaxllm.calibrate", "find out which inputs matter, for better low-bit types"),
+    "finetune": ("jaxllm.finetune", "train a low-rank adapter on examples"),
     "perplexity": ("jaxllm.perplexity", "measure how well a model predicts a text"),
     "plan": ("jaxllm.plan", "say whether a model fits on other devices, and what bounds its speed there"),
     "bench": ("jaxllm.bench", "measure tokens per second"),

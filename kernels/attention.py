@@ -41,6 +41,16 @@ class Scoring:
     score_cap: float | None = None
 
 
+def apart(positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Positions of tokens `[batch, time]`, changed so that those of different texts in a row are further apart than a
+    window of `time` reaches: so texts do not see each other, and kernels need not know.
+
+    Args:
+        segments: int32 `[batch, time]`, which of the texts in its row each token belongs to, in ascending order.
+    """
+    return positions + 2 * positions.shape[1] * segments
+
+
 def attend(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention, each query over the cached positions up to its own; softmax in float32.
 

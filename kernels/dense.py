@@ -53,6 +53,26 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     return each_tile(x, stack, expert, matmul)
 
 
+def outer_products(g: jax.Array, x: jax.Array, expert: jax.Array, experts: int) -> jax.Array:
+    """The gradient of `grouped_matmul` by a stack of plain matrices: of each expert's tiles, the sum of `g.T @ x`.
+
+    Args:
+        g, x: `[tiles * tile, out]` and `[tiles * tile, in]`; g is zero in rows that are padding.
+        expert: see `grouped_matmul`.
+
+    Returns:
+        float32 `[experts, out, in]`.
+    """
+    tile = x.shape[0] // expert.shape[0]
+
+    def one_tile(t: jax.Array, total: jax.Array) -> jax.Array:
+        g_rows, x_rows = (lax.dynamic_slice_in_dim(rows, t * tile, tile) for rows in (g, x))
+        return total.at[expert[t]].add(product(g_rows.T, x_rows.astype(g.dtype), 0))
+
+    shape = experts, g.shape[1], x.shape[1]
+    return lax.fori_loop(0, jnp.sum(expert >= 0), one_tile, jnp.zeros(shape, jnp.float32))
+
+
 def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.Array, Weight], jax.Array]) -> jax.Array:
     """`f(rows, weight)` for each tile in use and its expert's weight, float32, stored at the tile's rows."""
     tile = x.shape[0] // expert.shape[0]

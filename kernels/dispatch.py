@@ -150,8 +150,9 @@ def matmuls(rows: Sequence[Rows], weights: Sequence[Weight]) -> tuple[jax.Array,
 
 
 def _matmul(kernel: Kernel, x: Any, weight: Weight) -> jax.Array:
-    if kernel.differentiable:
+    if kernel.differentiable and isinstance(weight, Dense) and weight.values.dtype == x.dtype:
         return kernel.function(x, weight)
+    # Otherwise the dequantized matrix would be kept for the backward pass: of a model, all of them.
     return _frozen(kernel.function, _matmul_vjp)(*_alike(x, weight))
 
 
@@ -159,7 +160,7 @@ def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
     """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`; rounds like `matmul`."""
     x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
     kernel = choose("grouped_matmul", x, stack).kernel
-    return _frozen(kernel.function, _grouped_vjp)(*_alike(x, stack, expert))
+    return _frozen(kernel.function, _grouped_vjp, _stack_gradients)(*_alike(x, stack, expert))
 
 
 def few_rows(x: Rows, stack: Weight) -> int:
@@ -216,8 +217,9 @@ def _alike(*trees: object) -> tuple:
     return jax.tree.map(vary, trees)
 
 
-def _frozen(f: Callable, backward: Callable) -> Callable:
-    """`f(x, weight, ...)` with gradients for x, `backward(g, x, weight, ...)`, and plain weights. Codes have none."""
+def _frozen(f: Callable, backward: Callable, plain: Callable | None = None) -> Callable:
+    """`f(x, weight, ...)` with gradients for x, `backward(g, x, weight, ...)`, and plain weights (`plain`, likewise).
+    Codes have none."""
 
     def guarded(x: Any, *rest: Any) -> jax.Array:
         differentiable: Callable = f if isinstance(x, Quantized) else function
@@ -226,24 +228,30 @@ def _frozen(f: Callable, backward: Callable) -> Callable:
     function = jax.custom_vjp(f)
     function.defvjp(
         lambda x, *rest: (f(x, *rest), (x, *rest)),
-        lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *_plain_gradients(g, *kept)),
+        lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *(plain or _plain_gradients)(g, *kept)),
     )
     return guarded
 
 
 def _plain_gradients(g: jax.Array | tuple[jax.Array, ...], x: jax.Array, *rest: Any) -> list[Any]:
-    """Gradients of what follows x: those of plain matrices, and None for what is packed, or a stack, or no weight."""
+    """Gradients of what follows x: those of plain matrices, and None for what is packed."""
     each = g if isinstance(g, tuple) else (g,) * len(rest)
     return [
         weight.like(jnp.einsum("...o,...i->oi", y, x.astype(y.dtype), precision=lax.Precision.HIGHEST))
-        if isinstance(weight, Dense) and weight.values.ndim == 2
+        if isinstance(weight, Dense)
         else None
         for y, weight in zip(each, rest, strict=True)
     ]
 
 
+def _stack_gradients(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Array) -> list[Any]:
+    """The same of a stack, and of the tiles' experts, which have none."""
+    plain = isinstance(stack, Dense)
+    return [stack.like(dense.outer_products(g, x, expert, stack.shape[0])) if plain else None, None]
+
+
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:
-    return dense.product(g, weight.dequantize(), 0)
+    return dense.product(g.astype(x.dtype), weight.dequantize(x.dtype), 0)
 
 
 def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> jax.Array:
@@ -251,4 +259,4 @@ def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> ja
 
 
 def _grouped_vjp(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
-    return dense.each_tile(g, stack, expert, lambda rows, weight: dense.product(rows, weight.dequantize(), 0))
+    return dense.each_tile(g, stack, expert, lambda rows, weight: _matmul_vjp(rows, x, weight))

@@ -1,7 +1,8 @@
 """A checkpoint that is being written: it grows in a hidden directory and appears when it is complete.
 
-If the process is killed, the disk is full or the user interrupts, what was written stays, with a journal of the tensors
-that are complete; the next run with the same inputs goes on from there. Any other error removes it.
+If the process is killed, the disk is full, the user interrupts or an error says so (`Kept`), what was written stays,
+with a journal of the tensors that are complete; the next run with the same inputs goes on from there. Any other error
+removes it.
 """
 
 import os
@@ -79,13 +80,13 @@ def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = Non
                 yield begun
                 made = [*begun.folder.rglob("*"), begun.folder] if file is None else [begun.folder / file]
                 for each in made:
-                    _sync(each)
+                    sync_path(each)
                 made[-1].rename(final)
-                _sync(final.parent)
+                sync_path(final.parent)
                 shutil.rmtree(hidden)
         except Timeout as error:
             raise InputError(f"{path}: another process is writing it") from error
-        except NoSpace:
+        except Kept:
             raise
         except (OSError, KeyboardInterrupt):
             go_on = "; what was written is kept, and the same command goes on from there"
@@ -97,8 +98,12 @@ def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = Non
         raise InputError(f"{path}: not written: {error}{go_on}") from error
 
 
-class NoSpace(InputError):
-    """The disk is too small for the rest. What is there stays."""
+class Kept(InputError):
+    """An error after which what was written stays."""
+
+
+class NoSpace(Kept):
+    """The disk is too small for the rest."""
 
 
 def check_target(path: Path, is_file: bool) -> None:
@@ -126,7 +131,8 @@ def _begun(hidden: Path, fingerprint: str) -> Unfinished:
     return Unfinished(folder, frozenset(lines[1:-1]), journal)  # what follows the last line break is cut short
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.attention import Cached, Scoring, apart
 from jaxllm.kernels.dispatch import attention
 from jaxllm.layers.cache import CacheShape, LayerCache, ring_positions, write, write_ring
 from jaxllm.layers.context import Context
@@ -33,6 +33,7 @@ class _Operands(NamedTuple):
     positions: Operand
     counts: Operand
     sinks: Operand
+    segments: Operand
 
 
 class Attention(nnx.Module):
@@ -109,10 +110,10 @@ class Attention(nnx.Module):
             v = v if self.v_norm is None else self.v_norm(v)
         q = self._placed(q, self.q_norm, context)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks)
+        operands = _Operands(q * self.scale, k, v, *cache, context.positions, context.counts, sinks, context.segments)
         attend = partial(self._attend, window=context.window)
         heads, kept, rows = (of_batch(spec, len(x)) for spec in (HEADS, CACHE, ROWS))
-        specs = _Operands(heads, heads, heads, kept, kept, rows, rows, PartitionSpec(TP))
+        specs = _Operands(heads, heads, heads, kept, kept, rows, rows, PartitionSpec(TP), rows)
         y, keys, values = local(attend, (specs,), (heads, kept, kept))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (keys, values)
 
@@ -123,6 +124,8 @@ class Attention(nnx.Module):
         return heads if context.angles is None else rotate(heads, *context.angles)
 
     def _attend(self, given: _Operands, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if given.segments is not None:
+            return self._attend_whole(given)
         keys, values = given.keys, given.values
         seen, at = (keys, values), None
         if given.k is not None:
@@ -130,6 +133,15 @@ class Attention(nnx.Module):
         cached = Cached(given.q, *seen, given.positions, at, given.sinks)
         y = attention(cached, Scoring(window, self.sliding_window, self.score_cap))
         return y, keys, values
+
+    def _attend_whole(self, given: _Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rows that are complete: the keys and values are those that the layer computes, or takes from another."""
+        keys, values = given.keys, given.values
+        if given.k is not None:
+            keys, values = given.k.swapaxes(1, 2), given.v.swapaxes(1, 2)
+        at, time = apart(given.positions, given.segments), given.q.shape[1]
+        scoring = Scoring(time, min(self.sliding_window or time, time), self.score_cap)
+        return attention(Cached(given.q, keys, values, at, at, given.sinks), scoring), keys, values
 
 
 def _updated(

@@ -18,6 +18,9 @@ class Context:
         window: how many positions of the cache are read; all of `positions` are below it.
         int8_blocks: what matmuls may do with activations, see `activations.rounding`.
         per_layer: what the layer is given besides the previous one's output, see `decoder.Ends`; None: nothing.
+        segments: int32 `[batch, time]`, for rows that are complete: which of several texts in its row each token
+            belongs to, in ascending order. Tokens attend to their own text, and to nothing cached. None: rows that
+            continue what is cached.
     """
 
     positions: jax.Array
@@ -26,3 +29,4 @@ class Context:
     window: int = field(metadata={"static": True})
     int8_blocks: bool = field(metadata={"static": True})
     per_layer: jax.Array | None = None
+    segments: jax.Array | None = None

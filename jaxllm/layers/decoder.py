@@ -97,7 +97,14 @@ class Decoder(nnx.Module):
         return KVCache.abstract(shapes, batch, capacity, dtype, mesh, self.cache_spec)
 
     def __call__(
-        self, tokens: jax.Array, cache: KVCache, counts: jax.Array, window: int, dtype: jax.typing.DTypeLike
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        counts: jax.Array,
+        window: int,
+        dtype: jax.typing.DTypeLike,
+        segments: jax.Array | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Append `tokens[batch, time]` to the cached sequences.
 
@@ -105,6 +112,8 @@ class Decoder(nnx.Module):
             counts: `[batch]`, how many of each row's tokens are real; the rest is padding on the right.
             window: see `Context`.
             dtype: the dtype of the activations.
+            segments: see `Context`.
+            remat: whether a backward pass computes what is inside a layer again, instead of keeping it.
 
         Returns:
             The last layer's normalised output `[batch, time, hidden]` and the cache, longer by `counts`.
@@ -114,13 +123,14 @@ class Decoder(nnx.Module):
         angles = {rope: rope.angles(positions, cache.limits) if rope else None for rope in ropes}
         x = self.embed_tokens(tokens, dtype) * jnp.asarray(self.embedding_scale, dtype)
         x, inputs = (x, [None] * len(self.layers)) if self.ends is None else self.ends.begin(tokens, x)
+        run = jax.checkpoint(apply, static_argnums=4) if remat else apply
         own, caches = iter(zip(cache.keys, cache.values, strict=True)), dict[int, LayerCache]()
         for i, layer in enumerate(self.layers):
             slot = i if layer.cache_of is None else layer.cache_of
             held = next(own) if layer.cache_of is None else caches[slot]
-            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), inputs[i])
+            context = Context(positions, counts, angles[layer.rope], window, rounds_int8_blocks(), inputs[i], segments)
             with jax.named_scope(f"layers.{i}"):
-                x, caches[slot], seen = apply(layer, x, held, context, tracking.tracked())
+                x, caches[slot], seen = run(layer, x, held, context, tracking.tracked())
             tracking.pass_on(f"layers.{i}", seen)
         x = x if self.ends is None else self.ends.end(x)
         keys, values = zip(*(caches[i] for i in sorted(caches)), strict=True)

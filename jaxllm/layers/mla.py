@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxllm import tracking
 from jaxllm.formats.base import Weight
-from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.attention import Cached, Scoring, apart
 from jaxllm.kernels.dispatch import attention, dequantize
 from jaxllm.layers.cache import CacheShape, LayerCache, write
 from jaxllm.layers.context import Context
@@ -69,6 +69,7 @@ class _Operands(NamedTuple):
     kv_b: Operand
     cache: Operand
     positions: Operand
+    segments: Operand
 
 
 class LatentAttention(nnx.Module):
@@ -128,9 +129,9 @@ class LatentAttention(nnx.Module):
         heads, rows = of_batch(HEADS, len(x)), of_batch(ROWS, len(x))
         spec = of_batch(CACHE, len(x)) if self.per_head_cache else rows
         kv_specs = [local_specs(w, cut) for w in kv_b]
-        specs = _Operands(heads, heads, rows, rows, kv_specs, (spec, spec), rows)
+        specs = _Operands(heads, heads, rows, rows, kv_specs, (spec, spec), rows, rows)
         attend = partial(self._per_head if self.per_head_cache else self._latent, window=context.window)
-        operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions)
+        operands = _Operands(q_nope, q_rope, latent, k_rope, kv_b, cache, context.positions, context.segments)
         y, first, second = local(attend, (specs,), (heads, spec, spec))(operands)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), (first, second)
 
@@ -148,12 +149,16 @@ class LatentAttention(nnx.Module):
         return both[:, : self.sizes.nope], both[:, self.sizes.nope :]
 
     def _per_head(self, given: _Operands, window: int) -> Attended:
+        if given.segments is not None:
+            return self._whole(given)
         k, v = self._expand(given.latent[:, :, 0], given.k_rope[:, :, 0], self._up(given.kv_b, given.latent.dtype))
         keys, values = _written(given.cache, (k.swapaxes(1, 2), v.swapaxes(1, 2)), given.positions)
         q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
         return attention(Cached(q, keys, values, given.positions), Scoring(window)), keys, values
 
     def _latent(self, given: _Operands, window: int) -> Attended:
+        if given.segments is not None:
+            return self._whole(given)
         dtype, positions = given.latent.dtype, given.positions
         up = self._up(given.kv_b, dtype)
         latents, ropes = _written(given.cache, (given.latent, given.k_rope), positions)
@@ -167,6 +172,18 @@ class LatentAttention(nnx.Module):
         keys = jnp.concatenate([seen, seen_rope], axis=-1)
         y = attention(Cached(q, keys, seen, positions), Scoring(window))
         return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
+
+    def _whole(self, given: _Operands) -> Attended:
+        """Rows that are complete, so that nothing is cached. A backward pass dequantizes kv_b again."""
+
+        @jax.checkpoint
+        def expand(latents: jax.Array, ropes: jax.Array, kv_b: list[Weight]) -> tuple[jax.Array, jax.Array]:
+            return self._expand(latents, ropes, self._up(kv_b, latents.dtype))
+
+        keys, values = expand(given.latent[:, :, 0], given.k_rope[:, :, 0], given.kv_b)
+        q, at = jnp.concatenate([given.q_nope, given.q_rope], axis=-1), apart(given.positions, given.segments)
+        y = attention(Cached(q, keys, values, at, at), Scoring(q.shape[1], q.shape[1]))
+        return y, *given.cache
 
     def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
         """Every head's keys `[batch, heads, time, nope + rope]` and values, from latents `[batch, time, rank]`."""

@@ -100,12 +100,19 @@ _PRESENTED: dict[Present | None, tuple[bool, bool]] = {
 _PIECE = re.compile(r"\\(\W)|\((\?:|\?P<\w+>)?([^()]+)\)|([\w-]+)")
 
 
-def inverted(rules: Sequence[Rule], parameters: Mapping[str, tuple[int, ...]], config: Any) -> list[Written]:
+def inverted(
+    rules: Sequence[Rule],
+    parameters: Mapping[str, tuple[int, ...]],
+    config: Any,
+    naming: Callable[[Rule, str], str | None] | None = None,
+) -> list[Written]:
     """The tensors of a file that `rules` would read as these parameters. Of several rules, the first that fits counts.
 
     Args:
         parameters: the shape of each parameter by dotted path.
         config: a configuration as a file of this dialect would have it.
+        naming: the name of the tensor that a rule reads as a parameter, or None, which says that the rule does not fit;
+            by default `tensor_name`, for rules that can be inverted in full.
 
     Raises:
         InputError: lists the parameters that such a file has no tensors for.
@@ -113,7 +120,7 @@ def inverted(rules: Sequence[Rule], parameters: Mapping[str, tuple[int, ...]], c
     made: dict[str, list[tuple[str, int | None, Rule]]] = {}
     complaints = []
     for path, shape in parameters.items():
-        rule, name = next(((r, n) for r in rules if (n := _tensor_name(r, path)) is not None), (None, ""))
+        rule, name = next(((r, n) for r in rules if (n := (naming or _written_name)(r, path)) is not None), (None, ""))
         if rule is None:
             complaints.append(f"such files have no tensor for {path}")
         elif _EXPERT in name:
@@ -130,7 +137,8 @@ def inverted(rules: Sequence[Rule], parameters: Mapping[str, tuple[int, ...]], c
             if not np.array_equal(joined[rows], np.arange(len(rows))):
                 complaints.append(f"tensor '{name}' is not made of {' and '.join(path for path, _, _ in parts)} alone")
             rows = None if np.array_equal(rows, np.arange(len(rows))) else rows
-        written.append(Written(name, tuple((path, i) for path, i, _ in parts), rows, *_PRESENTED[first.present]))
+        presented = _PRESENTED.get(first.present, (False, False))
+        written.append(Written(name, tuple((path, i) for path, i, _ in parts), rows, *presented))
     if complaints:
         more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise InputError("; ".join(complaints[:8]) + more)
@@ -140,10 +148,12 @@ def inverted(rules: Sequence[Rule], parameters: Mapping[str, tuple[int, ...]], c
 _EXPERT = "{expert}"  # stands for an expert's number in a name
 
 
-def _tensor_name(rule: Rule, path: str) -> str | None:
-    """The name of the tensor that `rule` reads as the parameter `path`; None if it reads none, or in its own way."""
-    if rule.present not in _PRESENTED:
-        return None
+def _written_name(rule: Rule, path: str) -> str | None:
+    return tensor_name(rule, path) if rule.present in _PRESENTED else None
+
+
+def tensor_name(rule: Rule, path: str) -> str | None:
+    """The name of the tensor that `rule` reads as the parameter `path`; None if it reads none."""
     target, pieces = _inverse(rule.pattern, rule.target)
     if (m := target.fullmatch(path)) is None:
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
@@ -18,6 +19,7 @@ class Tokenizer:
     Attributes:
         bos_id: the token that begins a text, or None.
         eos_ids: tokens that end an answer.
+        eos_id: the one that ends a text, or None.
         chat_template: None where the checkpoint has none.
     """
 
@@ -32,8 +34,8 @@ class Tokenizer:
     ) -> None:
         self.backend = backend
         self.bos_id, self._add_bos = bos_id, add_bos and bos_id is not None
-        eos_id = min(eos_ids, default=None) if eos_id is None else eos_id  # which of them templates mean
-        special = {"bos_token": self._text(bos_id), "eos_token": self._text(eos_id)}
+        self.eos_id = min(eos_ids, default=None) if eos_id is None else eos_id  # which of them templates mean
+        special = {"bos_token": self._text(bos_id), "eos_token": self._text(self.eos_id)}
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special)
         self.eos_ids = eos_ids | self._end_of_turn()
 
@@ -112,6 +114,13 @@ class Tokenizer:
             raise InputError("this checkpoint has no chat template; give plain text (on the command line: --raw)")
         text = self.chat_template.render(messages, **variables)  # it writes what has to come first, as far as it knows
         return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str, written_by_template: bool) -> tuple[list[int], np.ndarray]:
+        """Ids of a text as `encode` or `encode_chat` give them, and where in the text each of them begins and ends: int
+        `[ids, 2]`, in characters; both are the same for a token that does not come from the text."""
+        encoded = self.backend.encode(text, add_special_tokens=not written_by_template)
+        ids, offsets = self._with_bos(encoded.ids), encoded.offsets
+        return ids, np.array([(0, 0)] * (len(ids) - len(offsets)) + offsets).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
