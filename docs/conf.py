@@ -7,19 +7,13 @@ author = "the jaxllm authors"
 version = release = jaxllm.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence"]
-myst_heading_anchors = 3
 nb_execution_mode = "off"  # their outputs are committed, see `make notebooks`
-suppress_warnings = ["mystnb.unknown_mime_type"]
+myst_heading_anchors = 3
 
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+autodoc_default_options = {"members": True}
+napoleon_use_ivar = True  # otherwise an attribute that is a field would be described twice
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxllm"

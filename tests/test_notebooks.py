@@ -12,8 +12,9 @@ NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 SAYS = {"quickstart": "The capital of France is Paris.", "layers": "The experts agree with numpy."}
 SAYS |= {"quantizing": " MB: ", "formats": "by hand: [ 0.12817383 ", "shard": "both ends: all-reduce of 1024 bytes"}
 SAYS |= {"deepseek": "80 numbers a token and layer", "gpt_oss": "layer 0: keys of 80 positions"}
-SAYS |= {"planning": "(memory binds)"}
-CHEAP = [path for path in NOTEBOOKS if path.stem != "planning"]  # whose functions have tests of their own
+SAYS |= {"planning": "(memory binds)", "finetuning": "adapter_model.safetensors: "}
+# The functions of the others have tests of their own.
+CHEAP = [path for path in NOTEBOOKS if path.stem not in ("planning", "finetuning")]
 
 
 def test_there_are_notebooks():
