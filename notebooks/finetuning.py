@@ -77,7 +77,6 @@ done = jaxllm.finetune(
     model,
     [example(*pair) for pair in learned],
     folder,
-    held_out=0,
     evaluation=[example(*pair) for pair in unseen],
     rank=8,
     steps=24,
@@ -96,7 +95,8 @@ plt.show()
 # %% [markdown]
 # ## After
 #
-# The adapter is attached to the model. Taken off, the model is what it was.
+# The adapter is attached to the model. It answers in the format now; which capitals it knows is another matter, and
+# forty examples do not change that. Taken off, the model is what it was.
 
 # %%
 assert tried(model) > 0
