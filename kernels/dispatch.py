@@ -251,6 +251,8 @@ def _stack_gradients(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Arra
 
 
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:
+    # The matrix is not dequantized before g is there, nor is the one of the forward pass kept for this.
+    g, weight = lax.optimization_barrier((g, weight))
     return dense.product(g.astype(x.dtype), weight.dequantize(x.dtype), 0)
 
 

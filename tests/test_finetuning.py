@@ -1,6 +1,7 @@
 """Training beside torch and peft (tests/reference/finetune_goldens.py), on meshes and over packed bases."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_packed_base_trains_as_the_matrices_that_it_stands_for(tmp_path, name,
     np.testing.assert_allclose(*losses, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["native_cpu", "reference"])
+@pytest.mark.parametrize("backend", [None, "reference"])
 def test_no_decoded_copy_of_the_model_is_kept(tmp_path, backend):
     """The programs' own memory is below that of the float32 matrices, of which a backward pass needs every one."""
     tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.Tiny(hidden=256, intermediate=1024, layers=6))
@@ -97,17 +98,24 @@ def test_no_decoded_copy_of_the_model_is_kept(tmp_path, backend):
     places, factors = begun(model, 4, 2.0, None, 0)
     rows = packed([Example(np.arange(16, dtype=np.int32), np.arange(16) > 0)], 16, np.arange(1))
     run = Training(model, Settings(steps=1), rows, None, places, False)
-    with dispatch.using(backend):
+    with nullcontext() if backend is None else dispatch.using(backend):
         run.run(factors, None)
     decoded = sum(4 * np.prod(place.declaration.shape) for place in places.values())
     temporary = run.steps.compiled["add"].memory_analysis().temp_size_in_bytes
     assert temporary < decoded / 2
 
 
-DATA = [{"messages": [{"role": "user", "content": f"What is {a} plus {b} ?"}, {"role": "assistant", "content": c}]}
-        for a, b, c in [("one", "one", "ANSWER: two"), ("one", "two", "ANSWER: three"), ("two", "three", "ANSWER: five"),
-                        ("one", "three", "ANSWER: four"), ("two", "two", "ANSWER: four")]]  # fmt: skip
-SHORT = {"epochs": 3, "batch": 2, "length": 24, "rank": 4, "learning_rate": 1e-2, "save_every": 2, "held_out": 1}
+SUMS = ("one one two", "one two three", "two three five", "one three four", "two two four")
+DATA = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {a} plus {b} ?"},
+            {"role": "assistant", "content": f"ANSWER: {c}"},
+        ]
+    }
+    for a, b, c in map(str.split, SUMS)
+]
+SHORT = {"epochs": 3, "batch": 2, "length": 12, "rank": 4, "learning_rate": 1e-2, "save_every": 2, "held_out": 1}
 
 
 @pytest.fixture

@@ -342,3 +342,15 @@ def test_plain_weights_can_be_trained(dtype):
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-2, "atol": 1e-2}
     expected = np.broadcast_to(np.asarray(x).sum(0), (128, 256))
     np.testing.assert_allclose(got.values.astype(jnp.float32), expected, **close)
+
+
+def test_stacks_of_plain_weights_can_be_trained():
+    """Of each expert's tiles, whatever the unused one has in it."""
+    x, g = jnp.asarray(numbers(8, 256)), jnp.asarray(numbers(8, 128, seed=5)).at[6:].set(0)
+    stack, expert = Dense(jnp.asarray(numbers(3 * 128, 256, seed=6).reshape(3, 128, 256))), jnp.array([2, 0, 2, -1])
+    got = jax.jit(jax.grad(lambda w: jnp.sum(dispatch.grouped_matmul(x, w, expert)[:6] * g[:6])))(stack)
+    expected = np.zeros((3, 128, 256), np.float32)
+    for tile, number in ((0, 2), (1, 0), (2, 2)):
+        rows = slice(2 * tile, 2 * tile + 2)
+        expected[number] += np.asarray(g[rows]).T @ np.asarray(x[rows])
+    np.testing.assert_allclose(got.values, expected, rtol=1e-4, atol=1e-4)

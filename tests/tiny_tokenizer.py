@@ -6,7 +6,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from jaxllm.tokenizer import Tokenizer
 
-WORDS = "<unk> <user> <assistant> <end> What is one two three plus ? four five six ANSWER: . sum the of".split()
+TEXT = "<unk> <user> <assistant> <end> What is one two three plus ? four five six ANSWER: . sum the of"
+WORDS = TEXT.split(" ")
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

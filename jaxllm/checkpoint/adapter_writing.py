@@ -28,11 +28,14 @@ from jaxllm.models.rule import Rule, Written, inverted, tensor_name
 STACKS = ("gate_up_proj", "down_proj")  # of experts, as transformers' modules have them
 
 
-def write_peft(folder: Path, changes: Mapping[str, LowRank], config: Any, base: str) -> None:
+def write_peft(
+    folder: Path, changes: Mapping[str, LowRank], shapes: Mapping[str, tuple[int, ...]], config: Any, base: str
+) -> None:
     """Write an adapter into an existing folder.
 
     Args:
         changes: what is added to each parameter, on the host, in the parameters' own order.
+        shapes: those of all parameters that could be changed: of a tensor that joins several, all are needed.
         config: the model's configuration.
         base: what the adapter says it was trained on.
 
@@ -40,8 +43,9 @@ def write_peft(folder: Path, changes: Mapping[str, LowRank], config: Any, base: 
         InputError: Hugging Face checkpoints have no tensor for a parameter.
     """
     named = {
-        written.name: _joined([changes[path] for path, _ in written.parts], written.rows)
-        for written in written_tensors(config, {path: change.shape for path, change in changes.items()})
+        written.name: _joined([changes.get(path) or _nothing(shapes[path]) for path, _ in written.parts], written.rows)
+        for written in written_tensors(config, shapes)
+        if any(path in changes for path, _ in written.parts)
     }
     linear = {name.removesuffix(".weight"): change for name, change in named.items() if change.a.ndim == 2}
     stacks = {name: change for name, change in named.items() if change.a.ndim == 3}
@@ -80,6 +84,11 @@ def written_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[
 def _stack_name(rule: Rule, path: str) -> str | None:
     name = tensor_name(rule, path)
     return name if name is not None and name.rpartition(".")[2] in STACKS else None
+
+
+def _nothing(shape: tuple[int, ...]) -> LowRank:
+    *batch, out, in_ = shape
+    return LowRank(np.zeros((*batch, 0, in_)), np.zeros((*batch, out, 0)), np.zeros((*batch, 0)))
 
 
 def _joined(parts: Sequence[LowRank], rows: np.ndarray | None) -> LowRank:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxllm.checkpoint.adapter_writing import write_peft
 from jaxllm.checkpoint.unfinished import sync_path
+from jaxllm.finetuning.factors import trainable
 from jaxllm.finetuning.step import Progress
 from jaxllm.formats.adapted import LowRank
 from jaxllm.language_model import LanguageModel
@@ -74,7 +75,8 @@ class Checkpoints:
 
     def write(self, folder: Path, changes: Mapping[str, LowRank], log: Log, settings: Mapping[str, Any]) -> None:
         """The adapter, and what happened."""
-        write_peft(folder, changes, self._model.config, self._model.name)
+        shapes = {name: placed.declaration.shape for name, placed in trainable(self._model).items()}
+        write_peft(folder, changes, shapes, self._model.config, self._model.name)
         (folder / LOG).write_text(json.dumps(dict(settings) | asdict(log), indent=2) + "\n")
 
     def finish(self, changes: Mapping[str, LowRank], log: Log, settings: Mapping[str, Any]) -> None:

@@ -41,12 +41,22 @@ def begun(
     return places, factors
 
 
+def trainable(model: LanguageModel) -> dict[str, Placed]:
+    """The parameters that can be trained: projections of attention and of feed-forward blocks, and stacks of them."""
+    return {placed.name: placed for placed in model.placed if _target(placed)}
+
+
+def _target(placed: Placed) -> str | None:
+    """What `Settings.targets` calls a parameter; None if it cannot be trained."""
+    dims = len(placed.declaration.shape)
+    m = (_MATRIX if dims == 2 else _STACK).fullmatch(placed.name) if dims > 1 else None
+    return m[1] if m else None
+
+
 def _chosen(model: LanguageModel, targets: Sequence[str] | None) -> dict[str, Placed]:
     named: dict[str, list[Placed]] = {}
-    for placed in model.placed:
-        dims = len(placed.declaration.shape)
-        if m := (_MATRIX if dims == 2 else _STACK).fullmatch(placed.name):
-            named.setdefault(m[1], []).append(placed)
+    for placed in trainable(model).values():
+        named.setdefault(_target(placed) or "", []).append(placed)
     if unknown := [target for target in targets or () if target not in named]:
         raise InputError(f"targets '{unknown[0]}': {model.name} has {', '.join(sorted(named))}")
     wanted = [name for name in named if "." not in name] if targets is None else targets
@@ -61,8 +71,7 @@ def continued(model: LanguageModel, path: str) -> tuple[dict[str, Place], dict[s
     """
     declared = {placed.name: placed.declaration for placed in model.placed}
     read = adapter(read_adapter(path), model.config, declared)
-    trainable = {p.name for p in model.placed if _MATRIX.fullmatch(p.name) or _STACK.fullmatch(p.name)}
-    if more := [name for name in (*read.replaced, *read.changes) if name not in trainable]:
+    if more := [name for name in (*read.replaced, *read.changes) if name not in trainable(model)]:
         raise InputError(f"{read.where}: it changes {more[0]}, which is not trained here")
     places = {name: Place(declared[name], float(low.scale.flat[0])) for name, low in read.changes.items()}
     return places, {name: Factors(low.a, low.b) for name, low in read.changes.items()}

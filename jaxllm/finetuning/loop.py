@@ -19,7 +19,7 @@ from jaxllm.checkpoint.unfinished import Kept, unfinished
 from jaxllm.errors import InputError
 from jaxllm.finetuning.checkpoints import Checkpoints, Log
 from jaxllm.finetuning.data import Data, Example, fitted, read_examples
-from jaxllm.finetuning.factors import as_adapter, begun, changes, continued
+from jaxllm.finetuning.factors import as_adapter, begun, changes, continued, trainable
 from jaxllm.finetuning.packing import Rows, packed, row_length
 from jaxllm.finetuning.settings import Settings, SettingsOptions
 from jaxllm.finetuning.step import Progress, Steps
@@ -106,7 +106,7 @@ def finetune(
     )
     path = None if out is None else Path(out)
     if path is not None:  # what has no name there is noticed before training
-        written_tensors(model.config, {name: place.declaration.shape for name, place in places.items()})
+        written_tensors(model.config, {name: placed.declaration.shape for name, placed in trainable(model).items()})
     training = Training(model, asked, rows, tests, places, progress and sys.stderr.isatty())
     with _writing(path, model, training, factors) as checkpoints:
         trained, log, rate = training.run(factors, checkpoints)
@@ -195,7 +195,8 @@ class Training:
         order = np.random.default_rng([self.asked.seed, epoch]).permutation(len(self.rows))
         chosen = order[step * self.per_step :][: self.per_step]
         for begin in range(0, len(chosen), self.size):
-            self.sums = self.steps.add(self.sums, now.trained, self.rows.take(chosen[begin : begin + self.size], self.size))
+            batch = self.rows.take(chosen[begin : begin + self.size], self.size)
+            self.sums = self.steps.add(self.sums, now.trained, batch)
         now, self.sums, loss, norm = self.steps.update(now, self.sums)
         if not np.isfinite(float(loss) + float(norm)):
             newest = None if checkpoints is None else checkpoints.newest

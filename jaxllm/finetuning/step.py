@@ -200,7 +200,8 @@ class Steps:
 
     def evaluate(self, trained: Trained, batch: Batch) -> jax.Array:
         """The sum of a batch's losses."""
-        return self._run("evaluate", self._evaluate, self._everywhere, (), trained, self._leaves, self.replicated(batch))
+        args = trained, self._leaves, self.replicated(batch)
+        return self._run("evaluate", self._evaluate, self._everywhere, (), *args)
 
     def update(self, now: Progress, sums: Sums) -> tuple[Progress, Sums, jax.Array, jax.Array]:
         """One step of the optimizer; then sums over nothing, the mean loss, and the norm of the gradient."""
