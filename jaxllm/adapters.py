@@ -68,7 +68,7 @@ class Adapters(MutableMapping[str, float]):
         return self.attach(read, scale)
 
     def attach(self, read: Adapter, scale: float) -> str:
-        """Attach an adapter that was read and matched."""
+        """Attach an adapter that was read and matched, multiplied by `scale`. Returns its name, as `add` does."""
         taken = sum(name == read.name or name.startswith(f"{read.name}-") for name in self._attached)
         name = f"{read.name}-{taken + 1}" if taken else read.name
         self._attached[name] = _Attached(read, float(scale))

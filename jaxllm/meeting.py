@@ -61,7 +61,7 @@ class Group:
         return self.index == 0
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """From process 0 to all others."""
+        """Send a message from process 0 to all others."""
 
     def told(self) -> dict[str, Any]:
         """The next message of process 0, in another one."""
@@ -70,12 +70,16 @@ class Group:
     def agree(self, what: str, mine: Mapping[str, Any]) -> None:
         """Compare what every process has.
 
+        Args:
+            what: the name of it all, for messages.
+            mine: what this process has, by name.
+
         Raises:
             Disagreement: somewhere a value is different; names the process, and the first such value.
         """
 
     def leave(self, failure: str | None = None) -> None:
-        """Tell the others that this process ends, and why if it is an error."""
+        """Tell the others that this process ends, and its `failure` if it is an error."""
 
 
 class _Line:

@@ -38,6 +38,11 @@ def add_processes(p: argparse.ArgumentParser) -> None:
 def launch(coordinator: str | None, count: int | None, index: int | None, env: Mapping[str, str]) -> Launch | None:
     """How this process was started, from the options or from torchrun's variables; None: alone.
 
+    Args:
+        coordinator: "HOST:PORT" where process 0 listens, or None.
+        count, index: how many processes there are and which this one is, or None.
+        env: the environment's variables.
+
     Raises:
         InputError: something is missing or impossible.
     """
@@ -73,6 +78,7 @@ def join(where: Launch, computes: bool = True) -> Group:
     """Meet the other processes and connect JAX's runtimes. Must run before JAX looks for devices.
 
     Args:
+        where: what `launch` returned.
         computes: whether they compute together; if not, JAX knows nothing of the others.
 
     Raises:

@@ -48,7 +48,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a model. Prints as a text table; a notebook shows HTML."""
+    """What a recipe does to a model. Prints as a text table; a notebook shows HTML.
+
+    Attributes:
+        rows: for each matrix its name, the weight as it was, the result, and why.
+    """
 
     rows: Sequence[Row]
 

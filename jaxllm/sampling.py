@@ -143,6 +143,13 @@ class Sampling:
 
     The help of the command line is made from this table.
 
+    Attributes:
+        temperature: 0 takes the most likely token; above 0 tokens are drawn.
+        top_k: draw from this many most likely tokens.
+        top_p: draw from the most likely tokens that together reach this probability.
+        min_p: draw from the tokens at least this times as likely as the most likely one.
+        repetition_penalty: above 1, tokens that occurred before become less likely.
+
     Raises:
         InputError: a value outside its range.
     """

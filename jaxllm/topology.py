@@ -40,7 +40,7 @@ class Topology:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Read a topology file. Raises InputError if there is none, or it makes no sense."""
+        """The topology in the file `path`. Raises InputError if there is none, or it makes no sense."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -50,6 +50,7 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> Self:
+        """The topology in a text. Raises InputError if it is not YAML, or makes no sense."""
         try:
             given = yaml.load(text, yaml.BaseLoader)  # leaves all as text: dates and numbers fail in many ways
         except (yaml.YAMLError, RecursionError) as error:

@@ -46,7 +46,7 @@ class Statistics:
         return jax.tree.map(lambda a, b: a + b, self, other)
 
     def restored(self, declared: Declaration) -> Self:
-        """On the host, in the order and size of the checkpoint, from those on the mesh."""
+        """On the host, in the order and size of the checkpoint that `declared` states, from those on the mesh."""
         squares, counts = np.asarray(self.squares), np.asarray(self.counts)
         products = None if self.products is None else np.asarray(self.products)
         if declared.cols is not None:

@@ -115,7 +115,7 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
 
 
 def explain(op: str, x: Rows, weight: Weight, platform: str | None = None) -> str:
-    """The choice of `choose` as a sentence."""
+    """Which kernel would do an op, and why, as a sentence; see `choose` for the arguments."""
     choice = choose(op, x, weight, platform)
     return f"{op} of {weight.format} {'x'.join(map(str, weight.shape))}: {choice.backend} ({choice.why})"
 

@@ -106,6 +106,7 @@ class Kernel:
     differentiable: bool = False
 
     def takes(self, op: str, weight: Weight | type[Weight]) -> bool:
+        """Whether the kernel is for this op and this class of weight."""
         kind = weight if isinstance(weight, type) else type(weight)
         return self.op == op and issubclass(kind, self.weight)
 

@@ -19,10 +19,10 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # has to come before JAX looks at its devices
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import jaxllm
+from jaxllm import plots
 from jaxllm.layers import COLUMN, REPLICATED, ROW, Embedding, Experts, Linear
 from jaxllm.plan import collectives_of
 
@@ -50,31 +50,11 @@ for name, layer in layers.items():
     print(f"{name}: largest error {error:.0e}; collectives of a call: {dict(collectives_of(layer, x)) or 'none'}")
 
 # %% [markdown]
-# Who holds what: a picture is one matrix `[out, in]`, a color is a device. Where every device holds the same, the
-# picture is white.
-
+# Who holds what: each panel is one matrix `[out, in]`, a number and its color are a device. What every device holds
+# is white.
 
 # %%
-def owners(array):
-    """Which device holds each place of the first two axes; -1 where all of them do."""
-    grid = np.full(array.shape[:2], -1)
-    if not array.is_fully_replicated:
-        for shard in array.addressable_shards:
-            grid[shard.index[:2]] = shard.device.id
-    return grid
-
-
-def show(arrays):
-    figure, axes = plt.subplots(1, len(arrays), figsize=(3 * len(arrays), 3), layout="constrained", squeeze=False)
-    colors = plt.get_cmap("tab10").with_extremes(under="white")
-    for axis, (name, array) in zip(axes[0], arrays.items(), strict=True):
-        image = axis.imshow(owners(array), aspect="auto", cmap=colors, vmin=-0.5, vmax=9.5, interpolation="nearest")
-        axis.set(title=f"{name}\n{' x '.join(map(str, array.shape))}")
-    figure.colorbar(image, ax=axes, label="device", ticks=range(8), boundaries=np.arange(9) - 0.5)
-    plt.show()
-
-
-show({name: layer.weight.get_value().blocks for name, layer in layers.items()})
+plots.shards({name: layer.weight.get_value() for name, layer in layers.items()})
 
 # %% [markdown]
 # ## Awkward sizes
@@ -130,7 +110,8 @@ print("collectives of a lookup:", dict(collectives_of(table, ids)))
 # %% [markdown]
 # ## Experts
 #
-# A stack of feed-forward blocks: whole experts are sharded over ep, and each of them over tp. Every token chooses two.
+# A stack of feed-forward blocks: whole experts are sharded over ep, and each of them over tp. Every token chooses
+# two.
 
 # %%
 jax.set_mesh(jaxllm.make_mesh("ep=4,tp=2"))
@@ -140,7 +121,7 @@ chosen = np.array([[0, 7], [5, 3], [7, 2], [1, 6]], np.int32)
 scores = np.full(chosen.shape, 0.5, np.float32)
 y = jax.jit(experts)(x, scores, chosen)
 print(y.shape, "collectives:", dict(collectives_of(experts, x, scores, chosen)))
-show({name: getattr(experts, name).get_value().blocks for name in ("gate_proj", "up_proj")})
+plots.shards({name: getattr(experts, name).get_value() for name in ("gate_proj", "up_proj", "down_proj")})
 
 # %%
 gate, up, down = (np.asarray(stack)[chosen] for stack in experts.dequantize())

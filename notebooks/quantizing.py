@@ -14,7 +14,6 @@
 # Any model that can be loaded can be put into other types, while it is loaded, where it lies, or into a file.
 
 # %%
-import json
 from collections import Counter
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,8 +28,8 @@ from jaxllm.convert import convert
 # %% [markdown]
 # ## What would become of each matrix
 #
-# Rows of 576 are no multiple of the 256 columns of a K-quant's block, so another type takes its place there; the table
-# of embeddings, which is the head too, gets a better one.
+# Rows of 576 are no multiple of the 256 columns of a K-quant's block, so another type takes its place there; the
+# table of embeddings, which is the head too, gets a better one.
 
 # %%
 folder = Path(mkdtemp())
@@ -75,24 +74,4 @@ small = jaxllm.load(folder / "small.gguf", progress=False)
 print(f"{(folder / 'small.gguf').stat().st_size / 1e6:.0f} MB:", small.generate("The sea is", max_new_tokens=12))
 
 # %% [markdown]
-# ## Bits against perplexity
-#
-# Measured by `tests/reference/encoding_table.py`, which took some 15 minutes: the demo's matrices in every type, and
-# the perplexity of a text that the importance matrix does not come from. Lines show what knowing the inputs changes.
-
-# %%
-golden = Path("../tests/golden/encoding_table.json")
-table = json.loads((golden if golden.exists() else Path("tests/golden/encoding_table.json")).read_text())
-figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-axis.axhline(table["file"], color="gray", linewidth=0.8, linestyle="--")
-for row in table["rows"]:
-    values = [row[key] for key in ("plain", "helped") if key in row]
-    if min(values) > 120:
-        continue
-    axis.plot([row["bits"]] * len(values), values, "-", color="tab:orange", linewidth=0.8)
-    axis.plot(row["bits"], values[0], "o" if "plain" in row else "^", color="tab:blue", markersize=4)
-    if len(values) > 1:
-        axis.plot(row["bits"], values[1], "^", color="tab:orange", markersize=4)
-    axis.annotate(row["type"], (row["bits"], values[-1]), fontsize=7, xytext=(3, 3), textcoords="offset points")
-axis.set(xlabel="bits per weight", ylabel="perplexity (triangles: with an importance matrix)", yscale="log")
-plt.show()
+# What each type costs in bits and in perplexity is a picture in the notebook on formats.

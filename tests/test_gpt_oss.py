@@ -265,7 +265,7 @@ def as_published(name, shape):
     return MXFP4(*(jax.ShapeDtypeStruct((*lead, in_ // n), jnp.uint8) for n in (2, 32)))
 
 
-# GiB of weights on each device: the README's table. Their model card says 12.8 and 60.8 for the whole.
+# GiB of weights on each device: the table of docs/planning.md. Their model card says 12.8 and 60.8 for the whole.
 GIB = {
     "20b": {"tp=1": 12.82, "tp=2": 6.41, "tp=4": 3.26, "tp=8": 1.69, "ep=8": 4.53, "tp=2,ep=4": 2.86},
     "120b": {"tp=1": 60.77, "tp=2": 30.41, "tp=4": 15.55, "tp=8": 8.11, "ep=8": 11.06, "tp=2,ep=4": 9.1},

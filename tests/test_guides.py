@@ -1,4 +1,4 @@
-"""The guides of CONTRIBUTING.md, followed: a family and a format from outside the package work from file to answer."""
+"""The guides of docs/, followed: a family and a format from outside the package work from file to answer."""
 
 import json
 

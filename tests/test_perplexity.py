@@ -16,7 +16,8 @@ GOLDEN = Path(__file__).parent / "golden"
 TEXT = (GOLDEN / "perplexity.txt").read_text()
 THEIRS = json.loads((GOLDEN / "perplexity.json").read_text())  # made by reference/perplexity_llama_cpp.py
 
-# The most that perplexity may grow when the demo's 4-bit weights are encoded once more; the README has what it does.
+# The most that perplexity may grow when the demo's 4-bit weights are encoded once more; what it does is in
+# docs/quantizing.md.
 MOST = {"q8_0": 1.01, "q6_k": 1.01, "q4_k": 1.08, "iq4_nl": 1.25}
 
 

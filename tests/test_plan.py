@@ -114,7 +114,7 @@ for mesh in sys.argv[1:]:
 
 
 def test_deepseek_v3_on_256_devices():
-    """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. The README has the table."""
+    """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. docs/planning.md has the table."""
     meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=8,ep=32", "tp=32,ep=8"])
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", CODE, *meshes]
@@ -302,6 +302,18 @@ def test_as_text_json_and_picture(capsys):
     assert main(["plan", *options]) == 0
     assert capsys.readouterr().out == f"{made}\n"
     ET.fromstring(f"<div>{made._repr_html_()}</div>")
+
+
+def test_a_plan_on_another_chip():
+    """The bounds by hand: the slowest of the three limits, from the numbers of NVIDIA's data sheet of the H100 SXM."""
+    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:8", "tp=2,ep=4", context=64)
+    there = made.on("h100")
+    assert there.topology == "h100:8" and there.fits and there.verdict.startswith("fits, 74.5")  # of 80e9 bytes
+    step = made.decode
+    slowest = max(step.flops / 989e12, step.nbytes / 3352e9, step.sent / 450e9)
+    assert there.decode.bound(there.limits) == pytest.approx(step.tokens / slowest)
+    with pytest.raises(jaxllm.InputError, match="^chip 'h1000': known are v4, v5e, "):
+        made.on("h1000")
 
 
 def test_the_picture_of_a_chip():

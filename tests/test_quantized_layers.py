@@ -2,7 +2,7 @@
 
 `linears` and `stacks` are the case table: they write matrices in a format, read them as a checkpoint's, cut them over a
 mesh and multiply. What comes out is compared with float64 products of the matrices that tests/quantized_writers.py
-says the tensors stand for. tests/reference/format_table.py prints the README's table from the same functions.
+says the tensors stand for. tests/reference/format_table.py prints the table of docs/formats.md from the same functions.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A family of models that the package does not know: the worked example of "add a model" in CONTRIBUTING.md.
+"""A family of models that the package does not know: the worked example of docs/add_model.md.
 
 "Ripple" exists nowhere. It has what the families in the package lack, so that the frame is tested for it: a norm after
 each block as well as before it, norms that store their distance from 1, a scaled embedding, capped scores and logits,

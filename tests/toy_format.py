@@ -1,4 +1,4 @@
-"""A format that the package does not know: the worked example of "add a format" in CONTRIBUTING.md.
+"""A format that the package does not know: the worked example of docs/add_format.md.
 
 "Ternary" exists nowhere: codes -1, 0 and 1 as bytes, and a scale for each group of a row.
 """

@@ -48,7 +48,8 @@ def static_field(default: Any = dataclasses.MISSING) -> Any:
 class Weight(ABC):
     """A matrix `[*batch, out, in]` in some format. Subclasses are final, frozen, registered dataclasses.
 
-    Leaves may be arrays, `ShapeDtypeStruct`s or `PartitionSpec`s, so nothing is validated on construction.
+    Leaves may be arrays or stand for them (`ShapeDtypeStruct`, `PartitionSpec`), so nothing is validated when it is
+    constructed.
     """
 
     @property
@@ -124,14 +125,21 @@ class Weight(ABC):
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all leaves, on all devices together."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:
+        """The bits of all leaves for each number of the matrix."""
         return 8 * self.nbytes / math.prod(self.shape)
 
     def shard_specs(self, spec: PartitionSpec, mesh: Mesh | AbstractMesh, name: str = "weight") -> Self:
         """The same weight with a PartitionSpec for every leaf, from one over the logical `[*batch, out, in]`.
+
+        Args:
+            spec: how the matrix is sharded.
+            mesh: the mesh that has the axes of `spec`.
+            name: what the matrix is called in messages.
 
         Raises:
             InputError: some device would not hold complete blocks; the message names the sizes that work.
@@ -167,7 +175,7 @@ class Weight(ABC):
         return self.like(self.dequantize() + delta)
 
     def pad_to(self, mesh: Mesh, spec: PartitionSpec) -> Self:
-        """The same matrix with zero blocks appended so that `spec` divides every leaf."""
+        """The same matrix with zero blocks appended so that `spec`, on this mesh, divides every leaf."""
         entries = (tuple(spec) + (None,) * len(self.shape))[: len(self.shape)]
         *_, rows, cols = self.shape
         return self.arrange(
@@ -186,6 +194,7 @@ class Weight(ABC):
         Blocks move unchanged: nothing is dequantized. Raises InputError if an index would split a block.
 
         Args:
+            rows, cols: int `[new out]` and `[new in]`; None: all of them, in their order.
             taking: gives the positions along an axis of a leaf; by default `take`.
         """
         leaves = {}

@@ -40,10 +40,10 @@ Route = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 class TopKRouter:
     """The routers of DeepSeek-V2 and V3. With one group this is the plain router, a softmax over all experts.
 
-    Experts are scored by "softmax" or "sigmoid". Selection adds the correction bias, if any, and only considers
-    the `chosen_groups` best groups. A group is ranked by its best expert ("max") or the sum of its two best ("top2").
-    The scores of the k chosen experts exclude the bias. They are normalised to sum to 1 if `normalize`, then multiplied
-    by `scale`.
+    Experts are scored (`scoring`) by "softmax" or "sigmoid". Selection adds the correction bias, if any, and only
+    considers the `chosen_groups` best groups. A group is ranked (`group_score`) by its best expert ("max") or the sum
+    of its two best ("top2"). The scores of the k chosen experts exclude the bias. They are normalised to sum to 1 if
+    `normalize`, then multiplied by `scale`.
 
     This is a value rather than a closure, so that layers with the same routing compare equal.
     """

@@ -179,6 +179,7 @@ class Merged(tracking.Tracked, nnx.Module):
         return together(x, *self.layers, dtype=dtype)
 
     def dequantize(self) -> tuple[jax.Array, ...]:
+        """The matrices in the checkpoint's order and size, float32 `[out, in]` each."""
         return tuple(layer.dequantize() for layer in self.layers)
 
     def add_delta(self, deltas: Sequence[np.ndarray | jax.Array]) -> Self:

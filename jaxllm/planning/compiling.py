@@ -23,7 +23,13 @@ _COLLECTIVE = re.compile(rf"= (?P<shapes>\(.*?\)|\S+) (?P<kind>{'|'.join(COLLECT
 def lower_decode(
     model: Decoder, mesh: Mesh, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> jax.stages.Lowered:
-    """The decode step of a model whose parameters are shapes, to be compiled for the devices of the mesh."""
+    """The decode step of a model whose parameters are shapes, to be compiled for the devices of the mesh.
+
+    Args:
+        batch: sequences that each get a token.
+        capacity: positions of the cache, all of which are attended to.
+        dtype: of the activations and the cache.
+    """
     return lower_step(model, mesh, batch, 1, capacity, dtype)
 
 

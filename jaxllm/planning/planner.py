@@ -187,8 +187,7 @@ class Sketch:
         if chip is None:
             memory = psutil.virtual_memory().total / self.mesh.devices.size
             return Limits(memory, None, {}, None, "this machine's memory, in equal parts")
-        flops = {"bfloat16": chip.flops, "FP8": chip.flops_fp8, "int8": chip.flops_int8}
-        return Limits(chip.memory, chip.bandwidth, flops, chip.links, chip.source)
+        return Limits.of(chip)
 
     def phases(self, sent: tuple[float, float] = (0.0, 0.0)) -> tuple[Phase, Phase]:
         """Decoding and prefill, given the bytes that a device sends in a decode step and for all prompts."""

@@ -6,11 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from tabulate import tabulate
 
+from jaxllm.errors import InputError
 from jaxllm.planning import picture
+from jaxllm.planning.chips import CHIPS, Chip
 from jaxllm.planning.compiling import Collective
 
 GIB = 2**30
@@ -34,6 +36,12 @@ class Limits:
     flops: Mapping[str, float]
     links: float | None
     source: str
+
+    @classmethod
+    def of(cls, chip: Chip) -> Self:
+        """What is published about a chip."""
+        flops = {"bfloat16": chip.flops, "FP8": chip.flops_fp8, "int8": chip.flops_int8}
+        return cls(chip.memory, chip.bandwidth, flops, chip.links, chip.source)
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,12 @@ class Phase:
         }
 
     def bound(self, limits: Limits) -> float | None:
-        """The most tokens per second, if everything overlaps perfectly."""
+        """The most tokens per second within `limits`, if everything overlaps perfectly; None: they are not known."""
         times = self.times(limits)
         return self.tokens / max(times.values()) if times else None
 
     def binds(self, limits: Limits) -> str | None:
-        """The limit that decides the bound."""
+        """Which of the limits decides the bound: "compute", "memory" or "links"; None: they are not known."""
         times = self.times(limits)
         return max(times, key=lambda name: times[name]) if times else None
 
@@ -113,6 +121,8 @@ class Plan:
     the compiled programs, and operations and bytes a step are counted from shapes (`planning.costs`).
 
     Attributes:
+        model, topology, mesh: what was planned, as text.
+        devices: how many there are.
         batch, context: sequences, and tokens of each.
         dtype: of the activations.
         weights: bytes on one device by format.
@@ -121,6 +131,7 @@ class Plan:
             is a little more: 33 MiB for Llama 3.1 8B on 8 x H100.)
         kinds: the layers by kind; `ends`: the collectives of a decode step before and after the layers.
         decode, prefill: a decode step with the context full, and the processing of prompts that fill it.
+        limits: what one device cannot pass.
         ranking: the meshes of a search, the best first.
         advice: what would fit if this does not.
     """
@@ -150,13 +161,29 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a device has room for all of it."""
         return self.total <= self.limits.memory
 
     @property
     def verdict(self) -> str:
+        """Whether it fits and by how much, and what would fit if not, in a sentence."""
         room = (self.limits.memory - self.total) / GIB
         said = f"fits, {room:.2f} GiB a device to spare" if self.fits else f"does not fit, by {-room:.2f} GiB a device"
         return f"{said}: {self.advice}" if self.advice else said
+
+    def on(self, chip: str) -> Self:
+        """The same plan within the published limits of as many other chips, for which no compiler is needed.
+
+        Weights, cache, operations and bytes are counted from shapes, so they stay the same. Temporaries and collectives
+        are still those of the compiler that made this plan.
+
+        Raises:
+            InputError: nothing is known of such a chip.
+        """
+        if chip not in CHIPS:
+            raise InputError(f"chip '{chip}': known are {', '.join(CHIPS)}")
+        limits = Limits.of(CHIPS[chip])
+        return dataclasses.replace(self, topology=f"{chip}:{self.devices}", limits=limits, ranking=(), advice="")
 
     def json(self) -> dict[str, Any]:
         """Everything, for `json.dumps`: bytes and seconds as numbers."""

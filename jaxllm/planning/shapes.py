@@ -42,7 +42,12 @@ def dense(dtype: jax.typing.DTypeLike) -> Format:
 
 
 def deepseek_fp8(activations: Activations | None = None, block: tuple[int, int] = (128, 128)) -> Format:
-    """DeepSeek-V3's published format: FP8 in blocks of 128 x 128; embedding, head and routers are bfloat16."""
+    """DeepSeek-V3's published format: FP8 in blocks of 128 x 128; embedding, head and routers are bfloat16.
+
+    Args:
+        activations: how those that meet an FP8 matrix are rounded; None: they are not.
+        block: rows and columns that share a scale.
+    """
 
     def format(name: str, shape: tuple[int, ...]) -> Weight:
         if name in SENSITIVE or name.endswith("mlp.gate.weight"):
@@ -65,6 +70,8 @@ def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str,
     """Replace every Declaration by shapes; returns the bytes of each parameter on one device.
 
     Args:
+        model: one whose parameters are declared and not loaded.
+        mesh: the mesh that it was made for.
         format: given a parameter's path and its logical shape in the checkpoint, its weight, made of shapes. Vectors
             are always float32.
     """

@@ -78,6 +78,8 @@ class Tokenizer:
         """The tokenizer of a Hugging Face directory: tokenizer.json, and what tokenizer_config.json says of it.
 
         Args:
+            folder: the directory.
+            config: its config.json.
             eos: `eos_token_id` of generation_config.json or config.json.
 
         Raises:
@@ -106,6 +108,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are, those of special tokens included."""
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -138,6 +141,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> "TextStream":
+        """What turns ids into text one after the other."""
         return TextStream(self)
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:

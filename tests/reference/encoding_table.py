@@ -1,4 +1,4 @@
-"""Prints the README's table of types; writes tests/golden/encoding_table.json, which a notebook makes a picture of.
+"""Prints the table of types in docs/quantizing.md; writes tests/golden/encoding_table.json for the pictures of it.
 
 The demo's matrices, encoded once more in each type: bits per weight, seconds to encode them all, and the perplexity of
 a text that the importance matrix does not come from, without it and with it. Both are prose that every Python has; some

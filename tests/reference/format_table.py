@@ -1,12 +1,12 @@
-"""Prints the README's table of formats: what every format can do, as it does it here and now.
+"""Prints the table of docs/formats.md: what every format can do, and on how many devices, as it does it here and now.
 
-Run it where jaxllm and its tests' dependencies are installed; it takes a few minutes:
+Run it where jaxllm and its tests' dependencies are installed; it takes some minutes:
 
     python tests/reference/format_table.py
 
-Each row runs the case table of tests/test_quantized_layers.py for the formats that it names, on 1, 2, 4 and 8 emulated
-devices. A cell is "yes" only if every case behind it passed in this run, "no" if there is no such thing, and otherwise
-says how many of them passed; what went wrong is printed to stderr.
+Each row runs the case table of tests/test_quantized_layers.py for the formats that it names. A cell lists the numbers
+of emulated devices on which every case behind it passed in this run, or says "none". What went wrong is printed to
+stderr.
 """
 
 import sys
@@ -108,24 +108,25 @@ def passes(case: cases.Case, what: str) -> bool:
     return True
 
 
-def outcomes(name: str) -> dict[str, list[bool]]:
-    """For each kind of case, whether it passed on each of its meshes."""
-    found: dict[str, list[bool]] = {}
+def outcomes(name: str) -> dict[str, dict[int, bool]]:
+    """For each kind of case, by the number of devices, whether it passed on them."""
+    found: dict[str, dict[int, bool]] = {}
     meshes = (
         (cases.LINEAR_MESHES, cases.linears, cases.LINEAR_KINDS),
-        (cases.EXPERT_MESHES, cases.stacks, ("experts",)),
+        (cases.EXPERT_MESHES, cases.stacks, cases.EXPERT_KINDS),
     )
     for names, run, kinds in meshes:
         for mesh in names:
+            size = cases.make_mesh(mesh).size
             try:
                 made = run(KINDS[name], mesh)
             except Exception as error:  # a bug, and the table says so
                 print(f"{name} on {mesh}: {type(error).__name__}: {error}", file=sys.stderr)
                 for kind in kinds:
-                    found.setdefault(kind, []).append(False)
+                    found.setdefault(kind, {})[size] = False
                 continue
             for kind, case in made.items():
-                found.setdefault(kind, []).append(passes(case, f"{name} on {mesh}, {kind}"))
+                found.setdefault(kind, {})[size] = passes(case, f"{name} on {mesh}, {kind}")
     return found
 
 
@@ -134,6 +135,8 @@ def encodes(name: str) -> list[bool]:
     kind = KINDS[name]
     weight, _ = kind.make((kind.hidden, kind.fits), 0)
     w = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
+    if name.startswith("gguf-TQ"):
+        w = np.clip(np.round(w), -1, 1)  # these are for matrices of three values
     try:
         again = jax.tree.map(np.asarray, weight, is_leaf=lambda leaf: hasattr(leaf, "map")).like(jnp.asarray(w))
     except InputError:
@@ -145,21 +148,23 @@ def encodes(name: str) -> list[bool]:
     return [bool(good)]
 
 
-def cell(results: list[bool], expected: int) -> str:
-    """`expected`: how many there have to be for all formats of the row to be in it."""
+def devices(found: list[dict[int, bool]]) -> str:
+    """The numbers of devices on which everything passed."""
+    sizes = sorted({size for each in found for size in each})
+    return ", ".join(str(size) for size in sizes if all(each.get(size, True) for each in found)) or "none"
+
+
+def encoded(names: list[str]) -> str:
+    """Whether floats can be put into the formats; how many of them, if not all."""
+    results = [ok for name in names for ok in encodes(name)]
     if not results:
         return "no"
-    return "yes" if len(results) >= expected and all(results) else f"{sum(results)} of {max(expected, len(results))}"
+    return "yes" if sum(results) == len(names) else f"{sum(results)} of {len(names)}"
 
 
 def row(names: list[str]) -> list[str]:
     found = [outcomes(name) for name in names]
-    cells = []
-    for kinds in COLUMNS.values():
-        results = [ok for each in found for kind in kinds for ok in each.get(kind, [])]
-        meshes = {"gather_forward": 1}
-        cells.append(cell(results, len(names) * sum(meshes.get(kind, 4) for kind in kinds)))
-    return [*cells, cell([ok for name in names for ok in encodes(name)], len(names))]
+    return [*(devices([each[k] for each in found for k in kinds]) for kinds in COLUMNS.values()), encoded(names)]
 
 
 def main() -> None:
