@@ -128,8 +128,8 @@ def draw(logits: jax.Array, given: Lines, asked: Asked, at: Progress) -> tuple[P
     tokens = drawn(jnp.int32(0))[:, None] if most == 1 else lax.map(drawn, jnp.arange(most)).T
     right = (tokens[:, :-1] == drafts) & (jnp.arange(most - 1) < given.drafted[:, None])
     counts = 1 + jnp.sum(jnp.cumprod(right, axis=1, dtype=jnp.int32), axis=1)
-    drawn = Drawn(tokens, counts, *_report(logits, tokens, jnp.any(reports)))
-    return _advanced(at, drawn, rows, given.draws), drawn
+    result = Drawn(tokens, counts, *_report(logits, tokens, jnp.any(reports)))
+    return _advanced(at, result, rows, given.draws), result
 
 
 def _gumbel(seeds: jax.Array, index: jax.Array, vocab: int) -> jax.Array:

@@ -135,7 +135,7 @@ class LanguageModel:
                 has room for, or a cache that was used before.
         """
         array = self._token_array(tokens)
-        if cache.lengths.is_deleted():
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
             raise InputError("this cache was updated in place by an earlier call: use the one that forward returned")
         lengths = np.asarray(cache.lengths)
         if len(array) != len(lengths):

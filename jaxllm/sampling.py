@@ -115,19 +115,23 @@ class Sampler:
         """
         values = dict(zip(OFF, jnp.split(jnp.asarray(self.values), len(OFF), axis=-1), strict=True))
 
-        def step(name: str, logits: jax.Array, change: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def step(name: str, logits: jax.Array, change: Callable[..., jax.Array], *more: Callable) -> jax.Array:
             asked = values[name] != OFF[name]
-            return lax.cond(jnp.any(asked), lambda: jnp.where(asked, change(logits), logits), lambda: logits)
+
+            def changed() -> jax.Array:
+                return jnp.where(asked, change(logits, values[name], *(f() for f in more)), logits)
+
+            return lax.cond(jnp.any(asked), changed, lambda: logits)
 
         for name, penalty in PENALTIES.items():
-            logits = step(name, logits, lambda x, name=name, penalty=penalty: penalty(x, values[name], seen()))
+            logits = step(name, logits, penalty, seen)
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         draws = values["temperature"] > 0
 
         def draw() -> jax.Array:
             scaled = logits / jnp.where(draws, values["temperature"], 1.0)
             for name, cut in CUTS.items():
-                scaled = step(name, scaled, lambda x, name=name, cut=cut: cut(x, values[name]))
+                scaled = step(name, scaled, cut)
             return jnp.where(draws[:, 0], jnp.argmax(scaled + noise(), axis=-1).astype(jnp.int32), likeliest)
 
         return lax.cond(jnp.any(draws), draw, lambda: likeliest)

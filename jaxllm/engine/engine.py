@@ -8,7 +8,7 @@ ahead, the next step is started before the newest token is read, so that the dev
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol, Unpack
 
@@ -313,10 +313,10 @@ class Engine:
     def _read(self, sequences: Sequences) -> list[Answer]:
         """Wait for the oldest call that has been started, and hand out its tokens."""
         started = self._started.popleft()
-        drawn: Drawn = started.drawn
-        if not any(row.drafted for *_, row in started.rows):  # the others need not be fetched
-            drawn = replace(drawn, counts=np.ones(len(started.rows), np.int32))
-        tokens, counts, now = np.asarray(drawn.tokens), np.asarray(drawn.counts), self._clock()
+        drawn, drafts = started.drawn, any(row.drafted for *_, row in started.rows)
+        tokens = np.asarray(drawn.tokens)
+        counts = np.asarray(drawn.counts) if drafts else np.ones(len(tokens), np.int32)
+        now = self._clock()
         changed = []
         for i, (slot, answer, row) in enumerate(started.rows):
             if answer is None or answer.done or not row.draws:

@@ -41,7 +41,7 @@ class Sequences:
         self._limits = np.zeros(count, np.int32)
         # On the host, by the names of Asked's fields; and what has been sent to the devices since it changed.
         self._asked = {
-            "sampler": np.tile(np.float32(list(OFF.values())), (count, 1)),
+            "sampler": np.tile(np.array(list(OFF.values()), np.float32), (count, 1)),
             "seeds": np.zeros((count, 2), np.uint32),
             "allowed": np.zeros((count, -(-vocab // 32)), np.uint32),
             "constrained": np.zeros(count, bool),
@@ -50,9 +50,8 @@ class Sequences:
             "reports": np.zeros(count, bool),
         }
         self._sent: dict[str, jax.Array] = {}
-        number, flag = np.zeros(count, np.int32), np.zeros((count, vocab), bool)
-        begun = Progress(number, number, flag, flag.astype(np.int32))
-        self._progress: Progress = jax.tree.map(programs.replicate, begun)
+        kinds = ((count,), np.int32), ((count,), np.int32), ((count, vocab), np.bool_), ((count, vocab), np.int32)
+        self._progress = Progress(*(programs.replicate(np.zeros(shape, dtype)) for shape, dtype in kinds))
         self._nothing = programs.replicate(np.zeros(vocab, bool))
         self._latest: tuple[tuple[list[Row], int], Batch, Lines] | None = None
 
@@ -69,7 +68,7 @@ class Sequences:
         values, vocab = request.sampling.values(), self._programs.vocab_size
         ids, added = np.full(MOST_BIASES, vocab, np.int32), np.zeros(MOST_BIASES, np.float32)
         ids[: len(request.bias)], added[: len(request.bias)] = list(request.bias), list(request.bias.values())
-        self._set("sampler", sequence, np.float32(values))
+        self._set("sampler", sequence, np.array(values, np.float32))
         self._set("seeds", sequence, seed_words(request.seed, request.stream))
         self._set("constrained", sequence, np.array(request.guide is not None))
         self._set("biased", sequence, ids)

@@ -157,7 +157,7 @@ class Steps:
             whole = jnp.full(rows, length, jnp.int32)
             shapes = decoder.cache(rows, length, model.dtype, model.mesh)  # rows are complete: it is not used
             cache = replace(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), limits=whole)
-            hidden, _ = decoder(batch.tokens, cache, whole, length, model.dtype, batch.segments, remat)
+            hidden, _ = decoder(batch.tokens, cache, whole, length, model.dtype, segments=batch.segments, remat=remat)
             return hidden, decoder
 
         def add(into: Sums, trained: Trained, leaves: list[jax.Array], batch: Batch) -> Sums:
