@@ -262,7 +262,7 @@ def test_the_commands(capsys):
     assert command(capsys, "--version") == (0, f"jaxllm {version('jaxllm')}\n", "")
     code, out, err = command(capsys, "frobnicate", "--help")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no command 'frobnicate'; commands are generate, convert, calibrate, perplexity" in err
+    assert "no command 'frobnicate'; commands are generate, serve, convert, calibrate, perplexity" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -66,13 +66,17 @@ def mistral_rs(args: argparse.Namespace) -> Callable[[int], list[Timing]]:
         which=which, in_situ_quant=args.isq, max_seqs=args.requests, prefix_cache_n=0, token_source="none"
     )
 
+    submitting = threading.Lock()  # one thread at a time may call the runner; what it gives can be read by all
+
     def one(i: int, into: list[Timing]) -> None:
         begun, first, count = time.perf_counter(), 0.0, 0
         messages = [{"role": "user", "content": prompt(i)}]
         request = mistralrs.ChatCompletionRequest(
             model="default", messages=messages, max_tokens=args.tokens, temperature=0.0, stream=True
         )
-        for chunk in runner.send_chat_completion_request(request):
+        with submitting:
+            chunks = runner.send_chat_completion_request(request)
+        for chunk in chunks:
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter() - begun
                 count += 1
