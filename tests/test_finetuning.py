@@ -47,12 +47,13 @@ def training(model, name, settings, length=32):
 
 
 MESHES = [
-    ("llama", "tp=2", {"batch": 1, "accumulate": 2}),  # two texts in each row
-    ("llama", "tp=8", {"remat": True}),
+    ("llama", "tp=8", {"batch": 1, "accumulate": 2}),  # two texts in each row
     ("qwen3_moe", "tp=2,ep=2", {}),
     ("deepseek", "tp=2", {"remat": True}),
     ("gpt_oss", "tp=1", {}),
     ("llama", "dp=2", {}),
+    ("llama", "tp=1", {"remat": True}),
+    ("llama", "tp=2", {}),
     ("qwen3_moe", "tp=1", {"remat": True}),
     ("qwen3_moe", "tp=8", {}),
     ("deepseek", "tp=1", {}),
@@ -62,7 +63,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "settings"), some(MESHES, MESHES[:5]))
+@pytest.mark.parametrize(("name", "mesh", "settings"), some(MESHES, MESHES[:4]))
 def test_losses_are_those_of_torch(name, mesh, settings):
     model = jaxllm.load(base_of(name), mesh=mesh, dtype="float32", progress=False)
     run, factors, golden = training(model, name, settings)
