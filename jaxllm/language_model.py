@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,25 @@ class LanguageModel:
         if last_only:
             return self.programs.head(chunk.hidden[:, chunk.real - 1]), cache
         return jnp.concatenate(parts, axis=1), cache
+
+    def embed(self, prompts: Sequence[Prompt], pooling: Literal["mean", "last"] = "mean") -> np.ndarray:
+        """The last layer's normalised outputs for each prompt, float32 `[prompts, hidden]`.
+
+        Args:
+            pooling: their mean over all tokens, or that of the last token.
+
+        Raises:
+            InputError: another `pooling`, or a prompt that `encode` refuses.
+        """
+        if pooling not in ("mean", "last"):
+            raise InputError(f"pooling='{pooling}': choose mean or last")
+        rows = []
+        for ids in [np.array(self.encode(prompt), np.int32) for prompt in prompts]:
+            cache = cache_for(self.programs, 1, len(ids))
+            parts = [c.hidden[0, : c.real] for c in hidden_states(self.programs, ids[None], cache, 0)]
+            whole = np.concatenate([np.asarray(part, np.float32) for part in parts])
+            rows.append(whole.mean(axis=0) if pooling == "mean" else whole[-1])
+        return np.stack(rows)
 
     def generate(
         self,

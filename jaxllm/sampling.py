@@ -153,6 +153,8 @@ class Sampling:
         top_p: draw from the most likely tokens that together reach this probability.
         min_p: draw from the tokens at least this times as likely as the most likely one.
         repetition_penalty: above 1, tokens that occurred before become less likely.
+        frequency_penalty: is subtracted from a token's logit for each time that it occurred in the answer.
+        presence_penalty: is subtracted from the logits of tokens that occurred in the answer.
 
     Raises:
         InputError: a value outside its range.

@@ -223,6 +223,21 @@ def test_forward_token_by_token_gives_the_logits_of_the_whole(model, file, monke
         model.forward([[1]], cache)
 
 
+def test_embeddings(alone, monkeypatch):
+    """The head's matrix times the last one gives the last logits; the mean does not depend on chunks."""
+    alone.programs.compiled.clear()
+    last = alone.embed([PROMPT, PROMPT[:5]], "last")
+    for row, prompt in zip(last, (PROMPT, PROMPT[:5]), strict=True):
+        close(alone.programs.head(row), np.asarray(alone.logits([prompt]))[0, -1])
+    whole = alone.embed([PROMPT * 3])
+    each = [alone.embed([(PROMPT * 3)[:n]], "last")[0] for n in range(1, 37)]
+    close(whole[0], np.mean(each, axis=0))
+    monkeypatch.setattr(decoding, "CHUNK", 16)
+    close(alone.embed([PROMPT * 3]), whole)
+    with pytest.raises(jaxllm.InputError, match="pooling='sum': choose mean or last"):
+        alone.embed([PROMPT], "sum")
+
+
 def test_what_forward_refuses(alone):
     cache = alone.empty_cache(2, 8)
     with pytest.raises(jaxllm.InputError, match="1 rows of tokens, but the cache holds 2 sequences"):

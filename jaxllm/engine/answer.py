@@ -15,9 +15,12 @@ Prompt = str | Messages | Sequence[int]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability (natural) as the model gave it, before temperature and penalties.
+    """What the model said of a token, before temperature and penalties.
 
-    top: the most likely tokens at its place and theirs, as many as were asked for.
+    Attributes:
+        token: its id.
+        logprob: its natural log-probability.
+        top: the most likely tokens at its place and their log-probabilities, as many as were asked for.
     """
 
     token: int
@@ -95,7 +98,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """What came to an answer since one last looked."""
+    """What came to an answer since one last looked.
+
+    Attributes:
+        text: the text of `tokens`, but for what is held back because more has to come first.
+        tokens: ids.
+        logprobs: of these tokens; empty if they were not asked for.
+    """
 
     text: str
     tokens: list[int]
@@ -133,7 +142,7 @@ class Answer:
         return Piece(c.text[text:], c.tokens[tokens:], (c.logprobs or [])[tokens:])
 
     def push(self, token: int, now: float, logprob: TokenLogprob | None) -> None:
-        """Add the next token, which came at `now`."""
+        """Add the next `token` with its `logprob`, which came at `now`."""
         c, request = self.completion, self.request
         c.tokens.append(token)
         if c.logprobs is not None and logprob is not None:
@@ -150,13 +159,13 @@ class Answer:
         return self.finish("length") if len(c.tokens) == request.limit else None
 
     def finish(self, reason: str) -> None:
-        """End the answer: what is still held back belongs to its text."""
+        """End the answer for a `reason`, see `Completion`: what is still held back belongs to its text."""
         if self._stream is not None and not self._text(self._stream.finish()):
             self.completion.text += self._held
         self._end(self.completion.finish_reason if self.done else reason)
 
     def fail(self, error: InputError) -> None:
-        """End the answer, because it cannot go on."""
+        """End the answer: with this `error` it cannot go on."""
         self.error = error
         self.finish("error")
 

@@ -87,8 +87,7 @@ class Engine:
         drafter: guesses tokens, several of which are then checked at a time (`jaxllm.PromptLookup`); None: no guesses.
 
     Attributes:
-        model, slots, capacity, drafter: see above.
-        waiting, running: how many requests wait, and how many are being answered.
+        model, slots, capacity: see above.
         stats: what it has done so far.
 
     Raises:
@@ -116,14 +115,17 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """How many requests wait for a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """How many requests are being answered."""
         return sum(slot.answer is not None for slot in self._slots)
 
     @property
     def drafter(self) -> Drafter | None:
+        """What guesses tokens; can be changed between steps."""
         return self._drafter
 
     @drafter.setter
