@@ -252,7 +252,13 @@ class Engine:
                 sequences.copy(place.source.index, place.slot.index)
             self._begun += 1
             place.slot.take(answer, place.kept, frequencies, self._begun)
-            sequences.begin(place.slot.index, request)
+            try:
+                sequences.begin(place.slot.index, request)
+            except InputError as error:  # a grammar that cannot begin
+                answer.fail(error)
+                place.slot.leave()
+                place.slot.forget()
+                continue
             self.stats.prompt_tokens += len(request.ids)
             self.stats.cached_tokens += place.kept
             answer.times.append(self._clock())
