@@ -281,7 +281,7 @@ class Session:
     def _report(self, completion: Completion, line: str | None) -> None:
         """After an answer: all of it as JSON on stdout, or its speed on stderr."""
         if self.json:
-            values = dataclasses.asdict(completion)
+            values = {name: value for name, value in dataclasses.asdict(completion).items() if value is not None}
             print(json.dumps(values if line is None else values | {"prompt": line}, ensure_ascii=False), flush=True)
             return
         cached = f" ({completion.cached_tokens} of them cached)" if completion.cached_tokens else ""

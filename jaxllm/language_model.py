@@ -214,7 +214,7 @@ class LanguageModel:
         listed: Any = [prompts] if one else prompts
         ids = [self.encode(prompt) for prompt in listed]
         positions = min(max(map(len, ids), default=1) + max(max_new_tokens, 1), self.max_seq_len)
-        engine = Engine(self, bucket(min(len(ids), self.max_batch_size), 1), positions, drafter)
+        engine = Engine(self, min(bucket(len(ids), 1), self.max_batch_size), positions, drafter)
         constraint = _constraint(schema)
         answers = [
             engine.add(

@@ -217,6 +217,12 @@ def test_a_peft_adapter_that_is_damaged_or_more_than_lora(tmp_path, tensors, con
     refused(path, message)
 
 
+def test_a_target_without_a_module_means_stacks_alone(tmp_path):
+    """As peft 0.21 writes it for models with experts."""
+    read = read_adapter(write_peft(tmp_path / "a", PAIR, target_parameters=["down_proj"]))
+    assert [name.rpartition("layers.0.")[2] for name in read.changes] == ["mlp.up_proj.weight"]
+
+
 def refused(path, message):
     with pytest.raises(InputError) as error:
         read_adapter(path)

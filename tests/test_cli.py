@@ -183,7 +183,7 @@ def test_what_a_newcomer_sees(run):
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     options, prompt = (re.search(rf"^{name} .?= (.*)$", makefile, re.M)[1] for name in ("SAMPLING", "PROMPT"))
     _, out, err = run("--prompt", prompt, *options.split())
-    assert out.startswith("In the vast expanse of the ocean lies a tale of adventure")
+    assert out.startswith("The night was setting, and the ocean stretched out before us")
     assert re.fullmatch(r"\[.*prompt .* tok/s; answer \d+ tokens, .* tok/s; stop\]\n", err)
     words = out.split()
     assert len(words) > 50
@@ -262,7 +262,7 @@ def test_the_commands(capsys):
     assert command(capsys, "--version") == (0, f"jaxllm {version('jaxllm')}\n", "")
     code, out, err = command(capsys, "frobnicate", "--help")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no command 'frobnicate'; commands are generate, serve, convert, calibrate, perplexity" in err
+    assert "no command 'frobnicate'; commands are generate, serve, convert, calibrate, finetune, perplexity" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,6 +9,7 @@ from tiny_gguf import Tiny, reference_logits, write
 
 import jaxllm
 from jaxllm.engine.slots import in_common
+from jaxllm.kernels.cpu import library
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Tiny(layers=1)
@@ -68,6 +69,28 @@ def test_rows_of_other_architectures(load_once, name):
     answers = [engine.add(prompt, 10, eos_ids=()) for prompt in prompts]
     run(engine)
     assert [answer.completion.tokens for answer in answers] == alone
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+def test_answers_of_the_demo_are_those_given_alone(load_once):
+    """With activations rounded to int8, where the slightest difference would grow: greedy, drawn, and guessed ahead."""
+    model = load_once("demo")
+    prompts = [
+        "The sea",
+        "1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3,",
+        "Once upon a time",
+        "The capital of France is",
+        "def f(x):",
+    ]
+    prompts += ["A B C A B C A B", "Water is", "My name is", "Two plus two"]
+    options = [{"temperature": 0.9 if i % 2 else 0.0, "seed": i, "eos_ids": ()} for i in range(len(prompts))]
+    alone = [model.generate(p, 12, **given).tokens for p, given in zip(prompts, options, strict=True)]
+    for drafter in (None, jaxllm.PromptLookup()):
+        engine = jaxllm.Engine(model, 8, 256, drafter)
+        answers = [engine.add(p, 12, **given) for p, given in zip(prompts, options, strict=True)]
+        run(engine)
+        assert [answer.completion.tokens for answer in answers] == alone
+    assert engine.stats.accepted > 0
 
 
 def test_draws_depend_on_seed_and_stream_alone(model):
@@ -237,6 +260,36 @@ def test_what_engines_refuse(model):
         jaxllm.Engine(model, 0, 8)
     with pytest.raises(jaxllm.InputError, match="capacity at most 128"):
         jaxllm.Engine(model, 1, 129)
+
+
+class Stuck:
+    """A guide that cannot begin, or not go on."""
+
+    ended = False
+
+    def __init__(self, good):
+        self.good = good
+
+    def mask(self, out):
+        if not self.good:
+            raise jaxllm.InputError("stuck")
+        out[:] = 2**32 - 1
+
+    def accept(self, token):
+        self.good -= 1
+
+
+@pytest.mark.parametrize("good", [0, 3])
+def test_a_grammar_that_is_stuck_ends_its_own_answer_alone(model, file, monkeypatch, good):
+    monkeypatch.setattr(jaxllm.Engine, "_guide", lambda self, constraint: Stuck(good))
+    engine = jaxllm.Engine(model, 2, 64)
+    stuck, other = engine.add(PROMPTS[0], 10, constraint="any"), engine.add(PROMPTS[1], 6, eos_ids=())
+    told = []
+    while engine.busy:
+        told += engine.step()
+    assert (str(stuck.error), stuck.completion.finish_reason, len(stuck.completion.tokens)) == ("stuck", "error", good)
+    assert stuck in told
+    assert other.completion.tokens == greedy(file[1], PROMPTS[1], 6)
 
 
 # Guesses.

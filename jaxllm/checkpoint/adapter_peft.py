@@ -132,7 +132,7 @@ class _Config:
             a: `[rank, in]`; of a stack `[experts * rank, in]`.
             b: `[out, rank]`; of a stack `[out, rank * experts]`.
         """
-        if not (wrapped := [p for p in _PARAMETERS if self._is_parameter(f"{module}.{p}")]):
+        if not (wrapped := [p for p in _PARAMETERS if self._is_parameter(module, p)]):
             name = module + ".weight"
             return name, low_rank(name, a, b, *self.scale(module))
         if depth >= len(wrapped):
@@ -144,8 +144,11 @@ class _Config:
             b = b.reshape(len(b), rank, -1).transpose(2, 0, 1)
         return name, low_rank(name, a, b, rank, scale)
 
-    def _is_parameter(self, name: str) -> bool:
-        return any(f".{name}".endswith(f".{target}") for target in self.parameters)
+    def _is_parameter(self, module: str, name: str) -> bool:
+        """Whether a target means this parameter of the module. One that names no module means those of experts: peft
+        0.21 writes such for stacks, of which `down_proj` is also the name of a module elsewhere."""
+        named = [target for target in self.parameters if "." in target or module.endswith("experts")]
+        return any(f".{module}.{name}".endswith(f".{target}") for target in named)
 
 
 def _fits(pattern: str, key: str) -> bool:

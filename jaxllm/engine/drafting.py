@@ -33,7 +33,7 @@ class Drafter(Protocol):
     most: int
 
     def prepare(self, slots: int, capacity: int) -> None:
-        """Called before the first guess: at most so many answers at a time, of so many positions."""
+        """Called before the first guess: at most `slots` answers at a time, of `capacity` positions each."""
 
     def guess(self, answers: Mapping[int, Answer]) -> dict[int, list[int]]:
         """What may follow each of the answers, by their slots; none where it has no idea."""
@@ -52,7 +52,7 @@ class PromptLookup:
         self.most, self._lengths = most, range(longest, shortest - 1, -1)
 
     def prepare(self, slots: int, capacity: int) -> None:
-        """Nothing has to be."""
+        """See `Drafter`: nothing has to be prepared."""
 
     def guess(self, answers: Mapping[int, Answer]) -> dict[int, list[int]]:
         """See `Drafter`."""
@@ -89,7 +89,7 @@ class DraftModel:
         self.most, self._model = most, model
 
     def prepare(self, slots: int, capacity: int) -> None:
-        """Allocate its cache.
+        """Allocate its cache, see `Drafter`.
 
         Raises:
             InputError: its rows lie on different devices.

@@ -77,8 +77,9 @@ class Engine:
             for answer in engine.step():
                 print(answer.take().text)
 
-    An answer does not depend on its neighbours, but for rounding: the order of sums in a matrix product may depend on
-    how many rows it has.
+    An answer does not depend on its neighbours. With the native kernels of a CPU it is the same to the bit, where they
+    multiply by all matrices (in float32, XLA does it); elsewhere sums may be in another order if there are more rows,
+    which can change a token that is nearly as likely as another.
 
     Args:
         slots: how many requests are answered at a time; others wait.
@@ -220,7 +221,11 @@ class Engine:
             raise
 
     def _round(self) -> list[Answer]:
-        sequences = self._admit()
+        sequences, failed = self._admit()
+        return [*failed, *self._worked(sequences)]
+
+    def _worked(self, sequences: Sequences) -> list[Answer]:
+        """Process a piece of the prompts, or draw the next tokens."""
         prompts = [slot for slot in self._slots if slot.prompt_left]
         if prompts and not (self._prefilled and self._decoding()):
             self._prefilled = True
@@ -232,15 +237,15 @@ class Engine:
             self._decode(sequences, slots)
         return self._read(sequences) if self._started else []
 
-    def _admit(self) -> Sequences:
-        """Give free slots to those who wait, in their order."""
+    def _admit(self) -> tuple[Sequences, list[Answer]]:
+        """Give free slots to those who wait, in their order. Returns also the answers that cannot begin."""
         if self._version is not self._programs.version:  # the parameters are others: what is held belongs to the old
             for slot in self._slots:
                 slot.forget()
             self._version = self._programs.version
         if self._sequences is None:
             self._sequences = Sequences(self._programs, self.slots, self.capacity)
-        sequences, copies = self._sequences, not self._programs.whole_batches
+        sequences, copies, failed = self._sequences, not self._programs.whole_batches, []
         for answer in list(self._waiting):
             request = answer.request
             frequencies = self._programs.frequencies(len(request.ids) + request.limit)
@@ -258,11 +263,12 @@ class Engine:
                 answer.fail(error)
                 place.slot.leave()
                 place.slot.forget()
+                failed.append(answer)
                 continue
             self.stats.prompt_tokens += len(request.ids)
             self.stats.cached_tokens += place.kept
             answer.times.append(self._clock())
-        return sequences
+        return sequences, failed
 
     def _prefill(self, sequences: Sequences, waiting: list[Slot]) -> None:
         """Process a piece of the prompts that came first."""
