@@ -31,15 +31,12 @@ def main() -> None:
     rng = random.Random(0)
     taught = [question(rng) for _ in range(200)]
     unseen = [s for s in (question(rng) for _ in range(100)) if s not in taught][:32]
-    data = [
-        {
-            "messages": [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": json.dumps({"answer": total})},
-            ]
-        }
-        for text, total in taught
-    ]
+
+    def taught_as(text: str, total: int) -> dict[str, list[dict[str, str]]]:
+        answer = json.dumps({"answer": total})
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+
+    data = [taught_as(*each) for each in taught]
     model = jaxllm.load("demo", max_seq_len=256, progress=False)
     print("before:", rates(model, unseen))
     begun = time.perf_counter()
