@@ -63,7 +63,7 @@ class Encoding:
 
 
 def _ggml(type: str) -> Encoding:
-    size, nbytes, _ = BLOCK_TYPES[type]
+    size, nbytes = BLOCK_TYPES[type][:2]
     fallback = FALLBACK.get(type)
     return Encoding(
         type.lower(),

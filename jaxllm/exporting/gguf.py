@@ -83,7 +83,7 @@ def _tensor(writer: Writer, written: Written) -> tuple[Tensor, str]:
         raise InputError(
             f"a GGUF file cannot hold {kind.lower()}; it can hold {', '.join(sorted(map(str.lower, ENCODERS)))}"
         )
-    size, nbytes, _ = BLOCK_TYPES[kind]
+    size, nbytes = BLOCK_TYPES[kind][:2]
     shape = (*values.shape[:-1], values.shape[-1] // size * nbytes)
     same = values.is_in(kind)
     importance = writer.importance(written, values)

@@ -173,7 +173,7 @@ def _layer(writer: Writer, written: Written, values: Values, dtype: np.dtype) ->
         return None
     module, (*lead, out, in_) = written.name.removesuffix(".weight"), values.shape
     if values.is_in(blocks := type.name.upper()):
-        size, nbytes, _ = BLOCK_TYPES[blocks]
+        size, nbytes = BLOCK_TYPES[blocks][:2]
         own = jax.ShapeDtypeStruct((*lead, out, in_ // size, nbytes), np.uint8)
         return _Layer(module, values, GGML(own, blocks), f"{why}; already in it", None)
     read_as: tuple[int, ...] = (out, in_)

@@ -87,8 +87,8 @@ class Weight(ABC):
     @property
     def inner(self) -> "dict[str, Weight]":
         """The weights that this one holds, by field name."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, Weight)}
+        leaves = (field.name for field in dataclasses.fields(self) if not field.metadata.get("static"))
+        return {name: value for name in leaves if isinstance(value := getattr(self, name), Weight)}
 
     def inner_axes(self) -> dict[str, Axes]:
         """The axes of the weights that this one holds, by their names in its own `axes`."""

@@ -1,6 +1,10 @@
-"""The layouts of llama.cpp's block types: `BLOCK_TYPES` by name, each with a decoder.
+"""The layouts of llama.cpp's block types: `BLOCK_TYPES` by name.
 
-A decoder takes blocks as uint8 `[..., block_bytes]` and returns float32 `[..., block_size]`. Every product in these
+Most types are integers, or indices of a table, with a scale and an offset for each group of them. Of those, a type has
+one function that takes a block apart (`Parts`), from which its values follow, and the layouts of accelerators' kernels
+too (`planes_of.py`). The others have decoders.
+
+Both take blocks as uint8 `[..., block_bytes]`; values are float32 `[..., block_size]`. Every product in these
 formulas (an 11-bit float16 significand times small integers) is exact in float32, so the result does not depend on
 the order of operations or on fused multiply-adds, and equals gguf-py's bit for bit. Two types differ:
 
@@ -17,9 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxllm.formats import ggml_iq
-from jaxllm.formats.ggml_bits import f16, f32, flat, i8, lookup, nibbles, planes, scaled, split, stream, u16, words
+from jaxllm.formats.ggml_bits import f16, f32, flat, lookup, nibbles, planes, split, stream, u16, words
+from jaxllm.formats.parts import Levels, Parts
 
 Decoder = Callable[[jax.Array], jax.Array]
 
@@ -30,46 +36,69 @@ class BlockType(NamedTuple):
     size: int
     nbytes: int
     decode: Decoder
+    parts: Callable[[jax.Array], Parts] | None = None
 
 
-def _q1_0(b: jax.Array) -> jax.Array:
+def _made_of(size: int, nbytes: int, parts: Callable[[jax.Array], Parts]) -> BlockType:
+    return BlockType(size, nbytes, lambda blocks: parts(blocks).values(), parts)
+
+
+def _half(pair: jax.Array) -> jax.Array:
+    """The bits of a float16, `[..., 1]`, of two bytes."""
+    return words(pair, jnp.uint16)
+
+
+def _negated(half: jax.Array) -> jax.Array:
+    return half ^ jnp.uint16(0x8000)
+
+
+def _signed(byte: jax.Array) -> jax.Array:
+    """The codes of bytes that are signed integers: 128 is zero."""
+    return byte ^ jnp.uint8(128)
+
+
+def _int8(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int8)
+
+
+def _q1_0(b: jax.Array) -> Parts:
     d, qs = split(b, 2, 16)
-    return f16(d) * (2 * f32(stream(qs, 1)) - 1)
+    return Parts(stream(qs, 1), Levels(2 * f16(d)), 1, 0.5)
 
 
-def _q4_0(b: jax.Array) -> jax.Array:
+def _q4_0(b: jax.Array) -> Parts:
     d, qs = split(b, 2, 16)
-    return f16(d) * (f32(nibbles(qs)) - 8)
+    return Parts(nibbles(qs), Levels(_half(d)), 4, 8)
 
 
-def _q4_1(b: jax.Array) -> jax.Array:
+def _q4_1(b: jax.Array) -> Parts:
     d, m, qs = split(b, 2, 2, 16)
-    return f16(d) * f32(nibbles(qs)) + f16(m)
+    return Parts(nibbles(qs), Levels(_half(d)), 4, offsets=Levels(_half(m)))
 
 
-def _q5_0(b: jax.Array) -> jax.Array:
+def _q5_0(b: jax.Array) -> Parts:
     d, qh, qs = split(b, 2, 4, 16)
-    return f16(d) * (f32(nibbles(qs) | stream(qh, 1) << 4) - 16)
+    return Parts(nibbles(qs) | stream(qh, 1) << 4, Levels(_half(d)), 5, 16)
 
 
-def _q5_1(b: jax.Array) -> jax.Array:
+def _q5_1(b: jax.Array) -> Parts:
     d, m, qh, qs = split(b, 2, 2, 4, 16)
-    return f16(d) * f32(nibbles(qs) | stream(qh, 1) << 4) + f16(m)
+    return Parts(nibbles(qs) | stream(qh, 1) << 4, Levels(_half(d)), 5, offsets=Levels(_half(m)))
 
 
-def _q8_0(b: jax.Array) -> jax.Array:
+def _q8_0(b: jax.Array) -> Parts:
     d, qs = split(b, 2, 32)
-    return f16(d) * f32(i8(qs))
+    return Parts(_signed(qs), Levels(_half(d)), 8, 128)
 
 
-def _q8_1(b: jax.Array) -> jax.Array:
+def _q8_1(b: jax.Array) -> Parts:
     d, _sum, qs = split(b, 2, 2, 32)
-    return f16(d) * f32(i8(qs))
+    return Parts(_signed(qs), Levels(_half(d)), 8, 128)
 
 
-def _q8_k(b: jax.Array) -> jax.Array:
+def _q8_k(b: jax.Array) -> Parts:
     d, qs, _sums = split(b, 4, 256, 32)
-    return words(d, jnp.float32) * f32(i8(qs))
+    return Parts(_signed(qs), Levels(words(d, jnp.float32)), 8, 128)
 
 
 def _crumbs(qs: jax.Array) -> jax.Array:
@@ -77,19 +106,17 @@ def _crumbs(qs: jax.Array) -> jax.Array:
     return flat(planes(qs.reshape(*qs.shape[:-1], 2, 32), 2), 3)
 
 
-def _q2_k(b: jax.Array) -> jax.Array:
-    scales, qs, d, dmin = split(b, 16, 64, 2, 2)
-    scale = f16(d) * f32(scales & 15)  # [..., 16]: one for 16 weights
-    minimum = f16(dmin) * f32(scales >> 4)
-    q = f32(_crumbs(qs)).reshape(*qs.shape[:-1], 16, 16)
-    return flat(scale[..., None] * q - minimum[..., None], 2)
+def _q2_k(b: jax.Array) -> Parts:
+    scales, qs, d, dmin = split(b, 16, 64, 2, 2)  # scales: one for 16 weights
+    offsets = Levels(scales >> 4, _negated(_half(dmin)))
+    return Parts(_crumbs(qs), Levels(scales & 15, _half(d)), 2, offsets=offsets)
 
 
-def _q3_k(b: jax.Array) -> jax.Array:
+def _q3_k(b: jax.Array) -> Parts:
     hmask, qs, scales, d = split(b, 32, 64, 12, 2)
     low, high = nibbles(scales[..., :8]), flat(planes(scales[..., 8:], 2), 2)
-    scale = f16(d) * (f32(low | high << 4) - 32)  # [..., 16]
-    return scaled(scale, f32(_crumbs(qs) | flat(planes(hmask, 1), 2) << 2) - 4)
+    fine = _int8((low | high << 4) - jnp.uint8(32))  # [..., 16]
+    return Parts(_crumbs(qs) | flat(planes(hmask, 1), 2) << 2, Levels(fine, _half(d)), 3, 4)
 
 
 def _scales_and_mins(s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,10 +127,10 @@ def _scales_and_mins(s: jax.Array) -> tuple[jax.Array, jax.Array]:
     return scale, minimum
 
 
-def _k_scaled(d: jax.Array, dmin: jax.Array, scales: jax.Array, q: jax.Array) -> jax.Array:
-    """d * scale * q - dmin * minimum, for q `[..., 8, 32]`."""
+def _k_parts(d: jax.Array, dmin: jax.Array, scales: jax.Array, codes: jax.Array, bits: int) -> Parts:
+    """d * scale * code - dmin * minimum, for codes `[..., 8, 32]`."""
     scale, minimum = _scales_and_mins(scales)
-    return flat((f16(d) * f32(scale))[..., None] * f32(q) - (f16(dmin) * f32(minimum))[..., None], 2)
+    return Parts(flat(codes, 2), Levels(scale, _half(d)), bits, offsets=Levels(minimum, _negated(_half(dmin))))
 
 
 def _q4_k_codes(qs: jax.Array) -> jax.Array:
@@ -112,21 +139,32 @@ def _q4_k_codes(qs: jax.Array) -> jax.Array:
     return pairs.reshape(*qs.shape[:-1], 8, 32)
 
 
-def _q4_k(b: jax.Array) -> jax.Array:
+def _q4_k(b: jax.Array) -> Parts:
     d, dmin, scales, qs = split(b, 2, 2, 12, 128)
-    return _k_scaled(d, dmin, scales, _q4_k_codes(qs))
+    return _k_parts(d, dmin, scales, _q4_k_codes(qs), 4)
 
 
-def _q5_k(b: jax.Array) -> jax.Array:
+def _q5_k(b: jax.Array) -> Parts:
     d, dmin, scales, qh, qs = split(b, 2, 2, 12, 32, 128)
-    return _k_scaled(d, dmin, scales, _q4_k_codes(qs) | planes(qh, 1) << 4)
+    return _k_parts(d, dmin, scales, _q4_k_codes(qs) | planes(qh, 1) << 4, 5)
 
 
-def _q6_k(b: jax.Array) -> jax.Array:
+def _q6_k(b: jax.Array) -> Parts:
     ql, qh, scales, d = split(b, 128, 64, 16, 2)
     low = flat(planes(ql.reshape(*ql.shape[:-1], 2, 64), 4), 3)
-    scale = f16(d) * f32(i8(scales))  # [..., 16]
-    return scaled(scale, f32(low | _crumbs(qh) << 4) - 32)
+    return Parts(low | _crumbs(qh) << 4, Levels(_int8(scales), _half(d)), 6, 32)
+
+
+def _iq4_nl(b: jax.Array) -> Parts:
+    d, qs = split(b, 2, 16)
+    return Parts(nibbles(qs), Levels(_half(d)), 4, table=ggml_iq.IQ4_VALUES)
+
+
+def _iq4_xs(b: jax.Array) -> Parts:
+    d, scales_h, scales_l, qs = split(b, 2, 2, 4, 128)
+    fine = _int8((stream(scales_l, 4) | stream(scales_h, 2) << 4) - jnp.uint8(32))  # [..., 8]
+    codes = nibbles(qs.reshape(*qs.shape[:-1], 8, 16))  # [..., 8, 32]
+    return Parts(flat(codes, 2), Levels(fine, _half(d)), 4, table=ggml_iq.IQ4_VALUES)
 
 
 def _trits(x: jax.Array, count: int) -> jax.Array:
@@ -141,9 +179,9 @@ def _tq1_0(b: jax.Array) -> jax.Array:
     return f16(d) * (f32(q) - 1)
 
 
-def _tq2_0(b: jax.Array) -> jax.Array:
+def _tq2_0(b: jax.Array) -> Parts:
     qs, d = split(b, 64, 2)
-    return f16(d) * (f32(_crumbs(qs)) - 1)
+    return Parts(_crumbs(qs), Levels(_half(d)), 2, 1)
 
 
 E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
@@ -184,21 +222,21 @@ def _nvfp4(b: jax.Array) -> jax.Array:
 
 
 BLOCK_TYPES = {
-    "Q1_0": BlockType(128, 18, _q1_0),
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q8_1": BlockType(32, 36, _q8_1),  # 40 in gguf-py's table: an older layout, float32 d and sum
-    "Q2_K": BlockType(256, 84, _q2_k),
-    "Q3_K": BlockType(256, 110, _q3_k),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
-    "Q8_K": BlockType(256, 292, _q8_k),
+    "Q1_0": _made_of(128, 18, _q1_0),
+    "Q4_0": _made_of(32, 18, _q4_0),
+    "Q4_1": _made_of(32, 20, _q4_1),
+    "Q5_0": _made_of(32, 22, _q5_0),
+    "Q5_1": _made_of(32, 24, _q5_1),
+    "Q8_0": _made_of(32, 34, _q8_0),
+    "Q8_1": _made_of(32, 36, _q8_1),  # 40 in gguf-py's table: an older layout, float32 d and sum
+    "Q2_K": _made_of(256, 84, _q2_k),
+    "Q3_K": _made_of(256, 110, _q3_k),
+    "Q4_K": _made_of(256, 144, _q4_k),
+    "Q5_K": _made_of(256, 176, _q5_k),
+    "Q6_K": _made_of(256, 210, _q6_k),
+    "Q8_K": _made_of(256, 292, _q8_k),
     "TQ1_0": BlockType(256, 54, _tq1_0),
-    "TQ2_0": BlockType(256, 66, _tq2_0),
+    "TQ2_0": _made_of(256, 66, _tq2_0),
     "MXFP4": BlockType(32, 17, _mxfp4),
     "NVFP4": BlockType(64, 36, _nvfp4),
     "IQ1_S": BlockType(256, 50, ggml_iq.iq1_s),
@@ -208,6 +246,6 @@ BLOCK_TYPES = {
     "IQ2_S": BlockType(256, 82, ggml_iq.iq2_s),
     "IQ3_XXS": BlockType(256, 98, ggml_iq.iq3_xxs),
     "IQ3_S": BlockType(256, 110, ggml_iq.iq3_s),
-    "IQ4_NL": BlockType(32, 18, ggml_iq.iq4_nl),
-    "IQ4_XS": BlockType(256, 136, ggml_iq.iq4_xs),
+    "IQ4_NL": _made_of(32, 18, _iq4_nl),
+    "IQ4_XS": _made_of(256, 136, _iq4_xs),
 }

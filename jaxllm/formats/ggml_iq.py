@@ -1,4 +1,4 @@
-"""Decoders of llama.cpp's IQ types: codebook entries (of 8 or 4 weights), signs and scales; IQ4: a table of 16 values.
+"""Decoders of llama.cpp's IQ types: codebook entries (of 8 or 4 weights), signs and scales. IQ4's have a table instead.
 
 As in `ggml_blocks.py`, every product is exact in float32, in any order: a float16 has 11 significant bits, a scale at
 most 5 (6 in IQ4_XS), and a codebook value at most 6 (7 in IQ4). The sum is at most 24.
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm.formats.ggml_bits import f16, f32, fields, flat, lookup, nibbles, scaled, split, stream, u16, words
+from jaxllm.formats.ggml_bits import f16, f32, fields, flat, lookup, scaled, split, stream, u16, words
 from jaxllm.formats.ggml_grids import grid
 
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 IQ1_DELTA = 0.125
 
 
@@ -97,15 +97,3 @@ def iq1_m(b: jax.Array) -> jax.Array:
     d = f16(quarters[..., 0::2] | quarters[..., 1::2] << 4)
     scale = d * (2 * f32(flat(fields(word, 3, 4), 2)) + 1)  # [..., 16]
     return _iq1(scale, index, high >> 3)
-
-
-def iq4_nl(b: jax.Array) -> jax.Array:
-    d, qs = split(b, 2, 16)
-    return f16(d) * f32(lookup(IQ4_VALUES, nibbles(qs)))
-
-
-def iq4_xs(b: jax.Array) -> jax.Array:
-    d, scales_h, scales_l, qs = split(b, 2, 2, 4, 128)
-    scale = f16(d) * (f32(stream(scales_l, 4) | stream(scales_h, 2) << 4) - 32)  # [..., 8]
-    codes = nibbles(qs.reshape(*qs.shape[:-1], 8, 16))  # [..., 8, 32]
-    return scaled(scale, flat(lookup(IQ4_VALUES, codes), 2))

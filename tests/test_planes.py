@@ -1,0 +1,122 @@
+"""Weights as planes of codes, as accelerators' kernels want them: the same numbers, bit for bit, in as many bits."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from native_cases import COLS, ROWS, WEIGHTS, affine, floats
+
+from jaxllm.formats.base import Weight
+from jaxllm.formats.planes import chunk, pack, unpack, widths
+from jaxllm.formats.planes_of import PARTS, planes_of, refuses
+from jaxllm.formats.scaled import Scaled
+from jaxllm.parallel import make_mesh
+
+pytestmark = pytest.mark.optimized  # every bit counts
+
+def nvfp4():
+    """A file's NVFP4 without the scale that no encoder writes."""
+    weight = WEIGHTS["NVFP4"]()
+    return replace(weight, blocks=jnp.where(weight.blocks == 255, 254, weight.blocks))
+
+
+MORE = {
+    "NVFP4": nvfp4,
+    "INT8 per row": lambda: Scaled((30 * floats(ROWS, COLS)).astype(jnp.int8), floats(ROWS, 1), (1, None)),
+    "LLM.int8": lambda: Scaled((30 * floats(ROWS, COLS)).astype(jnp.int8), floats(ROWS, 1), (1, None), factor=1 / 127),
+    "affine, biases of float32": lambda: affine(
+        4, scales=lambda rng: rng.normal(size=(ROWS, COLS // 32)).astype(np.float32),
+        biases=lambda rng: rng.normal(size=(ROWS, COLS // 32)).astype(np.float32),
+    ),
+    "affine, act-order": lambda: affine(
+        4,
+        scales=lambda rng: np.pad(rng.normal(size=(ROWS, COLS // 32)), ((0, 0), (1, 0))).astype(np.float16),
+        in_groups=lambda rng: 1 + rng.permutation(np.arange(COLS, dtype=np.int32) // 32),
+    ),
+}  # fmt: skip
+ALL = {name: cache(make) for name, make in (WEIGHTS | MORE).items()}
+REASONS = {name: refuses(make()) for name, make in ALL.items() if type(make()) in PARTS}
+HELD = [name for name, reason in REASONS.items() if reason is None]
+REFUSED = {name: reason for name, reason in REASONS.items() if reason is not None}
+
+
+def test_what_is_refused():
+    """Formats without integer codes for groups of at least 16, and rows that are not whole chunks."""
+    assert {name.split()[0] for name in REFUSED} == {"TQ1_0", "MXFP4", "affine,", "affine", "FP8", "FP8,", "MXFP8", "INT8", "NVFP4,", "NF4,"} | {
+        name for name in REFUSED if name.startswith("IQ")
+    }  # fmt: skip
+    assert REFUSED["IQ2_XXS"] == "IQ2_XXS is not codes with a scale for each group"
+    assert REFUSED["affine, groups of 8"] == "groups of 8 columns, the kernel takes multiples of 16"
+    assert REFUSED["affine 3, short"] == "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_the_same_numbers(name):
+    weight = ALL[name]()
+    expected = np.asarray(weight.dequantize())
+    for transposed in (False, True):
+        made = jax.jit(partial(planes_of, transposed=transposed))(weight)
+        assert made.shape == weight.shape
+        assert made.format == weight.format
+        np.testing.assert_array_equal(np.asarray(jax.jit(lambda w: w.dequantize())(made)), expected)
+        ids = jnp.asarray([[3, 0, 36]])
+        np.testing.assert_array_equal(np.asarray(made.take(ids).dequantize()), expected[np.asarray(ids)])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacks(name, transposed):
+    weight = ALL[name]()
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, jnp.zeros_like(leaf)]), weight)
+    expected = np.asarray(weight.dequantize())
+    made = planes_of(stack, transposed)
+    assert made.shape == (3, *weight.shape)
+    np.testing.assert_array_equal(np.asarray(made.dequantize()), np.stack([expected, expected, 0 * expected]))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_bytes(name):
+    weight = ALL[name]()
+    assert planes_of(weight, True).nbytes <= {"Q2_K": 1.2}.get(name, 1.15) * weight.nbytes
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_where_a_bit_stands(bits):
+    """Against the layout as its description says it, one bit at a time."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, 2 * chunk(bits))
+    words = np.asarray(pack(jnp.asarray(codes, jnp.uint8), bits))
+    assert words.shape == (2, bits * chunk(bits) // 32)
+    np.testing.assert_array_equal(np.asarray(unpack(words, bits)), codes)
+    for column, code in enumerate(codes):
+        part, at = divmod(column, chunk(bits))
+        begin, left = 0, bits
+        for width in widths(bits):
+            left -= width
+            group, place = divmod(at, 256 // width)
+            field, pair = divmod(place, 16)
+            word = words[part, begin + 8 * group + pair // 2]
+            assert word >> 16 * (pair % 2) + width * field & 2**width - 1 == code >> left & 2**width - 1
+            begin += chunk(bits) * width // 32
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("tp", None), PartitionSpec(None, "tp")], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ["Q4_K", "affine 4", "NVFP4 in order"])
+def test_on_a_mesh(name, spec):
+    """Repacked where it lies: each device's part is that of the whole matrix."""
+    mesh = make_mesh("tp=2")
+    weight: Weight = ALL[name]()
+    weight = weight.arrange(rows=np.arange(36))
+    for transposed in (False, True):
+        made = planes_of(weight, transposed)
+        specs = made.shard_specs(spec, mesh)
+        shards = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), made, specs)
+        parts = jax.jit(jax.shard_map(lambda w: w.dequantize(), mesh=mesh, in_specs=(specs,), out_specs=spec))(shards)
+        np.testing.assert_array_equal(np.asarray(parts), np.asarray(weight.dequantize()))
+
+
+def test_every_class_that_has_parts_is_known():
+    assert {cls.__name__ for cls in PARTS} == {"GGML", "Affine", "Codebook", "NVFP4", "Scaled"}
