@@ -9,6 +9,7 @@ Kernels are listed without importing their modules, because some need packages t
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.nvfp4 import NVFP4
+from jaxllm.formats.planes import Planes
+from jaxllm.formats.planes_of import PARTS, planes_of
 from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels import attention, dense, norm
 
@@ -129,6 +132,8 @@ def _is_not_mxfp4(op: str, x: Any, weight: GGML) -> str | None:
 
 TRITON = packages("triton", "jax_triton")
 ROW_MAJOR = Layout(row_major=True)
+TO_PLANES = tuple(PARTS)
+TRANSPOSED, UPRIGHT = (Layout(repack=partial(planes_of, transposed=transposed)) for transposed in (True, False))
 REORDERED = Layout(repack=MXFP4.from_ggml)  # puts the codes of a block in order, on all platforms
 FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
 NATIVE = {"missing": _late("cpu.library", "missing")}
@@ -140,6 +145,10 @@ KERNELS: list[Kernel] = [
     *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, missing=TRITON),
     *_kernels("mxfp4.pallas_tpu", MXFP4, "tpu", *MATMULS, layout=ROW_MAJOR),
     *_kernels("mxfp4.triton_gpu", MXFP4, "gpu", *MATMULS, missing=TRITON),
+    *_kernels("planes.pallas_tpu", Planes, "tpu", *MATMULS, layout=ROW_MAJOR),
+    *_kernels("planes.pallas_tpu", TO_PLANES, "tpu", *MATMULS, layout=TRANSPOSED),
+    *_kernels("planes.triton_gpu", Planes, "gpu", *MATMULS, missing=TRITON),
+    *_kernels("planes.triton_gpu", TO_PLANES, "gpu", *MATMULS, layout=UPRIGHT, missing=TRITON),
     *_kernels("block_fp8.reference", Scaled, None, *FP8_OPS),
     *_kernels("mxfp4.reference", MXFP4, None, *MATMULS),
     Kernel("matmul", GGML, None, REFERENCE, dense.matmul, _is_not_mxfp4, REORDERED, differentiable=True),

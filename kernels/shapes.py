@@ -1,12 +1,19 @@
 """Matrices of real models, for tests that compile and for benchmarks: `[out, in]` of one device's shard."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.formats.affine import Affine
 from jaxllm.formats.base import Weight
+from jaxllm.formats.codebook import Codebook
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
+from jaxllm.formats.nvfp4 import NVFP4
+from jaxllm.formats.planes_of import planes_of
 from jaxllm.formats.scaled import Activations, Scaled
 
 
@@ -17,6 +24,7 @@ class Shape(NamedTuple):
     n: int
     k: int
     experts: int = 0
+    kind: str = ""  # of codes in planes: the format that they were made of, see `quantized`
 
 
 # Rows: a decode step of 1 or 16 sequences, and a prompt.
@@ -35,6 +43,9 @@ DEEPSEEK_V3_HELD = 256 // 8
 
 GPT_OSS_120B_EXPERTS = {"expert_gate_proj": (2880, 2880), "expert_down_proj": (2880, 2880)}
 GPT_OSS_120B_HELD = 128 // 8
+
+QWEN3_235B_EXPERTS = {"expert_gate_proj": (1536, 4096), "expert_down_proj": (4096, 1536)}
+QWEN3_235B_HELD = 128 // 8
 
 LLAMA_70B = {  # tp=8
     "q_proj": (8192 // 8, 8192),
@@ -55,26 +66,60 @@ def named() -> dict[str, dict[str, Shape]]:
     """The shapes with which each op is compiled and measured."""
     dense = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3.items()}
     dense |= {f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}
+    llama = {f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}
+    qwen = {f"Qwen3-235B {name}": shape for name, shape in QWEN3_235B_EXPERTS.items()}
+    gate = {"Llama-70B gate_proj": LLAMA_70B["gate_proj"]}
     gpt_oss = {f"gpt-oss-120b {name}": shape for name, shape in GPT_OSS_120B_EXPERTS.items()}
     deepseek = {f"DeepSeek-V3 {name}": shape for name, shape in DEEPSEEK_V3_EXPERTS.items()}
     return {
         "block_fp8.matmul": _with_rows(dense)
         | {f"{name} x {m}": Shape(m, n, k) for name, (n, k, rows) in PUBLISHED.items() for m in rows},
         "block_fp8.grouped_matmul": _with_rows(deepseek, DEEPSEEK_V3_HELD),
-        "mxfp4.matmul": _with_rows({f"Llama-70B {name}": shape for name, shape in LLAMA_70B.items()}),
+        "mxfp4.matmul": _with_rows(llama),
         "mxfp4.grouped_matmul": _with_rows(gpt_oss, GPT_OSS_120B_HELD),
+        "planes.matmul": _with_rows(llama, kinds=("Q4_K", "GPTQ 4-bit"))
+        | _with_rows(gate, kinds=("Q3_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "MLX 4-bit", "NF4", "NVFP4")),
+        "planes.grouped_matmul": _with_rows(qwen, QWEN3_235B_HELD, ("MLX 4-bit", "Q4_K")),
     }
 
 
-def _with_rows(matrices: dict[str, tuple[int, int]], experts: int = 0) -> dict[str, Shape]:
+def _with_rows(
+    matrices: dict[str, tuple[int, int]], experts: int = 0, kinds: tuple[str, ...] = ("",)
+) -> dict[str, Shape]:
     return {
-        f"{name} x {m}": Shape(m, n, k, experts) for name, (n, k) in matrices.items() for m in (DECODE, BATCH, PREFILL)
+        " ".join(filter(None, (name, kind, f"x {m}"))): Shape(m, n, k, experts, kind)
+        for name, (n, k) in matrices.items()
+        for kind in kinds
+        for m in (DECODE, BATCH, PREFILL)
     }
 
 
-def abstract_weight(format: str, shape: Shape, group: int | None = None) -> Weight:
-    """A weight of `shape` without values."""
+def quantized(kind: str, n: int, k: int, batch: tuple[int, ...] = ()) -> Weight:
+    """A weight `[*batch, n, k]` without values, in a format by name: as checkpoints in that format mostly are."""
+
+    def leaf(*shape: int, dtype: jax.typing.DTypeLike = jnp.uint8) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, *shape), dtype)
+
+    if kind in BLOCK_TYPES and kind != "NVFP4":
+        size, nbytes = BLOCK_TYPES[kind][:2]
+        return GGML(leaf(n, k // size, nbytes), kind)
+    words = leaf(n, k // 8, 1, dtype=jnp.uint32)
+    if kind == "GPTQ 4-bit":
+        return Affine(words, leaf(n, k // 128, dtype=jnp.float16), 4, 128, "GPTQ", zeros=leaf(n, k // 128))
+    if kind == "MLX 4-bit":
+        scales = leaf(n, k // 64, dtype=jnp.bfloat16)
+        return Affine(words, scales, 4, 64, "MLX", biases=scales)
+    if kind == "NF4":
+        return Codebook(leaf(n, k // 2), leaf(n, k // 64, dtype=jnp.float32), leaf(16, dtype=jnp.float32), 64, "NF4")
+    assert kind == "NVFP4", kind
+    return NVFP4(leaf(n, k // 2), leaf(n, k // 16, dtype=jnp.float8_e4m3fn), leaf(1, dtype=jnp.float32))
+
+
+def abstract_weight(format: str, shape: Shape, group: int | None = None, transposed: bool = False) -> Weight:
+    """A weight of `shape` without values; `transposed`: see `Planes`."""
     batch = (shape.experts,) if shape.experts else ()
+    if format == "planes":
+        return jax.eval_shape(partial(planes_of, transposed=transposed), quantized(shape.kind, shape.n, shape.k, batch))
 
     def leaf(columns: int, dtype: jax.typing.DTypeLike, rows: int = shape.n) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*batch, rows, columns), dtype)

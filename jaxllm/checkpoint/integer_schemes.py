@@ -63,6 +63,7 @@ def _indexed(weight: Affine, index: np.ndarray) -> Affine:
         scales=behind_nothing(weight.scales),
         zeros=behind_nothing(weight.zeros),
         in_groups=(index + 1).astype(np.int32),
+        even=bool((np.bincount(index, minlength=weight.scales.shape[-1]) == weight.group).all()),
     )
 
 

@@ -39,6 +39,7 @@ class Affine(Weight):
         biases: shaped like scales, or None.
         in_groups: int32 `[*batch, in]` or None.
         out_groups: int32 `[*batch, out]` or None.
+        even: whether `in_groups`, as read, has `group` columns in every group but 0 (act-order).
     """
 
     codes: Leaf
@@ -51,6 +52,7 @@ class Affine(Weight):
     biases: Leaf | None = None
     in_groups: Leaf | None = None
     out_groups: Leaf | None = None
+    even: bool = static_field(False)
 
     @property
     def format(self) -> str:

@@ -22,6 +22,8 @@ from jaxllm.formats.scaled import Scaled
 
 def refuses(weight: Weight) -> str | None:
     """Why one device's shard of a weight, perhaps shapes only, is not held as planes, in words for users, or None."""
+    if isinstance(weight, Planes):
+        return None
     if (reason := REFUSALS[type(weight)](weight)) is not None:
         return reason
     in_, parts = weight.shape[-1], jax.eval_shape(PARTS[type(weight)], weight)
@@ -35,6 +37,8 @@ def refuses(weight: Weight) -> str | None:
 
 def planes_of(weight: Any, transposed: bool) -> Planes:
     """A weight that `refuses` accepts, as planes. Traceable, on any mesh; `transposed`: see `Planes`."""
+    if isinstance(weight, Planes):
+        return weight if weight.transposed == transposed else weight.turned()
     parts, order = PARTS[type(weight)](weight), None
     if isinstance(weight, Affine) and weight.in_groups is not None:
         order = jnp.argsort(weight.in_groups, axis=-1)  # stable
@@ -78,7 +82,8 @@ def _affine_refusal(w: Affine) -> str | None:
     groups, in_ = w.scales.shape[-1], w.shape[-1]
     if w.in_groups is None:
         return None if groups * w.group == in_ else f"groups of {w.group} do not divide rows of {in_} columns"
-    return None if (groups - 1) * w.group == in_ else "columns in the order of their groups, of which this is a part"
+    complete = w.even and (groups - 1) * w.group == in_
+    return None if complete else f"columns of any group in any order (act-order), not {w.group} of each group"
 
 
 def _ggml(w: GGML) -> Parts:
