@@ -5,6 +5,7 @@ that `jaxllm --help` need not wait for JAX.
 """
 
 import argparse
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif name == "--version":
         print("jaxllm", importlib.metadata.version("jaxllm"))
     elif name in COMMANDS:
+        gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of a second
         module = importlib.import_module(COMMANDS[name][0])
         return execute(module.parser(), module.run, rest)
     else:
@@ -135,6 +137,8 @@ def execute(
 ) -> int:
     """Parse the options of one command, run it, and turn errors into an exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    gc.freeze()
+    gc.enable()
     warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:
         run(parser.parse_args(argv))

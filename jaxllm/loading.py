@@ -223,7 +223,8 @@ def build(
         encodes = s.quantize.encodes if s.quantize else lambda name, source: False
         sources = merged(sources, read, lambda name, source: weights != "packed" or encodes(name, source))
         read = []
-    model = checkpoint.family.model(config, s.mesh, matching.row_block(sketch, sources, planned), **arguments)
+    block = matching.row_block(sketch, sources, planned, s.mesh)
+    model = sketch if block == 1 else checkpoint.family.model(config, s.mesh, block, **arguments)
     convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)
 
     def track(results: Iterable, count: int) -> tqdm:

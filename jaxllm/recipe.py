@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tabulate import tabulate
 
 from jaxllm.encodings import ENCODINGS, Encoding, encoding, fitting
 from jaxllm.errors import InputError, located
@@ -20,6 +19,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.ggml import GGML
 from jaxllm.placing import Source
 from jaxllm.requantize import encode_source, planned
+from jaxllm.tables import table
 from jaxllm.topology import Topology
 from jaxllm.tracking import Statistics
 
@@ -68,12 +68,10 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        return f"{tabulate(self._table(), HEADERS, disable_numparse=True)}\n{self.bits:.4g} bits per weight"
+        return f"{table(self._table(), HEADERS)}\n{self.bits:.4g} bits per weight"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.bits:.4g} bits per weight</p>" + str(
-            tabulate(self._table(), HEADERS, tablefmt="html", disable_numparse=True)
-        )
+        return f"<p>{self.bits:.4g} bits per weight</p>{table(self._table(), HEADERS, 'html')}"
 
 
 @dataclass(frozen=True)

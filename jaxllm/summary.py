@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from tabulate import tabulate
 
 from jaxllm.checkpoint.filling import Placed
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import dispatch
 from jaxllm.parallel import COLUMN, DP, ROW
+from jaxllm.tables import table
 
 HEADERS = (
     "parameter",
@@ -37,10 +37,10 @@ class Summary:
     rows: list[tuple]
 
     def __str__(self) -> str:
-        return f"{self.title}\n{tabulate(self.rows, HEADERS, disable_numparse=True)}"
+        return f"{self.title}\n{table(self.rows, HEADERS)}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.title}</p>{tabulate(self.rows, HEADERS, tablefmt='html', disable_numparse=True)}"
+        return f"<p>{self.title}</p>{table(self.rows, HEADERS, 'html')}"
 
 
 def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing.DTypeLike) -> Summary:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxllm.errors import InputError
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, shards
 from jaxllm.formats.dense import Dense
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
@@ -114,11 +115,13 @@ def _listed(numbers: list) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
-def row_block(model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Source], Weight]) -> int:
-    """The largest block size along columns, after encoding, of the matrices whose columns the model shards."""
+def row_block(
+    model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Source], Weight], mesh: Mesh
+) -> int:
+    """The largest block size along columns, after encoding, of the matrices whose columns the model splits."""
     cut = [
         planned(name, sources[name]).granularity("in")
         for name, param in parameters(model).items()
-        if len(spec := param.get_value().spec) >= 2 and spec[-1] is not None
+        if len(spec := param.get_value().spec) >= 2 and shards(spec[-1], mesh) > 1
     ]
     return max(cut, default=1)

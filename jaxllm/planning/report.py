@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tabulate import tabulate
-
 from jaxllm.errors import InputError
 from jaxllm.planning import picture
 from jaxllm.planning.chips import CHIPS, Chip
 from jaxllm.planning.compiling import Collective
+from jaxllm.tables import table
 
 GIB = 2**30
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -197,7 +196,7 @@ class Plan:
         return found | {"total": self.total, "fits": self.fits, "verdict": self.verdict}
 
     def __str__(self) -> str:
-        return "\n".join(itertools.chain(self._heading(), *(["", *table] for table in self._tables("simple"))))
+        return "\n".join(itertools.chain(self._heading(), *(["", text] for text in self._tables("simple"))))
 
     def _repr_html_(self) -> str:
         """The same with bars of the memory, and a roofline."""
@@ -210,7 +209,7 @@ class Plan:
             phases = {"decode": self.decode, "prefill": self.prefill}
             points = {name: phase.flops / phase.nbytes for name, phase in phases.items()}
             roof = picture.roofline(points, self.limits.bandwidth, self.limits.flops)
-        tables = "".join("\n".join(table) for table in self._tables("html"))
+        tables = "".join(self._tables("html"))
         return heading + bars + roof + tables
 
     def _heading(self) -> list[str]:
@@ -219,17 +218,15 @@ class Plan:
             f"batch {self.batch}, context {self.context}, activations in {self.dtype}; compiled from shapes, not run",
         ]
 
-    def _tables(self, style: str) -> Iterable[list[str]]:
-        def table(rows: list[tuple], headers: tuple[str, ...]) -> list[str]:
-            return [tabulate(rows, headers, tablefmt=style, disable_numparse=True)]
-
-        yield table(self._memory(), ("on each device", "GiB"))
-        yield table(self._communication(), ("layers", "each: weights", "cache", "collectives of a decode step"))
-        yield table(self._speed(), ("", "decode step", "prompts"))
+    def _tables(self, style: str) -> Iterable[str]:
+        yield table(self._memory(), ("on each device", "GiB"), style)
+        headers = "layers", "each: weights", "cache", "collectives of a decode step"
+        yield table(self._communication(), headers, style)
+        yield table(self._speed(), ("", "decode step", "prompts"), style)
         if self.ranking:
             rows = [(r.mesh, _gib(r.held), "yes" if r.fits else "no", _rate(r.bound), r.compiled) for r in self.ranking]
             shown = [(*row[:4], "yes" if row[4] else "no: without temporaries and links") for row in rows]
-            yield table(shown, ("mesh", "GiB a device", "fits", "decode bound, tokens/s", "compiled"))
+            yield table(shown, ("mesh", "GiB a device", "fits", "decode bound, tokens/s", "compiled"), style)
 
     def _memory(self) -> list[tuple[str, str]]:
         rows = [(f"weights in {format}", _gib(nbytes)) for format, nbytes in self.weights.items()]
