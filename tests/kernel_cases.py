@@ -305,6 +305,13 @@ class AttentionCases(KernelCases):
         given, scoring = attention_operands(ATTENTION[name])
         self.check_attention(given, scoring)
 
+    def test_blocks_that_nobody_sees_are_not_read(self):
+        """Their values are NaN, which times a weight of 0 would be NaN."""
+        given, scoring = attention_operands(Case(2, 2, 1, 32, 32, 640, (320,), sliding_window=40, dtype="float32"))
+        nobodys = (np.arange(640) < 256) | (np.arange(640) >= 384)
+        given = given._replace(values=given.values.at[:, :, nobodys].set(jnp.nan))
+        self.check_attention(given, dataclasses.replace(scoring, window=640))
+
     def check_attention(self, given, scoring):
         got = self.run(partial(self.module.attention, scoring=scoring), given)
         assert got.dtype == given.q.dtype

@@ -19,3 +19,6 @@ class TestBlockFP8(BlockFP8Cases):
 
 class TestAttention(AttentionCases):
     module = SimpleNamespace(attention=attend)
+
+    def test_blocks_that_nobody_sees_are_not_read(self):
+        """The definition reads them."""

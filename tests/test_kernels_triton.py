@@ -20,7 +20,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, act_quant, numbers, rounded  # noqa: E402
+from kernel_cases import (
+    EXPERTS,
+    AttentionCases,
+    BlockFP8Cases,
+    MXFP4Cases,
+    act_quant,
+    numbers,
+    rounded,
+)  # noqa: E402
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -30,6 +38,7 @@ from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
 from jaxllm.formats.scaled import Activations, Scaled  # noqa: E402
 from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.flash import triton_gpu as flash  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
 pytestmark = pytest.mark.optimized
@@ -84,6 +93,7 @@ MENDED = {
     "create_fp_to_fp": cast,
     "create_fp_ext": cast,
     "create_fp_trunc": cast,
+    "create_si_to_fp": cast,
     "create_fmul": multiply,
     "create_dot": dot,
     "get_bf16": lambda self, value: handle_of(np.array([value]), tl.bfloat16),
@@ -204,6 +214,13 @@ class TestBlockFP8(BlockFP8Cases):
         x = numbers(2, 130).astype(ml_dtypes.bfloat16)
         for got, expected in zip(block_fp8.act_quant(x, 48), act_quant(x, 48), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+class TestAttention(AttentionCases):
+    module = flash
+
+    def test_float16(self):
+        self.check_attention(*attention_operands(ATTENTION["a token"]._replace(cache="float16")))
 
 
 def test_what_is_refused():

@@ -194,8 +194,8 @@ class LatentAttention(nnx.Module):
         return y, *given.cache
 
     def _expand(self, latents: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
-        """Every head's keys `[batch, heads, time, nope]`, without the rotary part that all heads share, and values, from
-        latents `[batch, time, rank]`."""
+        """Every head's keys without the rotary part that all heads share, `[batch, heads, time, nope]`, and its values,
+        from latents `[batch, time, rank]`."""
         return _einsum("bsr,hnr->bhsn", latents, up[0]), _einsum("bsr,hvr->bhsv", latents, up[1])
 
 
