@@ -317,3 +317,17 @@ class AttentionCases(KernelCases):
         assert got.dtype == given.q.dtype
         error = 2e-5 if given.q.dtype == jnp.float32 else 0.02
         np.testing.assert_allclose(got.astype(np.float64), attended(given, scoring), rtol=0, atol=error)
+
+
+def check_refusals_of_attention(refuses, too_large):
+    """`too_large`: part of what it says of heads of 2^20 numbers."""
+
+    def told(q=jnp.bfloat16, cache=jnp.bfloat16, dim=128):
+        buffer = jax.eval_shape(lambda: stored(jnp.zeros((2, 1, 64, dim)), cache))
+        queries, at = jax.ShapeDtypeStruct((2, 1, 8, dim), q), jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        return refuses("attention", Cached(queries, buffer, buffer, at), jax.Array)
+
+    assert told() is told(cache=jnp.int8) is told(jnp.float32, jnp.float32) is None
+    assert "a cache of float16 for queries of bfloat16: both" in told(cache=jnp.float16)
+    assert "float16, " in told(jnp.float16, jnp.float16)
+    assert too_large in told(dim=1 << 20)

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import AttentionCases, BlockFP8Cases, KernelCases, MXFP4Cases, numbers, rounded
+from kernel_cases import (
+    AttentionCases,
+    BlockFP8Cases,
+    KernelCases,
+    MXFP4Cases,
+    check_refusals_of_attention,
+    numbers,
+    rounded,
+)
 from kernel_cases import block_fp8 as block_fp8_weight
 from kernel_cases import mxfp4 as mxfp4_weight
 
@@ -195,6 +203,10 @@ def test_what_both_refuse(module):
     assert told(28672, jnp.float32) is None
     assert "float16" in told(256, jnp.float16)
     assert "rows of 1048576 columns" in told(1 << 20, jnp.bfloat16)
+
+
+def test_what_attention_refuses():
+    check_refusals_of_attention(flash.refuses, "heads of 1048576 numbers do not fit")
 
 
 def test_tiles_fit():

@@ -21,4 +21,4 @@ class TestAttention(AttentionCases):
     module = SimpleNamespace(attention=attend)
 
     def test_blocks_that_nobody_sees_are_not_read(self):
-        """The definition reads them."""
+        """They are."""

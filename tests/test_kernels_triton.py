@@ -20,15 +20,16 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import (
+from kernel_cases import (  # noqa: E402
     EXPERTS,
     AttentionCases,
     BlockFP8Cases,
     MXFP4Cases,
     act_quant,
+    check_refusals_of_attention,
     numbers,
     rounded,
-)  # noqa: E402
+)
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -219,9 +220,6 @@ class TestBlockFP8(BlockFP8Cases):
 class TestAttention(AttentionCases):
     module = flash
 
-    def test_float16(self):
-        self.check_attention(*attention_operands(ATTENTION["a token"]._replace(cache="float16")))
-
 
 def test_what_is_refused():
     x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
@@ -236,5 +234,6 @@ def test_what_is_refused():
         weight = block_fp8_weight(8, 256, block=block, group=group)
         assert block_fp8.refuses("grouped_matmul", x, weight) == reason
         assert block_fp8.refuses("weight_dequant", x, weight) is None
+    check_refusals_of_attention(flash.refuses, "heads of 1048576 numbers: the GPU kernels take up to 512")
     weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activations=Activations(128))
     assert "int8" in block_fp8.refuses("matmul", x, weight)

@@ -73,6 +73,14 @@ def _divided(x: jax.Array, size: int, padding: str) -> jax.Array:
     return x.reshape(len(x), -1, size)
 
 
+def cache_refused(given: Cached) -> str | None:
+    """Why neither kernel reads such a cache, or None. (float16 is what some CPUs' caches have.)"""
+    held, q = given.keys.dtype, given.q.dtype
+    if isinstance(given.keys, Coded) or held == q:
+        return None
+    return f"a cache of {held.name} for queries of {q.name}: both have to be the same, or the cache in 8 bits"
+
+
 def parts(given: Cached) -> Iterator[tuple[str, jax.Array, jax.Array | None]]:
     """What the cache holds, under the names "keys", "rope" and "values": numbers; or codes, as `Coded` has them, and
     their scales, float32 `[sequences, heads, 1, length]`."""

@@ -19,8 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxllm.kernels import tpu
 from jaxllm.kernels.attention import Cached, Scoring
-from jaxllm.kernels.coded import Coded
-from jaxllm.kernels.flash.blocks import Rows, parts
+from jaxllm.kernels.flash.blocks import Rows, cache_refused, parts
 
 TILE = 512  # rows of queries
 BLOCK_BYTES = 5 << 18  # of what is read in a step, at most: 1.6 us on v5e, several times what a step costs by itself
@@ -33,8 +32,8 @@ def refuses(op: str, given: Cached, weight: Any) -> str | None:
     """Why this cannot be served, in words for users, or None."""
     if given.q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"queries of {given.q.dtype.name}, the kernel takes float32 and bfloat16"
-    if not isinstance(given.keys, Coded) and given.keys.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"a cache of {given.keys.dtype.name}, the kernel takes float32, bfloat16 and 8 bits"
+    if problem := cache_refused(given):
+        return problem
     if sizes(given).vmem_bytes > tpu.VMEM_BUDGET:
         return f"heads of {given.q.shape[3]} numbers do not fit into the chip's vector memory"
     return None

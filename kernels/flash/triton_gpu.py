@@ -14,10 +14,8 @@ import triton.language as tl
 
 from jaxllm.kernels import gpu
 from jaxllm.kernels.attention import Cached, Scoring
-from jaxllm.kernels.coded import Coded
-from jaxllm.kernels.flash.blocks import Rows, parts
+from jaxllm.kernels.flash.blocks import Rows, cache_refused, parts
 
-CACHED = jnp.float32, jnp.bfloat16, jnp.float16
 LARGEST = 512  # numbers of a head
 FEW = 64  # queries: with tiles of 16, reading the cache bounds what they cost
 
@@ -35,8 +33,8 @@ def refuses(op: str, given: Cached, weight: Any) -> str | None:
     """Why this cannot be served, in words for users, or None."""
     if problem := gpu.refuses(given.q):
         return problem
-    if not isinstance(given.keys, Coded) and given.keys.dtype not in CACHED:
-        return f"a cache of {given.keys.dtype}: the GPU kernels take floats and 8 bits"
+    if problem := cache_refused(given):
+        return problem
     if given.keys.shape[3] > LARGEST:
         return f"heads of {given.keys.shape[3]} numbers: the GPU kernels take up to {LARGEST}"
     return None
@@ -163,8 +161,8 @@ def _attention_kernel(
     at = head.to(tl.int64) * ROWS + row
     queries = tl.load(q + at[:, None] * DIM + d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0)
     if q_rope is not None:
-        mask = in_rows[:, None] & in_r[None, :]
-        more = tl.load(q_rope + at[:, None] * ROPE_DIM + r[None, :], mask=mask, other=0.0)
+        in_q = in_rows[:, None] & in_r[None, :]
+        more = tl.load(q_rope + at[:, None] * ROPE_DIM + r[None, :], mask=in_q, other=0.0)
         rope += (sequence * ROPE_HEADS + h % ROPE_HEADS) * LENGTH * ROPE_DIM
         if rope_scales is not None:
             rope_scales += (sequence * ROPE_HEADS + h % ROPE_HEADS) * LENGTH
@@ -200,8 +198,8 @@ def _attention_kernel(
             scale = tl.load(key_scales + n, mask=inside, other=0.0)
             scores *= scale[None, :]
         if q_rope is not None:
-            mask = inside[:, None] & in_r[None, :]
-            part = tl.load(rope + n[:, None] * ROPE_DIM + r[None, :], mask=mask, other=0)
+            in_rope = inside[:, None] & in_r[None, :]
+            part = tl.load(rope + n[:, None] * ROPE_DIM + r[None, :], mask=in_rope, other=0)
             added = tl.dot(more, _numbers(part, queries.dtype).T, input_precision="ieee")
             if rope_scales is not None:
                 added *= tl.load(rope_scales + n, mask=inside, other=0.0)[None, :]
@@ -217,8 +215,8 @@ def _attention_kernel(
         weights, faded = tl.exp(scores - now[:, None]), tl.exp(peak - now)
         total = total * faded + tl.sum(weights, 1)
         if values is not None:
-            mask = inside[:, None] & in_v[None, :]
-            block = tl.load(values + n[:, None] * VALUE_DIM + v[None, :], mask=mask, other=0)
+            in_values = inside[:, None] & in_v[None, :]
+            block = tl.load(values + n[:, None] * VALUE_DIM + v[None, :], mask=in_values, other=0)
             block = _numbers(block, queries.dtype)
             if value_scales is not None:
                 weights *= tl.load(value_scales + n, mask=inside, other=0.0)[None, :]
@@ -230,7 +228,7 @@ def _attention_kernel(
     total = tl.where(total > 0, total, 1.0)  # a query that has seen nothing gets zeros, of no weight
     result = sums / total[:, None]
     at += split.to(tl.int64) * tl.num_programs(2) * ROWS
-    mask = in_rows[:, None] & in_v[None, :]
-    tl.store(y + at[:, None] * VALUE_DIM + v[None, :], result.to(y.dtype.element_ty), mask=mask)
+    in_y = in_rows[:, None] & in_v[None, :]
+    tl.store(y + at[:, None] * VALUE_DIM + v[None, :], result.to(y.dtype.element_ty), mask=in_y)
     if SPLITS > 1:
         tl.store(weight + at, peak + tl.log(total), mask=in_rows)
