@@ -9,6 +9,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.mxfp4 import BLOCK, MXFP4
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Buffer, stored
 
 
 class Shape(NamedTuple):
@@ -81,7 +82,11 @@ EXPANDED = {"DeepSeek-V3": Heads(16, 16, 128, 128, rope=64)}  # what is another 
 
 
 def attention(
-    name: str, time: int, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.bfloat16
+    name: str,
+    time: int,
+    batch: int = 1,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Cached, Scoring]:
     """The operands, as shapes, of attention for `time` tokens of `batch` sequences at the end of a cache."""
     at = EXPANDED.get(name, ATTENTION[name]) if time > 1 else ATTENTION[name]
@@ -92,14 +97,20 @@ def attention(
     def struct(*shape: int, dtype: jax.typing.DTypeLike = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    def held(heads: int, dim: int) -> Buffer | None:
+        shape = batch, heads, length, dim
+        return jax.eval_shape(lambda: stored(jnp.zeros(shape), cache_dtype or dtype)) if dim else None
+
+    keys = held(at.kv_heads, at.dim)
+    assert keys is not None
     given = Cached(
         q=struct(batch, time, at.heads, at.dim + at.rope),
-        keys=struct(batch, at.kv_heads, length, at.dim),
-        values=struct(batch, at.kv_heads, length, at.value_dim) if at.value_dim else None,
+        keys=keys,
+        values=held(at.kv_heads, at.value_dim),
         positions=struct(batch, time, dtype=jnp.int32),
         key_positions=struct(batch, length, dtype=jnp.int32) if at.sliding_window else None,
         sinks=struct(at.heads, dtype=jnp.float32) if at.sinks else None,
-        rope=struct(batch, 1, length, at.rope) if at.rope else None,
+        rope=held(1, at.rope),
     )
     return given, Scoring(LENGTH, at.sliding_window, at.score_cap)
 
