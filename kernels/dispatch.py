@@ -114,10 +114,14 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
     return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
 
 
-def explain(op: str, x: Rows, weight: Weight, platform: str | None = None) -> str:
+def explain(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> str:
     """Which kernel would do an op, and why, as a sentence; see `choose` for the arguments."""
     choice = choose(op, x, weight, platform)
-    return f"{op} of {weight.format} {'x'.join(map(str, weight.shape))}: {choice.backend} ({choice.why})"
+    if isinstance(x, Cached):
+        what, shape = f"{x.q.dtype.name} to keys in {x.keys.dtype.name}", x.keys.shape
+    else:
+        what, shape = _format(weight), () if isinstance(weight, type) else weight.shape
+    return f"{op} of {what} {'x'.join(map(str, shape))}: {choice.backend} ({choice.why})"
 
 
 def _format(weight: Weight | type[Weight]) -> str:
