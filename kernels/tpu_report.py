@@ -82,8 +82,8 @@ def attention_report(name: str, time: int, chips: str, **options: Any) -> dict:
 
     Returns:
         `tile`, `block`: queries and positions in a grid step, and `vmem_bytes` that they take; `temp_bytes`, `kernels`,
-        `seconds` and `optimal_seconds` as in `compile_report`; `copies` of keys or values, which there should be none of
-        (but of the scales of those in 8 bits).
+        `seconds` and `optimal_seconds` as in `compile_report`; `copies` of keys or values, which there should be none
+        of (but of the scales of those in 8 bits).
     """
     given, scoring = shapes.attention(name, time, **options)
     mesh, everywhere = topology_mesh(chips), PartitionSpec()
