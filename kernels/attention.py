@@ -34,6 +34,11 @@ class Cached(NamedTuple):
     rows: jax.Array | None = None
     rope: Buffer | None = None
 
+    @property
+    def weighted(self) -> Buffer:
+        """What attention sums up: the values, or the keys that serve as such."""
+        return self.keys if self.values is None else self.values
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -65,10 +70,14 @@ def joined(given: Cached, scoring: Scoring) -> Cached:
         return given
     rows = slice(None) if given.rows is None else given.rows
     seen = slice(scoring.window if given.key_positions is None else None)
-    parts = jax.tree.map(lambda leaf: leaf[rows, :, seen], (given.keys, given.values, given.rope))
-    keys, values, rope = (None if part is None else read(part, given.q.dtype) for part in parts)
-    values = keys if values is None else values
-    if rope is not None:
+
+    def numbers(buffer: Buffer) -> jax.Array:
+        return read(jax.tree.map(lambda leaf: leaf[rows, :, seen], buffer), given.q.dtype)
+
+    keys = numbers(given.keys)
+    values = keys if given.values is None else numbers(given.values)
+    if given.rope is not None:
+        rope = numbers(given.rope)
         keys = jnp.concatenate([keys, jnp.broadcast_to(rope, (*keys.shape[:3], rope.shape[3]))], axis=-1)
     return given._replace(keys=keys, values=values, rows=None, rope=None)
 
@@ -79,7 +88,9 @@ def attend(given: Cached, scoring: Scoring) -> jax.Array:
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
     """
-    q, keys, values, positions, key_positions, sinks, rows, _ = joined(given, scoring)
+    given = joined(given, scoring)
+    q, keys, _, positions, key_positions, sinks, rows, _ = given
+    values = given.weighted
     sliding_window, score_cap = scoring.sliding_window, scoring.score_cap
     if key_positions is None:
         keys, values = jax.tree.map(lambda leaf: leaf[:, :, : scoring.window], (keys, values))

@@ -63,7 +63,7 @@ def attention_bytes_and_flops(given: Cached, scoring: Scoring) -> tuple[float, f
     """The same of attention at the end of a cache: the positions that any query sees are read once."""
     buffers = [buffer for buffer in (given.keys, given.values, given.rope) if buffer is not None]
     (batch, tokens, heads, dim), length = given.q.shape, given.keys.shape[2]
-    value_dim = (given.keys if given.values is None else given.values).shape[3]
+    value_dim = given.weighted.shape[3]
     window = scoring.sliding_window or length
     seen = min(window + tokens - 1, length)
     pairs = sum(min(window, length - tokens + i + 1) for i in range(tokens))

@@ -38,9 +38,8 @@ def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
 
 
 def _refuses_attention(given: Cached) -> str | None:
-    values = given.keys if given.values is None else given.values
-    if values.shape[3] % 8:
-        return f"values of {values.shape[3]} numbers: multiples of 8 are possible"
+    if given.weighted.shape[3] % 8:
+        return f"values of {given.weighted.shape[3]} numbers: multiples of 8 are possible"
     if not isinstance(given.keys, Coded) and given.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"keys of {given.keys.dtype.name}"
     return None
@@ -66,8 +65,9 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
-    q, keys, values, positions, key_positions, sinks, rows, _ = joined(given, scoring)
-    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(values)
+    given = joined(given, scoring)
+    q, keys, _, positions, key_positions, sinks, rows, _ = given
+    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(given.weighted)
     arrays = [
         q.astype(jnp.float32),
         keys,

@@ -47,7 +47,7 @@ def sizes(given: Cached) -> tpu.Sizes:
     tile, bytes_each = min(time * heads // kv_heads, TILE), sum(x.shape[3] * x.dtype.itemsize for x in buffers)
     most = min(BLOCK_BYTES // bytes_each, POSITIONS, SCORES // tile) // tpu.LANES * tpu.LANES
     block = _block(length, max(most, tpu.LANES))
-    value_dim = (given.keys if given.values is None else given.values).shape[3]
+    value_dim = given.weighted.shape[3]
     copied = block * bytes_each + tile * (dim + value_dim) * given.q.dtype.itemsize + 2 * tile * tpu.LANES * 4
     computed = 4 * tile * block + block * dim + tile * value_dim  # in float32: scores, weights, numbers of codes, sums
     return tpu.Sizes(tile, block, 2 * copied + 4 * computed)
@@ -70,7 +70,7 @@ def attention(given: Cached, scoring: Scoring, *, interpret: tpu.Interpret = Fal
     sequences = jnp.arange(batch, dtype=jnp.int32) if given.rows is None else given.rows
     pad = blocks * block - rows.key_positions.shape[1]
     places = jnp.pad(rows.key_positions, ((0, 0), (0, pad)), constant_values=-1)[:, None]
-    value_dim = (given.keys if given.values is None else given.values).shape[3]
+    value_dim = given.weighted.shape[3]
 
     def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
         """`index(b, h, t, s, j)`: what a step needs, for row b of the batch (sequence s) and block j of the keys."""

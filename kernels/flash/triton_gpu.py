@@ -54,7 +54,7 @@ def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. A query that sees nothing gets zeros."""
     rows = Rows.of(given, scoring)
     batch, kv_heads, count, dim = rows.q.shape
-    value_dim = (given.keys if given.values is None else given.values).shape[3]
+    value_dim = given.weighted.shape[3]
     rope_heads, rope_dim = (0, 0) if given.rope is None else (given.rope.shape[1], given.rope.shape[3])
     sizes = {"D": dim, "V": value_dim, "R": rope_dim}
     widths = {name: max(triton.next_power_of_2(size), 16) for name, size in sizes.items()}
