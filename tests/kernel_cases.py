@@ -230,6 +230,7 @@ class Case(NamedTuple):
 ATTENTION = {
     "a token": Case(1, 8, 1, 128, 128, 256, (200, 3)),
     "a token of many heads": Case(1, 6, 3, 64, 64, 300, (290, 130)),
+    "a token of many positions, with sinks": Case(1, 4, 1, 32, 32, 640, (600, 20), sinks=True),  # divided on GPUs
     "a few tokens": Case(3, 4, 2, 64, 128, 200, (150,), cache="float32", dtype="float32"),
     "a prompt": Case(20, 4, 2, 32, 16, 300, (0, 270), dtype="float32"),
     "a prompt in a window, with sinks": Case(20, 4, 1, 64, 64, 400, (350,), sliding_window=30, sinks=True),
@@ -263,7 +264,7 @@ def attention_operands(case):
         values=held.get("values"),
         positions=jnp.asarray(np.array(case.first)[:, None] + np.arange(case.time), jnp.int32),
         key_positions=at,
-        sinks=jnp.asarray(numbers(case.heads, seed=5)) if case.sinks else None,
+        sinks=jnp.asarray(numbers(case.heads, seed=5) + 3) if case.sinks else None,
         rows=jnp.arange(batch, 0, -1, dtype=jnp.int32),
         rope=held.get("rope"),
     ), Scoring(min(case.length, max(case.first) + case.time), case.sliding_window, case.score_cap)
