@@ -28,6 +28,7 @@ from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import dense, norm, registry
 from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
 from jaxllm.kernels.attention import Cached, Scoring, attend
+from jaxllm.kernels.coded import Buffer
 from jaxllm.kernels.registry import REFERENCE, Kernel
 
 PRODUCT = "product"  # the name of results that are worth keeping for a backward pass, see `kept`
@@ -112,6 +113,14 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
     shard = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), weight)
     op = "grouped_matmul" if len(weight.shape) > 2 else "matmul"
     return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
+
+
+def choose_attention(keys: Buffer, values: Buffer, dtype: jax.typing.DTypeLike, platform: str) -> Choice:
+    """The kernel by which each device will attend to its share of a cache with queries of `dtype`."""
+    struct: Any = jax.ShapeDtypeStruct
+    share = jax.tree.map(lambda leaf: struct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), (keys, values))
+    q, at = struct((1, 1, *share[0].shape[1::2]), dtype), struct((1, 1), jnp.int32)
+    return choose("attention", Cached(q, *share, at), jax.Array, platform)
 
 
 def explain(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> str:

@@ -149,7 +149,9 @@ def test_a_model_without_its_kernels_is_warned_about_once(without, monkeypatch, 
     with pytest.warns(UserWarning, match="without the kernels for cpu: triton is not installed") as said:
         model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32")
     assert len(said) == 1
-    assert {row[4] for row in model.summary().rows} == {"reference", ""}
+    summary = model.summary()
+    assert {row[4] for row in summary.rows} == {"reference", ""}
+    assert "; no kernel attends to the cache: triton_gpu cannot: triton is not installed" in summary.title
 
 
 def test_ops_that_there_are():
