@@ -118,9 +118,10 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
 def choose_attention(keys: Buffer, values: Buffer, dtype: jax.typing.DTypeLike, platform: str) -> Choice:
     """The kernel by which each device will attend to its share of a cache with queries of `dtype`."""
     struct: Any = jax.ShapeDtypeStruct
-    share = jax.tree.map(lambda leaf: struct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), (keys, values))
-    q, at = struct((1, 1, *share[0].shape[1::2]), dtype), struct((1, 1), jnp.int32)
-    return choose("attention", Cached(q, *share, at), jax.Array, platform)
+    shard = lambda leaf: struct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)  # noqa: E731
+    keys, values = jax.tree.map(shard, (keys, values))
+    q, positions = struct((1, 1, *keys.shape[1::2]), dtype), struct((1, 1), jnp.int32)
+    return choose("attention", Cached(q, keys, values, positions), jax.Array, platform)
 
 
 def explain(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> str:
