@@ -106,20 +106,12 @@ def attention(given: Cached, scoring: Scoring, *, interpret: tpu.Interpret = Fal
         if scales is not None:
             held[f"{name}_scales"] = scales, of_cache(scales, 3)
     axes = {name: _axis(x) - 2 for name, x, _ in parts(given)}
-    ragged = given.keys.shape[2] % block
 
     def kernel(
-        sequences: jax.Ref,
-        first: jax.Ref,
-        end: jax.Ref,
-        refs: dict[str, jax.Ref],
-        y: jax.Ref,
-        peak: jax.Ref,
-        total: jax.Ref,
-        sums: jax.Ref,
+        sequences: jax.Ref, first: jax.Ref, end: jax.Ref, refs: dict[str, jax.Ref], y: jax.Ref, *so_far: jax.Ref
     ) -> None:
         at, step = pl.program_id(0) * tiles + pl.program_id(2), pl.program_id(3)
-        j = first[at] + step
+        j, (peak, total, sums) = first[at] + step, so_far
 
         @pl.when(step == 0)
         def _() -> None:  # the sink is a key that every query has seen, whose value is zero
@@ -129,33 +121,8 @@ def attention(given: Cached, scoring: Scoring, *, interpret: tpu.Interpret = Fal
 
         @pl.when(j < end[at])
         def _() -> None:
-            dtype = refs["q"].dtype
-            scores = _product(refs["q"][...], _numbers(refs["keys"], dtype), 1 - axes["keys"])
-            if "keys_scales" in refs:
-                scores *= refs["keys_scales"][...]
-            if "q_rope" in refs:
-                more = _product(refs["q_rope"][...], _numbers(refs["rope"], dtype), 1 - axes["rope"])
-                scores += more * refs["rope_scales"][...] if "rope_scales" in refs else more
-            if scoring.score_cap is not None:
-                scores = scoring.score_cap * jnp.tanh(scores / scoring.score_cap)
-            place, position = refs["places"][...], refs["positions"][...]
-            visible = (place >= 0) & (place <= position)
-            if scoring.sliding_window is not None:
-                visible &= place > position - scoring.sliding_window
-            scores = jnp.where(visible, scores, -jnp.inf)
-            before = peak[...]
-            peak[...] = now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-            weights, faded = jnp.exp(scores - now), jnp.exp(before - now)
-            total[...] = total[...] * faded + jnp.sum(weights, axis=1, keepdims=True)
-            name = "values" if "values" in refs else "keys"
-            if f"{name}_scales" in refs:
-                weights *= refs[f"{name}_scales"][...]
-            values = _numbers(refs[name], dtype)
-            if ragged:  # what lies beyond the last position may be anything, and 0 * NaN is no 0
-                place = lax.broadcasted_iota(jnp.int32, values.shape, axes[name])
-                inside = place < given.keys.shape[2] - j * block
-                values = jnp.where(inside, values.astype(jnp.float32), 0).astype(dtype)
-            sums[...] = sums[...] * faded + _product(weights.astype(dtype), values, axes[name])
+            inside = given.keys.shape[2] - j * block if given.keys.shape[2] % block else None
+            _meet(refs, axes, scoring, inside, *so_far)
 
         @pl.when(step == blocks - 1)
         def _() -> None:
@@ -185,6 +152,51 @@ def attention(given: Cached, scoring: Scoring, *, interpret: tpu.Interpret = Fal
         interpret=interpret,
     )(sequences, first.reshape(-1), end.reshape(-1), {name: x for name, (x, _) in held.items()})
     return rows.result(y, given)
+
+
+def _meet(
+    refs: dict[str, jax.Ref],
+    axes: dict[str, int],
+    scoring: Scoring,
+    inside: jax.Array | None,
+    peak: jax.Ref,
+    total: jax.Ref,
+    sums: jax.Ref,
+) -> None:
+    """A tile of queries meets a block of keys.
+
+    Args:
+        axes: the axis of positions in "keys", "rope" and "values".
+        inside: how many of the block's positions the cache has, if not all.
+        peak, total, sums: of each query the highest score so far, and relative to it the sum of weights (these are
+            `[tile, 1]`) and the weighted sum of values, `[tile, value_dim]`.
+    """
+    dtype = refs["q"].dtype
+    scores = _product(refs["q"][...], _numbers(refs["keys"], dtype), 1 - axes["keys"])
+    if "keys_scales" in refs:
+        scores *= refs["keys_scales"][...]
+    if "q_rope" in refs:
+        more = _product(refs["q_rope"][...], _numbers(refs["rope"], dtype), 1 - axes["rope"])
+        scores += more * refs["rope_scales"][...] if "rope_scales" in refs else more
+    if scoring.score_cap is not None:
+        scores = scoring.score_cap * jnp.tanh(scores / scoring.score_cap)
+    place, position = refs["places"][...], refs["positions"][...]
+    visible = (place >= 0) & (place <= position)
+    if scoring.sliding_window is not None:
+        visible &= place > position - scoring.sliding_window
+    scores = jnp.where(visible, scores, -jnp.inf)
+    before = peak[...]
+    peak[...] = now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    weights, faded = jnp.exp(scores - now), jnp.exp(before - now)
+    total[...] = total[...] * faded + jnp.sum(weights, axis=1, keepdims=True)
+    name = "values" if "values" in refs else "keys"
+    if f"{name}_scales" in refs:
+        weights *= refs[f"{name}_scales"][...]
+    values = _numbers(refs[name], dtype)
+    if inside is not None:  # what lies beyond the cache may be anything, and 0 * NaN is no 0
+        index = lax.broadcasted_iota(jnp.int32, values.shape, axes[name])
+        values = jnp.where(index < inside, values.astype(jnp.float32), 0).astype(dtype)
+    sums[...] = sums[...] * faded + _product(weights.astype(dtype), values, axes[name])
 
 
 def _axis(x: jax.Array) -> int:
