@@ -68,7 +68,8 @@ def summarize(placed: Sequence[Placed], cache: KVCache, mesh: Mesh, name: str, d
         f"{held / 2**20:.1f} MiB on each device of the mesh {axes}"
     )
     platform = mesh.devices.flat[0].platform
-    choices = (dispatch.choose_attention(*held, dtype, platform) for held in zip(cache.keys, cache.values, strict=True))
+    layers_held = zip(cache.keys, cache.values, cache.shapes, strict=True)
+    choices = (dispatch.choose_attention(k, v, dtype, platform, shape.latent) for k, v, shape in layers_held)
     if reasons := dict.fromkeys(choice.why for choice in choices if choice.backend == REFERENCE):
         title += f"; no kernel attends to the cache: {'; '.join(reasons)}"
     return Summary(title, rows)

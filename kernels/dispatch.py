@@ -115,13 +115,22 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
     return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
 
 
-def choose_attention(keys: Buffer, values: Buffer, dtype: jax.typing.DTypeLike, platform: str) -> Choice:
-    """The kernel by which each device will attend to its share of a cache with queries of `dtype`."""
+def choose_attention(
+    keys: Buffer, values: Buffer, dtype: jax.typing.DTypeLike, platform: str, latent: bool = False
+) -> Choice:
+    """The kernel by which each device will attend to its share of a cache, whose leaves have shardings.
+
+    Args:
+        dtype: of the queries.
+        latent: whether `values` are what the keys go on with, see `Cached.rope`.
+    """
     struct: Any = jax.ShapeDtypeStruct
     shard = lambda leaf: struct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)  # noqa: E731
     keys, values = jax.tree.map(shard, (keys, values))
-    q, positions = struct((1, 1, *keys.shape[1::2]), dtype), struct((1, 1), jnp.int32)
-    return choose("attention", Cached(q, keys, values, positions), jax.Array, platform)
+    q = struct((1, 1, keys.shape[1], keys.shape[3] + latent * values.shape[3]), dtype)
+    given = Cached(q, keys, values, struct((1, 1), jnp.int32))
+    given = given._replace(values=None, rope=values) if latent else given
+    return choose("attention", given, jax.Array, platform)
 
 
 def explain(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> str:

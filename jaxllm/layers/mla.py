@@ -96,7 +96,7 @@ class LatentAttention(nnx.Module):
         s = self.sizes = sizes
         self.scale, self.per_head_cache, self.split_kv_b = scale, per_head_cache, split_kv_b
         per_head = CacheShape(len(heads.query), s.nope + s.rope, s.value)
-        self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope)
+        self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope, latent=True)
         q_shape, q_rows = s.heads * (s.nope + s.rope), heads.rows(heads.query, s.nope + s.rope)
         low = s.q_rank
         self.q_proj = Linear((q_shape, s.hidden), COLUMN, rows=q_rows) if low is None else None
@@ -155,9 +155,8 @@ class LatentAttention(nnx.Module):
         if given.segments is not None:
             return self._whole(given)
         k, v = self._expand(given.latent[:, :, 0], self._up(given.kv_b, given.latent.dtype))
-        k = jnp.concatenate(
-            [k, jnp.broadcast_to(given.k_rope.swapaxes(1, 2), (*k.shape[:3], self.sizes.rope))], axis=-1
-        )
+        rope = jnp.broadcast_to(given.k_rope.swapaxes(1, 2), (*k.shape[:3], self.sizes.rope))
+        k = jnp.concatenate([k, rope], axis=-1)
         keys, values = _written(given, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
         q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
         return attention(Cached(q, keys, values, given.positions, rows=given.rows), Scoring(window)), keys, values
