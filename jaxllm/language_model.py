@@ -370,7 +370,8 @@ class LanguageModel:
 
     def summary(self) -> Summary:
         """A table of every matrix: its format, how it is sharded and what one device holds."""
-        return summarize(self.placed, self.mesh, self.name, self.dtype)
+        cache = self.model.cache(1, self.max_seq_len, self.programs.cache_dtype, self.mesh)
+        return summarize(self.placed, cache, self.mesh, self.name, self.dtype)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt.

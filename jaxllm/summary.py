@@ -12,6 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxllm.checkpoint.filling import Placed
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import dispatch
+from jaxllm.kernels.registry import REFERENCE
+from jaxllm.layers.cache import KVCache
 from jaxllm.parallel import COLUMN, DP, ROW
 from jaxllm.tables import table
 
@@ -43,10 +45,11 @@ class Summary:
         return f"<p>{self.title}</p>{table(self.rows, HEADERS, 'html')}"
 
 
-def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing.DTypeLike) -> Summary:
+def summarize(placed: Sequence[Placed], cache: KVCache, mesh: Mesh, name: str, dtype: jax.typing.DTypeLike) -> Summary:
     """Group equal layers and add up bytes.
 
     Args:
+        cache: the shapes of a sequence's. Where no kernel attends to it, the title says why.
         dtype: the dtype of the activations; the choice of kernels depends on it.
     """
     groups: dict[tuple, list[int]] = {}
@@ -64,6 +67,11 @@ def summarize(placed: Sequence[Placed], mesh: Mesh, name: str, dtype: jax.typing
         f"{name}: {parameters:,} parameters, {source / 2**20:.1f} MiB in the file, "
         f"{held / 2**20:.1f} MiB on each device of the mesh {axes}"
     )
+    platform = mesh.devices.flat[0].platform
+    layers_held = zip(cache.keys, cache.values, cache.shapes, strict=True)
+    choices = (dispatch.choose_attention(k, v, dtype, platform, shape.latent) for k, v, shape in layers_held)
+    if reasons := dict.fromkeys(choice.why for choice in choices if choice.backend == REFERENCE):
+        title += f"; no kernel attends to the cache: {'; '.join(reasons)}"
     return Summary(title, rows)
 
 

@@ -7,28 +7,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.kernels.coded import Buffer, Coded
+from jaxllm.kernels.coded import Buffer, Coded, read
 
 
 class Cached(NamedTuple):
     """Queries and the cache that they attend to.
 
     q: `[batch, time, heads, head_dim]`, scaled; queries that share a key/value head are adjacent.
-    keys, values: `[sequences, kv_heads, length, dim]`, both numbers or both `Coded`.
+    keys, values: `[sequences, kv_heads, length, dim]`, both numbers or both `Coded`. No values: the keys serve as
+        values too, as latents do.
     positions: `[batch, time]`, the position of each query.
     key_positions: `[batch or 1, length]`, the positions of the keys, negative where there is none; None: their indices.
     sinks: `[heads]`, the score of an extra position that every query attends to and whose value is zero (GPT-OSS, after
         Xiao et al., 2023); None: there is none.
     rows: `[batch]`, which of the sequences each row of q belongs to; None: each to its own.
+    rope: `[sequences, kv_heads or 1, length, rope_dim]`, what all keys go on with, of all heads or of each; the last
+        numbers of every query are for these. None: nothing.
     """
 
     q: jax.Array
     keys: Buffer
-    values: Buffer
+    values: Buffer | None
     positions: jax.Array
     key_positions: jax.Array | None = None
     sinks: jax.Array | None = None
     rows: jax.Array | None = None
+    rope: Buffer | None = None
+
+    @property
+    def weighted(self) -> Buffer:
+        """What attention sums up: the values, or the keys that serve as such."""
+        return self.keys if self.values is None else self.values
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,33 @@ def apart(positions: jax.Array, segments: jax.Array) -> jax.Array:
     return positions + 2 * positions.shape[1] * segments
 
 
+def joined(given: Cached, scoring: Scoring) -> Cached:
+    """The same with whole keys, in q's dtype, and values: copies of what is read, where the cache holds parts."""
+    if given.rope is None and given.values is not None:
+        return given
+    rows = slice(None) if given.rows is None else given.rows
+    seen = slice(scoring.window if given.key_positions is None else None)
+
+    def numbers(buffer: Buffer) -> jax.Array:
+        return read(jax.tree.map(lambda leaf: leaf[rows, :, seen], buffer), given.q.dtype)
+
+    keys = numbers(given.keys)
+    values = keys if given.values is None else numbers(given.values)
+    if given.rope is not None:
+        rope = numbers(given.rope)
+        keys = jnp.concatenate([keys, jnp.broadcast_to(rope, (*keys.shape[:3], rope.shape[3]))], axis=-1)
+    return given._replace(keys=keys, values=values, rows=None, rope=None)
+
+
 def attend(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention, each query over the cached positions up to its own; softmax in float32.
 
     Returns:
         `[batch, time, heads, value_dim]` in q's dtype.
     """
-    q, keys, values, positions, key_positions, sinks, rows = given
+    given = joined(given, scoring)
+    q, keys, _, positions, key_positions, sinks, rows, _ = given
+    values = given.weighted
     sliding_window, score_cap = scoring.sliding_window, scoring.score_cap
     if key_positions is None:
         keys, values = jax.tree.map(lambda leaf: leaf[:, :, : scoring.window], (keys, values))

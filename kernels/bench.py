@@ -10,6 +10,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ from tqdm import tqdm
 from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
 from jaxllm.kernels import dispatch, shapes, tpu_report
+from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape
 from jaxllm.planning.chips import CHIPS as LIMITS
@@ -55,6 +59,19 @@ def bytes_and_flops(op: str, shape: Shape) -> tuple[float, float]:
     return matrices * packed + 2 * shape.m * shape.k + 4 * shape.m * shape.n, 2.0 * shape.m * shape.n * shape.k
 
 
+def attention_bytes_and_flops(given: Cached, scoring: Scoring) -> tuple[float, float]:
+    """The same of attention at the end of a cache: the positions that any query sees are read once."""
+    buffers = [buffer for buffer in (given.keys, given.values, given.rope) if buffer is not None]
+    (batch, tokens, heads, dim), length = given.q.shape, given.keys.shape[2]
+    value_dim = given.weighted.shape[3]
+    window = scoring.sliding_window or length
+    seen = min(window + tokens - 1, length)
+    pairs = sum(min(window, length - tokens + i + 1) for i in range(tokens))
+    read = batch * seen * sum(x.shape[1] * x.shape[3] * x.dtype.itemsize for x in buffers)
+    rows = batch * heads * (dim + value_dim)
+    return read + rows * tokens * given.q.dtype.itemsize, 2.0 * rows * pairs
+
+
 def compiled(op: str, shape: Shape, group: int | None, target: str | int) -> tuple[str, str, str, str]:
     """Tile sizes, on-chip memory, other facts from the compiler, and its estimate of the time."""
     if isinstance(target, str):
@@ -70,6 +87,21 @@ def compiled(op: str, shape: Shape, group: int | None, target: str | int) -> tup
     return tile, f"{made['shared'] / 2**10:.0f} KiB shared", more, "none"
 
 
+def compiled_attention(name: str, tokens: int, batch: int, target: str | int) -> tuple[str, str, str, str]:
+    """The same of attention."""
+    if isinstance(target, str):
+        made = tpu_report.attention_report(name, tokens, target, batch=batch)
+        estimate = f"{made['optimal_seconds'] * 1e6:.1f}"
+        return f"{made['tile']} x {made['block']}", f"{made['vmem_bytes'] / 2**20:.1f} MiB VMEM", "", estimate
+    from jaxllm.kernels import gpu_report
+
+    launch = gpu_report.attention_launch(name, tokens, batch=batch)
+    made = gpu_report.resources(gpu_report.compiled(launch, target))
+    tile = f"{launch.constants['BLOCK_M']} x {launch.constants['BLOCK_N']}"
+    more = f"{', '.join(made['instructions'])}; {made['registers']} registers, {made['spills']} bytes spilled"
+    return tile, f"{made['shared'] / 2**10:.0f} KiB shared", more, "none"
+
+
 def measured(op: str, shape: Shape, group: int | None) -> float:
     """The median seconds per run on this machine's first device."""
     kind, name = op.split(".")
@@ -81,6 +113,21 @@ def measured(op: str, shape: Shape, group: int | None) -> float:
     if shape.experts:
         used = min(tiles, max(shape.m // rows, min(shape.experts, shape.m)))
         args.append(jnp.where(jnp.arange(tiles) < used, jnp.arange(tiles) % shape.experts, -1).astype(jnp.int32))
+    return _median_seconds(f, *args)
+
+
+def measured_attention(given: Cached, scoring: Scoring) -> float:
+    """The same of attention, the newest tokens at the end of the cache."""
+    tokens, length = given.q.shape[1], given.keys.shape[2]
+    given = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), given)
+    newest = jnp.arange(shapes.LENGTH - length, shapes.LENGTH, dtype=jnp.int32)
+    given = given._replace(positions=jnp.broadcast_to(newest[-tokens:], given.positions.shape))
+    if given.key_positions is not None:
+        given = given._replace(key_positions=jnp.broadcast_to(newest, given.key_positions.shape))
+    return _median_seconds(partial(dispatch.attention, scoring=scoring), given)
+
+
+def _median_seconds(f: Callable, *args: Any) -> float:
     f = jax.jit(f)
     jax.block_until_ready(f(*args))
     times = []
@@ -111,6 +158,23 @@ def rows(name: str, measure: bool) -> list[tuple]:
         published = PUBLISHED.get(label, "") if group and name == "H100" else ""
         sizes = f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{limit * 1e6:.1f} ({bound})"
         out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, target), published, speed))
+    return out + attention_rows(name, measure)
+
+
+def attention_rows(name: str, measure: bool) -> list[tuple]:
+    """The same for attention: a token of 1 and of 16 sequences, and a chunk of a prompt, at the end of the cache."""
+    (chip, target), out = CHIPS[name], []
+    for label, (tokens, batch) in product(shapes.ATTENTION, ((1, 1), (1, shapes.BATCH), (shapes.CHUNK, 1))):
+        given, scoring = shapes.attention(label, tokens, batch)
+        nbytes, flops = attention_bytes_and_flops(given, scoring)
+        limit, bound = max((nbytes / chip.bandwidth, "memory"), (flops / chip.flops, "compute"))
+        speed = NOT_MEASURED
+        if measure:
+            seconds = measured_attention(given, scoring)
+            speed = f"{seconds * 1e6:.1f} us, {limit / seconds:.0%} of the limit"
+        sizes = f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{limit * 1e6:.1f} ({bound})"
+        what = f"{label} x {tokens}" + (f", {batch} sequences" if batch > 1 else "")
+        out.append(("attention", what, *sizes, *compiled_attention(label, tokens, batch, target), "", speed))
     return out
 
 

@@ -28,6 +28,7 @@ from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import dense, norm, registry
 from jaxllm.kernels.activations import Quantized, Rounded, Rows, not_rounding, of_whole_rows, rounded, rounded_tiles
 from jaxllm.kernels.attention import Cached, Scoring, attend
+from jaxllm.kernels.coded import Buffer
 from jaxllm.kernels.registry import REFERENCE, Kernel
 
 PRODUCT = "product"  # the name of results that are worth keeping for a backward pass, see `kept`
@@ -114,10 +115,32 @@ def choose_for(weight: Weight, dtype: jax.typing.DTypeLike, platform: str) -> Ch
     return choose(op, jax.ShapeDtypeStruct((1, shard.shape[-1]), dtype), shard, platform)
 
 
-def explain(op: str, x: Rows, weight: Weight, platform: str | None = None) -> str:
+def choose_attention(
+    keys: Buffer, values: Buffer, dtype: jax.typing.DTypeLike, platform: str, latent: bool = False
+) -> Choice:
+    """The kernel by which each device will attend to its share of a cache, whose leaves have shardings.
+
+    Args:
+        dtype: of the queries.
+        latent: whether `values` are what the keys go on with, see `Cached.rope`.
+    """
+    struct: Any = jax.ShapeDtypeStruct
+    shard = lambda leaf: struct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)  # noqa: E731
+    keys, values = jax.tree.map(shard, (keys, values))
+    q = struct((1, 1, keys.shape[1], keys.shape[3] + latent * values.shape[3]), dtype)
+    given = Cached(q, keys, values, struct((1, 1), jnp.int32))
+    given = given._replace(values=None, rope=values) if latent else given
+    return choose("attention", given, jax.Array, platform)
+
+
+def explain(op: str, x: Any, weight: Weight | type, platform: str | None = None) -> str:
     """Which kernel would do an op, and why, as a sentence; see `choose` for the arguments."""
     choice = choose(op, x, weight, platform)
-    return f"{op} of {weight.format} {'x'.join(map(str, weight.shape))}: {choice.backend} ({choice.why})"
+    if isinstance(x, Cached):
+        what, shape = f"{x.q.dtype.name} to keys in {x.keys.dtype.name}", x.keys.shape
+    else:
+        what, shape = _format(weight), () if isinstance(weight, type) else weight.shape
+    return f"{op} of {what} {'x'.join(map(str, shape))}: {choice.backend} ({choice.why})"
 
 
 def _format(weight: Weight | type[Weight]) -> str:

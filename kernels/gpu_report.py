@@ -15,8 +15,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jaxllm.kernels import gpu
+from jaxllm.kernels import gpu, shapes
 from jaxllm.kernels.experts import tile_size
+from jaxllm.kernels.flash import triton_gpu as flash
 from jaxllm.kernels.shapes import Shape, abstract_weight
 
 TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "uint8": "u8", "int32": "i32"}
@@ -85,6 +86,13 @@ def compile_report(
         "stages": matmul.stages,
         **resources(compiled(matmul, arch)),
     }
+
+
+def attention_launch(name: str, time: int, **options: Any) -> gpu.Launch:
+    """The launch of one of `shapes.ATTENTION`, see `shapes.attention`."""
+    given, scoring = shapes.attention(name, time, **options)
+    (launch,) = launches(lambda given: flash.attention(given, scoring), given)
+    return launch
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:

@@ -157,6 +157,8 @@ KERNELS: list[Kernel] = [
     Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
     Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
     *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", "rms_norm", **NATIVE),
+    *_kernels("flash.pallas_tpu", jax.Array, "tpu", "attention"),
+    *_kernels("flash.triton_gpu", jax.Array, "gpu", "attention", missing=TRITON),
     Kernel("attention", jax.Array, None, REFERENCE, attention.attend, differentiable=True),
     Kernel("rms_norm", jax.Array, None, REFERENCE, norm.rms_norm, differentiable=True),
 ]

@@ -1,7 +1,7 @@
 """Matrices of real models, for tests that compile and for benchmarks: `[out, in]` of one device's shard."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jaxllm.formats.mxfp4 import BLOCK, MXFP4
 from jaxllm.formats.nvfp4 import NVFP4
 from jaxllm.formats.planes_of import planes_of
 from jaxllm.formats.scaled import Activations, Scaled
+from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Buffer, stored
 
 
 class Shape(NamedTuple):
@@ -60,6 +62,68 @@ PUBLISHED = {
     "DeepSeek-V3 o_proj, whole": (7168, 16384, (64, PREFILL)),
     "DeepSeek-V3 q_a and kv_a": (2112, 7168, (128, PREFILL)),
 }
+
+
+class Heads(NamedTuple):
+    """Attention of one device's heads; `rope` is what keys are longer by, and `value_dim` 0: latents are the values."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    rope: int = 0
+    sliding_window: int | None = None
+    score_cap: float | None = None
+    sinks: bool = False
+
+
+LENGTH, CHUNK = 8192, 512  # positions of the cache; of them, a prompt's newest ones that are processed together
+RING = 64  # positions that a ring has beyond its window
+
+ATTENTION = {  # name: for a token, for a chunk of a prompt; tp=8
+    "Llama-70B": Heads(8, 1, 128, 128),
+    "Qwen3-235B tp=4": Heads(16, 1, 128, 128),
+    "gpt-oss-120b": Heads(8, 1, 64, 64, sinks=True),
+    "gpt-oss-120b window": Heads(8, 1, 64, 64, sliding_window=128, sinks=True),
+    "Gemma 2 9B": Heads(2, 1, 256, 256, score_cap=50.0),
+    "Gemma 3 12B window": Heads(2, 1, 256, 256, sliding_window=1024),
+    "DeepSeek-V3": Heads(16, 1, 512, 0, rope=64),
+}
+EXPANDED = {"DeepSeek-V3": Heads(16, 16, 128, 128, rope=64)}  # what is another function of the cache for many tokens
+
+
+def attention(
+    name: str,
+    time: int,
+    batch: int = 1,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[Cached, Scoring]:
+    """The operands, as shapes, of attention for `time` tokens of `batch` sequences at the end of a cache."""
+    at = EXPANDED.get(name, ATTENTION[name]) if time > 1 else ATTENTION[name]
+    length = LENGTH
+    if at.sliding_window:
+        length = at.sliding_window + RING + (time if time > 1 else 0)
+
+    def struct(*shape: int, dtype: jax.typing.DTypeLike = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def held(heads: int, dim: int) -> Buffer | None:
+        shape = batch, heads, length, dim
+        return jax.eval_shape(lambda: stored(jnp.zeros(shape), cache_dtype or dtype)) if dim else None
+
+    keys = held(at.kv_heads, at.dim)
+    assert keys is not None
+    given = Cached(
+        q=struct(batch, time, at.heads, at.dim + at.rope),
+        keys=keys,
+        values=held(at.kv_heads, at.value_dim),
+        positions=struct(batch, time, dtype=jnp.int32),
+        key_positions=struct(batch, length, dtype=jnp.int32) if at.sliding_window else None,
+        sinks=struct(at.heads, dtype=jnp.float32) if at.sinks else None,
+        rope=held(1, at.rope),
+    )
+    return given, Scoring(LENGTH, at.sliding_window, at.score_cap)
 
 
 def named() -> dict[str, dict[str, Shape]]:

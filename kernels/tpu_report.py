@@ -1,8 +1,10 @@
 """What the TPU's compiler turns a kernel into, without a TPU: `compile_report`."""
 
+import functools
 import importlib
 import re
-import time
+from time import perf_counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.formats.mxfp4 import BLOCK
+from jaxllm.kernels import shapes
+from jaxllm.kernels.flash import pallas_tpu as flash
 from jaxllm.kernels.shapes import Shape, abstract_weight
 from jaxllm.planning.topologies import topology
 
@@ -51,9 +55,9 @@ def compile_report(op: str, shape: Shape, chips: str, dtype: str = "bfloat16", g
     local = jax.shard_map(
         getattr(module, name), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
     )
-    start = time.perf_counter()
+    start = perf_counter()
     compiled = jax.jit(local).lower(*arguments).compile()
-    seconds, text = time.perf_counter() - start, compiled.as_text() or ""
+    seconds, text = perf_counter() - start, compiled.as_text() or ""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None and cost is not None  # TPU compilers have both
     size = module.tile_sizes(rows, weight, dtype)
@@ -65,6 +69,45 @@ def compile_report(op: str, shape: Shape, chips: str, dtype: str = "bfloat16", g
         "temp_bytes": memory.temp_size_in_bytes,
         "copies": weight_copies(text, shape),
         "kernels": sorted(set(re.findall(rf"%({format}\w+)\S* = .*tpu_custom_call", text))),
+        "seconds": seconds,
+        "optimal_seconds": cost.get("optimal_seconds"),
+    }
+
+
+def attention_report(name: str, time: int, chips: str, **options: Any) -> dict:
+    """Compile one of `shapes.ATTENTION`; the cache lies as the compiler wants it, which is how it is allocated.
+
+    Args:
+        time, options: see `shapes.attention`.
+
+    Returns:
+        `tile`, `block`: queries and positions in a grid step, and `vmem_bytes` that they take; `temp_bytes`, `kernels`,
+        `seconds` and `optimal_seconds` as in `compile_report`; `copies` of keys or values, which there should be none
+        of (but of the scales of those in 8 bits).
+    """
+    given, scoring = shapes.attention(name, time, **options)
+    mesh, everywhere = topology_mesh(chips), PartitionSpec()
+    local = jax.shard_map(
+        functools.partial(flash.attention, scoring=scoring),
+        mesh=mesh,
+        in_specs=everywhere,
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    given = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, everywhere)), given)
+    start = perf_counter()
+    compiled = jax.jit(local).lower(given).compile()
+    seconds, text = perf_counter() - start, compiled.as_text() or ""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None and cost is not None  # TPU compilers have both
+    size, held = flash.sizes(given), re.escape(",".join(map(str, given.keys.shape[1:3])))
+    return {
+        "tile": size.tile,
+        "block": size.block,
+        "vmem_bytes": size.vmem_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "copies": re.findall(rf"= (\w+\[\d+,{held},(?!1\])\d+\]\S* (?:copy|transpose|fusion))\(", text),
+        "kernels": sorted(set(re.findall(r"%(\w+)\S* = .*tpu_custom_call", text))),
         "seconds": seconds,
         "optimal_seconds": cost.get("optimal_seconds"),
     }

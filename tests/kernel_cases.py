@@ -1,6 +1,8 @@
 """What every backend of the kernels has to do. A backend's test class inherits these and says how it is run."""
 
 import dataclasses
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import pytest
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels.activations import Quantized
+from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.coded import Coded, stored
 
 # [m, n, k]; k is whole blocks of 32, which MXFP4 needs.
 SHAPES = {
@@ -202,3 +206,129 @@ class BlockFP8Cases(KernelCases):
         weight = block_fp8(*shape, block=block)
         got = self.run(lambda w: self.module.weight_dequant(w, jnp.float32), weight)
         np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
+
+
+class Case(NamedTuple):
+    """Attention; `dim` of keys, of values (0: the keys serve as values) and of what keys go on with (`rope`)."""
+
+    time: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    length: int
+    first: tuple[int, ...]  # the position of each row's first token
+    rope: int = 0
+    sliding_window: int | None = None
+    score_cap: float | None = None
+    sinks: bool = False
+    ring: bool = False  # the cache holds positions in any order, and some of its slots are empty
+    cache: str = "bfloat16"
+    dtype: str = "bfloat16"
+
+
+ATTENTION = {
+    "a token": Case(1, 8, 1, 128, 128, 256, (200, 3)),
+    "a token of many heads": Case(1, 6, 3, 64, 64, 300, (290, 130)),
+    "a token of many positions, with sinks": Case(1, 4, 1, 32, 32, 640, (600, 20), sinks=True),  # divided on GPUs
+    "a few tokens": Case(3, 4, 2, 64, 128, 200, (150,), cache="float32", dtype="float32"),
+    "a prompt": Case(20, 4, 2, 32, 16, 300, (0, 270), dtype="float32"),
+    "a prompt in a window, with sinks": Case(20, 4, 1, 64, 64, 400, (350,), sliding_window=30, sinks=True),
+    "a token in a ring": Case(1, 4, 1, 64, 64, 192, (500, 40), sliding_window=128, sinks=True, ring=True),
+    "a prompt in a ring": Case(9, 2, 1, 96, 96, 150, (140,), sliding_window=100, score_cap=5.0, ring=True),
+    "scores with a cap": Case(2, 4, 2, 256, 256, 140, (100, 137), score_cap=2.0),
+    "latents": Case(1, 16, 1, 128, 0, 300, (280, 100), rope=64),
+    "latents of every head": Case(5, 2, 2, 32, 48, 130, (120,), rope=16),
+    "int8": Case(2, 4, 1, 64, 64, 200, (190, 60), cache="int8", sinks=True),
+    "fp8": Case(1, 4, 2, 128, 128, 256, (255,), cache="float8_e4m3fn"),
+    "latents in 8 bits": Case(1, 4, 1, 128, 0, 150, (140,), rope=32, cache="float8_e4m3fn"),
+}
+
+
+def attention_operands(case):
+    """Sequences lie in the cache in another order, and one of them belongs to no row."""
+    batch, dim = len(case.first), case.dim + case.rope
+    buffers = {"keys": (case.kv_heads, case.dim), "values": (case.kv_heads, case.value_dim), "rope": (1, case.rope)}
+    held = {
+        name: stored(jnp.asarray(numbers(batch + 1, case.length, heads, size, seed=i).swapaxes(1, 2)), case.cache)
+        for i, (name, (heads, size)) in enumerate(buffers.items(), 1)
+        if size
+    }
+    at = None
+    if case.ring:
+        newest, age = np.array(case.first) + case.time - 1, np.random.default_rng(0).permutation(case.length)
+        at = jnp.asarray(np.maximum(newest[:, None] - age, -1), jnp.int32)
+    return Cached(
+        q=jnp.asarray(numbers(batch, case.time, case.heads, dim) * 3 * dim**-0.5, case.dtype),
+        keys=held["keys"],
+        values=held.get("values"),
+        positions=jnp.asarray(np.array(case.first)[:, None] + np.arange(case.time), jnp.int32),
+        key_positions=at,
+        sinks=jnp.asarray(numbers(case.heads, seed=5) + 3) if case.sinks else None,
+        rows=jnp.arange(batch, 0, -1, dtype=jnp.int32),
+        rope=held.get("rope"),
+    ), Scoring(min(case.length, max(case.first) + case.time), case.sliding_window, case.score_cap)
+
+
+def attended(given, scoring):
+    """Attention in float64, one query after the other."""
+
+    def wide(x, heads):
+        if isinstance(x, Coded):
+            codes = np.asarray(x.codes).view(jnp.dtype(x.dtype)).astype(np.float64)
+            x = codes * np.asarray(x.scales, np.float64)
+        return np.repeat(np.asarray(x, np.float64), heads // x.shape[1], axis=1)
+
+    q, (batch, time, heads, _) = np.asarray(given.q, np.float64), given.q.shape
+    keys = wide(given.keys, heads)
+    values = keys if given.values is None else wide(given.values, heads)
+    if given.rope is not None:
+        keys = np.concatenate([keys, wide(given.rope, heads)], axis=-1)
+    y = np.zeros((batch, time, heads, values.shape[-1]))
+    for b, t, h in np.ndindex(batch, time, heads):
+        sequence, position = int(given.rows[b]), int(given.positions[b, t])
+        at = np.arange(keys.shape[2]) if given.key_positions is None else np.asarray(given.key_positions[b])
+        seen = (at >= 0) & (at <= position)
+        if scoring.sliding_window is not None:
+            seen &= at > position - scoring.sliding_window
+        scores = keys[sequence, h, seen] @ q[b, t, h]
+        if scoring.score_cap is not None:
+            scores = scoring.score_cap * np.tanh(scores / scoring.score_cap)
+        weights = np.exp(scores)
+        total = weights.sum() + (0 if given.sinks is None else np.exp(np.float64(given.sinks[h])))
+        y[b, t, h] = weights @ values[sequence, h, seen] / total
+    return y
+
+
+class AttentionCases(KernelCases):
+    @pytest.mark.parametrize("name", ATTENTION)
+    def test_attention(self, name):
+        given, scoring = attention_operands(ATTENTION[name])
+        self.check_attention(given, scoring)
+
+    def test_blocks_that_nobody_sees_are_not_read(self):
+        """Their values are NaN, which times a weight of 0 would be NaN."""
+        given, scoring = attention_operands(Case(2, 2, 1, 32, 32, 640, (320,), sliding_window=40, dtype="float32"))
+        nobodys = (np.arange(640) < 256) | (np.arange(640) >= 384)
+        given = given._replace(values=given.values.at[:, :, nobodys].set(jnp.nan))
+        self.check_attention(given, dataclasses.replace(scoring, window=640))
+
+    def check_attention(self, given, scoring):
+        got = self.run(partial(self.module.attention, scoring=scoring), given)
+        assert got.dtype == given.q.dtype
+        error = 2e-5 if given.q.dtype == jnp.float32 else 0.02
+        np.testing.assert_allclose(got.astype(np.float64), attended(given, scoring), rtol=0, atol=error)
+
+
+def check_refusals_of_attention(refuses, too_large):
+    """`too_large`: part of what it says of heads of 2^20 numbers."""
+
+    def told(q=jnp.bfloat16, cache=jnp.bfloat16, dim=128):
+        buffer = jax.eval_shape(lambda: stored(jnp.zeros((2, 1, 64, dim)), cache))
+        queries, at = jax.ShapeDtypeStruct((2, 1, 8, dim), q), jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        return refuses("attention", Cached(queries, buffer, buffer, at), jax.Array)
+
+    assert told() is told(cache=jnp.int8) is told(jnp.float32, jnp.float32) is None
+    assert "a cache of float16 for queries of bfloat16: both" in told(cache=jnp.float16)
+    assert "float16, " in told(jnp.float16, jnp.float16)
+    assert too_large in told(dim=1 << 20)

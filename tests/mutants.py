@@ -227,6 +227,13 @@ MUTANTS = [
         "",
         ("tests/test_answer_parts.py", "-k", "do_not_depend"),
     ),
+    Mutant(
+        "blocks of keys before a window are read",
+        "kernels/flash/blocks.py",
+        "seen &= keys[:, None] > low - sliding_window",
+        "pass",
+        ("tests/test_kernels_pallas.py", "-k", "nobody"),
+    ),
 ]
 
 

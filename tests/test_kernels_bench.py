@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxllm.kernels import bench
-from jaxllm.kernels.shapes import Shape, named
+from jaxllm.kernels.shapes import Shape, attention, named
 
 README = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
 
@@ -23,6 +23,26 @@ README = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
 )
 def test_what_an_op_has_to_move_and_multiply(op, shape, nbytes, flops):
     assert bench.bytes_and_flops(op, shape) == (nbytes, flops)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "nbytes", "flops"),
+    [
+        ("Llama-70B", 1, (8192 * 256 + 8 * 256) * 2, 2 * 8 * 256 * 8192),
+        ("gpt-oss-120b window", 1, (128 * 128 + 8 * 128) * 2, 2 * 8 * 128 * 128),
+        ("DeepSeek-V3", 1, (8192 * 576 + 16 * (576 + 512)) * 2, 2 * 16 * (576 + 512) * 8192),
+        ("Llama-70B", 512, (8192 * 256 + 512 * 8 * 256) * 2, 2 * 8 * 256 * sum(range(7681, 8193))),
+    ],
+)
+def test_what_attention_has_to_move_and_multiply(name, tokens, nbytes, flops):
+    assert bench.attention_bytes_and_flops(*attention(name, tokens)) == (nbytes, flops)
+
+
+def test_attention_is_timed(monkeypatch):
+    """Over a ring, whose newest positions are those of the tokens."""
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=iter([10, 13]).__next__))
+    assert bench.measured_attention(*attention("gpt-oss-120b window", 1)) == 3
 
 
 @pytest.mark.parametrize("op", named())

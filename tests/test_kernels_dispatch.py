@@ -21,7 +21,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.formats.scaled import Activations, Scaled
-from jaxllm.kernels import dense, dispatch, registry
+from jaxllm.kernels import dense, dispatch, registry, shapes
 from jaxllm.kernels.activations import Rounded
 from jaxllm.kernels.registry import Kernel, Layout
 from jaxllm.parallel import COLUMN, ROW, make_mesh
@@ -67,6 +67,14 @@ def test_a_format_without_kernels_is_decoded():
     assert (
         dispatch.explain("matmul", X, Q8_0, "tpu") == "matmul of Q8_0 128x256: reference (there are no kernels for tpu)"
     )
+
+
+def test_what_attends_and_why():
+    given, _ = shapes.attention("gpt-oss-120b window", 1)
+    say = lambda given: dispatch.explain("attention", given, jax.Array, "tpu")  # noqa: E731
+    assert say(given) == "attention of bfloat16 to keys in bfloat16 1x1x192x64: pallas_tpu (made for tpu)"
+    other = given._replace(keys=given.keys.update(dtype=jnp.float16))
+    assert "reference (pallas_tpu cannot: a cache of float16 for queries of bfloat16: both have to be the" in say(other)
 
 
 def test_a_backend_asked_for_by_name_fails_loudly(calls):
@@ -141,7 +149,9 @@ def test_a_model_without_its_kernels_is_warned_about_once(without, monkeypatch, 
     with pytest.warns(UserWarning, match="without the kernels for cpu: triton is not installed") as said:
         model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32")
     assert len(said) == 1
-    assert {row[4] for row in model.summary().rows} == {"reference", ""}
+    summary = model.summary()
+    assert {row[4] for row in summary.rows} == {"reference", ""}
+    assert "; no kernel attends to the cache: triton_gpu cannot: triton is not installed" in summary.title
 
 
 def test_ops_that_there_are():

@@ -12,13 +12,22 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers, rounded
+from kernel_cases import (
+    AttentionCases,
+    BlockFP8Cases,
+    KernelCases,
+    MXFP4Cases,
+    check_refusals_of_attention,
+    numbers,
+    rounded,
+)
 from kernel_cases import block_fp8 as block_fp8_weight
 from kernel_cases import mxfp4 as mxfp4_weight
 
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import shapes, tpu
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
+from jaxllm.kernels.flash import pallas_tpu as flash
 from jaxllm.kernels.mxfp4 import pallas_tpu as mxfp4
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -145,6 +154,18 @@ class TestManySteps(Quickly, KernelCases):
         np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
 
 
+@pytest.mark.usefixtures("no_races")
+class TestAttention(Quickly, AttentionCases):
+    """In small blocks, so that there are several, some of which nobody sees."""
+
+    module = simulated(flash, "attention")
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch):
+        monkeypatch.setattr(flash, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(flash, "TILE", 16)
+
+
 SMALL = jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
 
 
@@ -182,6 +203,10 @@ def test_what_both_refuse(module):
     assert told(28672, jnp.float32) is None
     assert "float16" in told(256, jnp.float16)
     assert "rows of 1048576 columns" in told(1 << 20, jnp.bfloat16)
+
+
+def test_what_attention_refuses():
+    check_refusals_of_attention(flash.refuses, "heads of 1048576 numbers do not fit")
 
 
 def test_tiles_fit():

@@ -1,7 +1,10 @@
 """The definitions of the kernels against products in float64."""
 
-from kernel_cases import BlockFP8Cases, MXFP4Cases
+from types import SimpleNamespace
 
+from kernel_cases import AttentionCases, BlockFP8Cases, MXFP4Cases
+
+from jaxllm.kernels.attention import attend
 from jaxllm.kernels.block_fp8 import reference as block_fp8
 from jaxllm.kernels.mxfp4 import reference as mxfp4
 
@@ -12,3 +15,10 @@ class TestMXFP4(MXFP4Cases):
 
 class TestBlockFP8(BlockFP8Cases):
     module = block_fp8
+
+
+class TestAttention(AttentionCases):
+    module = SimpleNamespace(attention=attend)
+
+    def test_blocks_that_nobody_sees_are_not_read(self):
+        """They are."""

@@ -20,7 +20,16 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, act_quant, numbers, rounded  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    EXPERTS,
+    AttentionCases,
+    BlockFP8Cases,
+    MXFP4Cases,
+    act_quant,
+    check_refusals_of_attention,
+    numbers,
+    rounded,
+)
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -30,6 +39,7 @@ from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
 from jaxllm.formats.scaled import Activations, Scaled  # noqa: E402
 from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.flash import triton_gpu as flash  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
 pytestmark = pytest.mark.optimized
@@ -84,6 +94,7 @@ MENDED = {
     "create_fp_to_fp": cast,
     "create_fp_ext": cast,
     "create_fp_trunc": cast,
+    "create_si_to_fp": cast,
     "create_fmul": multiply,
     "create_dot": dot,
     "get_bf16": lambda self, value: handle_of(np.array([value]), tl.bfloat16),
@@ -206,6 +217,10 @@ class TestBlockFP8(BlockFP8Cases):
             np.testing.assert_array_equal(got, expected)
 
 
+class TestAttention(AttentionCases):
+    module = flash
+
+
 def test_what_is_refused():
     x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
     assert mxfp4.refuses("matmul", x, mxfp4_weight(8, 256)) is None
@@ -219,5 +234,6 @@ def test_what_is_refused():
         weight = block_fp8_weight(8, 256, block=block, group=group)
         assert block_fp8.refuses("grouped_matmul", x, weight) == reason
         assert block_fp8.refuses("weight_dequant", x, weight) is None
+    check_refusals_of_attention(flash.refuses, "heads of 1048576 numbers: the GPU kernels take up to 512")
     weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activations=Activations(128))
     assert "int8" in block_fp8.refuses("matmul", x, weight)

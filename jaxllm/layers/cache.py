@@ -24,12 +24,14 @@ class CacheShape:
     """What one layer caches per position: `heads` as placed on the mesh, and the sizes of a key and a value.
 
     window: how many positions, the newest included, are ever attended to; None: all of them.
+    latent: whether the keys serve as values too, and what is cached as values is what they go on with.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    latent: bool = False
 
     def length(self, capacity: int) -> int:
         """How many positions the layer keeps of a sequence of up to `capacity` tokens."""

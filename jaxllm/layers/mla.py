@@ -96,7 +96,7 @@ class LatentAttention(nnx.Module):
         s = self.sizes = sizes
         self.scale, self.per_head_cache, self.split_kv_b = scale, per_head_cache, split_kv_b
         per_head = CacheShape(len(heads.query), s.nope + s.rope, s.value)
-        self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope)
+        self.cache_shape = per_head if per_head_cache else CacheShape(1, s.rank, s.rope, latent=True)
         q_shape, q_rows = s.heads * (s.nope + s.rope), heads.rows(heads.query, s.nope + s.rope)
         low = s.q_rank
         self.q_proj = Linear((q_shape, s.hidden), COLUMN, rows=q_rows) if low is None else None
@@ -154,7 +154,9 @@ class LatentAttention(nnx.Module):
     def _per_head(self, given: _Operands, window: int) -> Attended:
         if given.segments is not None:
             return self._whole(given)
-        k, v = self._expand(given.latent[:, :, 0], given.k_rope[:, :, 0], self._up(given.kv_b, given.latent.dtype))
+        k, v = self._expand(given.latent[:, :, 0], self._up(given.kv_b, given.latent.dtype))
+        rope = jnp.broadcast_to(given.k_rope.swapaxes(1, 2), (*k.shape[:3], self.sizes.rope))
+        k = jnp.concatenate([k, rope], axis=-1)
         keys, values = _written(given, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
         q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
         return attention(Cached(q, keys, values, given.positions, rows=given.rows), Scoring(window)), keys, values
@@ -165,36 +167,35 @@ class LatentAttention(nnx.Module):
         dtype, positions = given.latent.dtype, given.positions
         up = self._up(given.kv_b, dtype)
         latents, ropes = _written(given, (given.latent, given.k_rope))
+        if positions.shape[1] == 1:
+            # The latents serve as the single key head and the single value head, which all queries share.
+            q = jnp.concatenate([_einsum("bthn,hnr->bthr", given.q_nope, up[0]), given.q_rope], axis=-1)
+            cached = Cached(q, latents, None, positions, rows=given.rows, rope=ropes)
+            return _einsum("bthr,hvr->bthv", attention(cached, Scoring(window)), up[1]), latents, ropes
         at = slice(None) if given.rows is None else given.rows
         parts = jax.tree.map(lambda leaf: leaf[at, :, :window], (latents, ropes))
         seen, seen_rope = (read(part, dtype) for part in parts)
-        if positions.shape[1] > 1:
-            keys, values = self._expand(seen[:, 0], seen_rope[:, 0], up)
-            q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
-            return attention(Cached(q, keys, values, positions), Scoring(window)), latents, ropes
-        # The latents serve as the single key head and the single value head, which all queries share.
-        q = jnp.concatenate([_einsum("bthn,hnr->bthr", given.q_nope, up[0]), given.q_rope], axis=-1)
-        keys = jnp.concatenate([seen, seen_rope], axis=-1)
-        y = attention(Cached(q, keys, seen, positions), Scoring(window))
-        return _einsum("bthr,hvr->bthv", y, up[1]), latents, ropes
+        q = jnp.concatenate([given.q_nope, given.q_rope], axis=-1)
+        keys, values = self._expand(seen[:, 0], up)
+        return attention(Cached(q, keys, values, positions, rope=seen_rope), Scoring(window)), latents, ropes
 
     def _whole(self, given: _Operands) -> Attended:
         """Rows that are complete, so that nothing is cached. A backward pass dequantizes kv_b again."""
 
         @jax.checkpoint
-        def expand(latents: jax.Array, ropes: jax.Array, kv_b: list[Weight]) -> tuple[jax.Array, jax.Array]:
-            return self._expand(latents, ropes, self._up(kv_b, latents.dtype))
+        def expand(latents: jax.Array, kv_b: list[Weight]) -> tuple[jax.Array, jax.Array]:
+            return self._expand(latents, self._up(kv_b, latents.dtype))
 
-        keys, values = expand(given.latent[:, :, 0], given.k_rope[:, :, 0], given.kv_b)
+        keys, values = expand(given.latent[:, :, 0], given.kv_b)
         q, at = jnp.concatenate([given.q_nope, given.q_rope], axis=-1), apart(given.positions, given.segments)
-        y = attention(Cached(q, keys, values, at, at), Scoring(q.shape[1], q.shape[1]))
+        cached = Cached(q, keys, values, at, at, rope=given.k_rope.swapaxes(1, 2))
+        y = attention(cached, Scoring(q.shape[1], q.shape[1]))
         return y, *given.cache
 
-    def _expand(self, latents: jax.Array, ropes: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
-        """Every head's keys `[batch, heads, time, nope + rope]` and values, from latents `[batch, time, rank]`."""
-        k_nope = _einsum("bsr,hnr->bhsn", latents, up[0])
-        shared = jnp.broadcast_to(ropes[:, None], (*k_nope.shape[:3], ropes.shape[-1]))
-        return jnp.concatenate([k_nope, shared], axis=-1), _einsum("bsr,hvr->bhsv", latents, up[1])
+    def _expand(self, latents: jax.Array, up: Up) -> tuple[jax.Array, jax.Array]:
+        """Every head's keys without the rotary part that all heads share, `[batch, heads, time, nope]`, and its values,
+        from latents `[batch, time, rank]`."""
+        return _einsum("bsr,hnr->bhsn", latents, up[0]), _einsum("bsr,hvr->bhsv", latents, up[1])
 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

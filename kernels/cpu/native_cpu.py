@@ -16,7 +16,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels.activations import Quantized, group_of, rounds_int8_blocks
-from jaxllm.kernels.attention import Cached, Scoring
+from jaxllm.kernels.attention import Cached, Scoring, joined
 from jaxllm.kernels.coded import Buffer, Coded
 from jaxllm.kernels.cpu import library
 from jaxllm.kernels.cpu.operands import operands
@@ -38,8 +38,8 @@ def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
 
 
 def _refuses_attention(given: Cached) -> str | None:
-    if given.values.shape[3] % 8:
-        return f"values of {given.values.shape[3]} numbers: multiples of 8 are possible"
+    if given.weighted.shape[3] % 8:
+        return f"values of {given.weighted.shape[3]} numbers: multiples of 8 are possible"
     if not isinstance(given.keys, Coded) and given.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"keys of {given.keys.dtype.name}"
     return None
@@ -65,8 +65,9 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """See `attention.attend`. No key behind the last query's position is read, whatever `scoring.window` is."""
     library.native()
-    q, keys, values, positions, key_positions, sinks, rows = given
-    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(values)
+    given = joined(given, scoring)
+    q, keys, _, positions, key_positions, sinks, rows, _ = given
+    (keys, key_scales), (values, value_scales) = _codes_and_scales(keys), _codes_and_scales(given.weighted)
     arrays = [
         q.astype(jnp.float32),
         keys,

@@ -25,6 +25,7 @@ import triton  # noqa: E402
 
 from jaxllm.kernels import gpu_report as report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
+from jaxllm.kernels.flash import triton_gpu as flash  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
 
 SHARED = 227 * 1024  # bytes that a program can have on both architectures
@@ -117,6 +118,35 @@ def test_every_dtype_of_codes_and_scales(values, scales, arch):
     assert [report.resources(report.compiled(launch, arch))["spills"] for launch in launches] == [0, 0]
 
 
+@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize("time", [1, shapes.CHUNK])
+@pytest.mark.parametrize("name", shapes.ATTENTION)
+def test_attention_in_machine_code(name, time, arch):
+    made = report.resources(report.compiled(report.attention_launch(name, time), arch))
+    assert made["shared"] <= SHARED
+    assert made["spills"] == 0
+    # Tiles of 16 rows are bound by the memory, and too few for the larger instructions.
+    expected = INSTRUCTION[arch] if time > 1 else "mma.sync"
+    assert all(instruction.startswith(expected) for instruction in made["instructions"]) and made["instructions"]
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize("name", ["Llama-70B", "DeepSeek-V3"])
+def test_attention_to_a_cache_of_int8(name, arch):
+    made = report.resources(report.compiled(report.attention_launch(name, 1, cache_dtype=jnp.int8), arch))
+    assert made["shared"] <= SHARED
+    assert made["spills"] == 0
+
+
+@pytest.mark.parametrize("arch", INSTRUCTION)
+def test_attention_in_float32(arch):
+    for name in ("Llama-70B", "DeepSeek-V3"):
+        made = report.resources(report.compiled(report.attention_launch(name, 1, dtype=jnp.float32), arch))
+        assert made["shared"] <= SHARED
+        assert made["spills"] == 0
+        assert made["instructions"] == []
+
+
 @pytest.fixture(scope="module")
 def eight_h100():
     return Mesh(topology("h100:8").devices, ("tp",))
@@ -158,3 +188,16 @@ def test_results_differ_between_devices(eight_h100, op):
     f = jax.shard_map(report.function(op), mesh=eight_h100, in_specs=(P(), P("tp")), out_specs=P())
     with pytest.raises(ValueError, match="replicated"):
         jax.eval_shape(f, *args)
+
+
+@pytest.mark.parametrize("time", [1, shapes.CHUNK])
+@pytest.mark.parametrize("name", ["gpt-oss-120b window", "DeepSeek-V3"])
+def test_xla_compiles_attention(eight_h100, name, time):
+    """The kernel, what finds its blocks, and the sum of its parts: scores are nowhere."""
+    given, scoring = shapes.attention(name, time, batch=8)
+    f = jax.shard_map(lambda given: flash.attention(given, scoring), mesh=eight_h100, in_specs=P(), out_specs=P())
+    everywhere = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(eight_h100, P())), given)
+    compiled = jax.jit(f).lower(everywhere).compile(compiler_options=WITHOUT_A_GPU)
+    assert compiled.as_text().count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"') == 1
+    parts = sum(out.size * out.dtype.itemsize for out in report.attention_launch(name, time, batch=8).out_type)
+    assert compiled.memory_analysis().temp_size_in_bytes <= parts + 4 * given.q.size + 128 * 1024

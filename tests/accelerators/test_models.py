@@ -1,23 +1,28 @@
-"""Whole decode steps for chips that are not here: layers use the kernels, packed weights stay packed, and a block sums
-twice."""
+"""Whole decode steps for chips that are not here: layers use the kernels, packed weights stay packed, no scores are in
+memory, a block sums twice, and nothing waits for the host."""
 
 import dataclasses
 import importlib.util
 import math
 import re
 
+import jax.numpy as jnp
 import pytest
 
 import jaxllm
 from jaxllm.formats.scaled import Activations
+from jaxllm.kernels import dispatch
 from jaxllm.models.deepseek.config import PRESETS as DEEPSEEK
 from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.models.deepseek.model import deepseek
 from jaxllm.models.gpt_oss.config import PRESETS as GPT_OSS
 from jaxllm.models.gpt_oss.config import GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
+from jaxllm.models.llama.config import PRESETS as LLAMA
+from jaxllm.models.llama.config import LlamaConfig
+from jaxllm.models.llama.model import llama
 from jaxllm.parallel import make_mesh
-from jaxllm.plan import collectives, deepseek_fp8, fill_with_shapes, lower_decode
+from jaxllm.plan import collectives, deepseek_fp8, dense, fill_with_shapes, lower_decode
 from jaxllm.planning.shapes import mxfp4_experts
 from jaxllm.planning.topologies import WITHOUT_A_GPU, topology
 
@@ -36,6 +41,11 @@ no_cuda = pytest.mark.skipif(
 
 def two_layers(name, mesh):
     """Two layers of a published model, its parameters shapes: what differs between layers is there once."""
+    if name == "Llama-70B":
+        config = LlamaConfig.from_hf(LLAMA["llama-3.1-70b"])
+        model = llama(dataclasses.replace(config, layers=config.layers[:2]), mesh)
+        fill_with_shapes(model, mesh, dense(jnp.bfloat16))
+        return model
     if name == "gpt-oss-120b":
         config = GptOssConfig.from_hf(GPT_OSS[name])
         model = gpt_oss(dataclasses.replace(config, sliding_windows=config.sliding_windows[:2]), mesh, 32)
@@ -59,7 +69,21 @@ CASES = {
     ("gpt-oss-120b", "tp=8"): ({"mxfp4_grouped_matmul": 6}, {(384, 2880), (2880, 384)}),
     ("DeepSeek-V3", "tp=8"): ({"block_fp8_grouped_matmul": 3}, {(2304, 7168), (7168, 2304), (7168, 2048)}),
     ("DeepSeek-V3 W8A8", "tp=2,ep=4"): ({"block_fp8_grouped_matmul": 3}, {(9216, 7168), (7168, 9216), (1024, 7168)}),
+    ("Llama-70B", "tp=8"): ({}, set()),
 }
+BATCH, CAPACITY, FEWEST_HEADS = 8, 1280, 8  # no matrix has 1280 rows or columns
+
+
+def scores(text):
+    """Arrays of numbers for each cached position and each head or more."""
+    found = re.findall(r"\bf32\[([\d,]+)\]", text)
+    sizes = (tuple(map(int, dims.split(","))) for dims in found)
+    return {dims for dims in sizes if CAPACITY in dims and math.prod(dims) >= BATCH * FEWEST_HEADS * CAPACITY}
+
+
+def transfers(text):
+    """Instructions by which a program waits for the host, or keeps arrays in its memory (space 5)."""
+    return re.findall(r" (?:infeed|outfeed|send|recv)\(|S\(5\)|callback|annotate_device_placement", text)
 
 
 def moved(text):
@@ -75,7 +99,7 @@ def sums(mesh):
 
 def compiled(name, mesh_text, devices, options=None):
     mesh = make_mesh(mesh_text, devices.reshape(-1))
-    lowered = lower_decode(two_layers(name, mesh), mesh, batch=8, capacity=1024)
+    lowered = lower_decode(two_layers(name, mesh), mesh, batch=BATCH, capacity=CAPACITY)
     return lowered.compile(compiler_options=options)
 
 
@@ -89,10 +113,13 @@ def test_a_step_on_eight_tpus(name, mesh, chips):
     found = re.findall(r"%(\w+)[.\d]* = [^\n]*tpu_custom_call", text)
     for kernel, count in kernels.items():
         assert found.count(kernel) == count
+    assert found.count("attention") == 2
     if name.startswith("DeepSeek"):
         assert found.count("block_fp8_matmul") >= 2 * 4 + 3 + 3  # latents, q, o; the dense block; the shared expert
     assert not decoded_matrices(text, packed)
     assert not moved(text)
+    assert not scores(text)
+    assert not transfers(text)
     assert collectives(text)["all-reduce"] == sums(mesh)
 
 
@@ -104,9 +131,19 @@ def test_a_step_on_eight_gpus(name, mesh):
     kernels, packed = CASES[name, mesh]
     text = compiled(name, mesh, topology("h100:8").devices, WITHOUT_A_GPU).as_text()
     calls = text.count(f'custom_call_target="{jax_triton.CUSTOM_CALL_TARGET_NAME}"')
-    assert calls >= sum(kernels.values())
+    assert calls >= sum(kernels.values()) + 2  # attention
     assert not decoded_matrices(text, packed)
+    assert not scores(text)
+    assert not transfers(text)
     assert collectives(text)["all-reduce"] == sums(mesh)
+
+
+@no_libtpu
+def test_scores_are_seen_where_there_are_some():
+    """The definition of attention makes them, so the tests above would notice."""
+    with dispatch.using("reference"):
+        text = compiled("Llama-70B", "tp=8", topology("v5e:2x4").devices).as_text()
+    assert (BATCH, FEWEST_HEADS, CAPACITY) in {tuple(n for n in dims if n > 1) for dims in scores(text)}
 
 
 PLANS = {

@@ -107,3 +107,32 @@ def test_default_layouts_cost_a_copy(monkeypatch):
     assert any(
         "16,2880,1440" in copy for copy in tpu_report.compile_report("mxfp4.grouped_matmul", shape, V6E)["copies"]
     )
+
+
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+@pytest.mark.parametrize("time", [1, shapes.CHUNK])
+@pytest.mark.parametrize("name", shapes.ATTENTION)
+def test_attention(name, time, topology):
+    check_attention(name, time, topology)
+
+
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+@pytest.mark.parametrize("cache", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["gpt-oss-120b window", "DeepSeek-V3"])
+def test_attention_to_a_cache_in_8_bits(name, cache, topology):
+    check_attention(name, 1, topology, batch=8, cache_dtype=cache)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-120b window", "DeepSeek-V3"])
+def test_attention_in_float32(name):
+    check_attention(name, 1, V5E, dtype=jnp.float32)
+
+
+def check_attention(name, time, topology, **options):
+    """The cache is read as it lies, and no scores of all heads and positions are made."""
+    made, (given, _) = tpu_report.attention_report(name, time, topology, **options), shapes.attention(name, time)
+    assert made["kernels"] == ["attention"]
+    assert made["copies"] == []
+    assert made["vmem_bytes"] < 40 * 2**20
+    scores = 4 * given.q.size // given.q.shape[3] * given.keys.shape[2]
+    assert made["temp_bytes"] < max(scores, 2**20)  # those of one token in a window are smaller than what else there is
