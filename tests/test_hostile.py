@@ -130,8 +130,8 @@ def test_a_file_that_is_cut_after_it_was_opened(tmp_path):
     (tmp_path / "x").write_bytes(bytes(64))
     array = FileArray(tmp_path / "x", 0, (16,), np.dtype(np.float32))
     (tmp_path / "x").write_bytes(bytes(63))
-    with pytest.raises(InputError, match="x: changed while it was read: "):
-        array.map()
+    with pytest.raises(InputError, match="x: was cut short while it was read"):
+        array.read()
 
 
 # ---- counts ---------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
     """The values of a tensor in order, a few at a time: flat arrays of a multiple of `unit`, except the last.
 
     Raises:
-        InputError: the file has become shorter.
+        InputError: the file is not what it was when its header was read.
     """
     if isinstance(array, JoinedArray) and array.axis == 0:
         for part in array.parts:
@@ -209,15 +209,13 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
         for bands in zip(*(pieces(name, part, width) for part in array.parts), strict=True):
             yield np.concatenate([band.reshape(-1, width) for band in bands], 1).reshape(-1)
         return
-    left, most = math.prod(array.shape), max(PIECE // max(unit, 1), 1) * unit
-    with array.path.open("rb") as file:
-        file.seek(array.offset)
-        while left:
-            piece = np.fromfile(file, array.dtype, min(left, most))
-            left -= piece.size
-            if piece.size < min(left + piece.size, most):
-                raise InputError(f"{array.path}: cut short: {left} values of tensor '{name}' are missing")
-            yield piece
+    total, most = math.prod(array.shape), max(PIECE // max(unit, 1), 1) * unit
+    flat = array.reshape(total)
+    for begin in range(0, total, most):
+        try:
+            yield flat.read((slice(begin, begin + most),))
+        except InputError as error:
+            raise InputError(f"{error}, tensor '{name}'") from error
 
 
 def nth(array: FileArray, shape: tuple[int, ...], i: int) -> FileArray:
