@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout as layouts
 from jax.sharding import Mesh, NamedSharding
@@ -271,7 +271,8 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
     """The parameter, placed as `layout` says; for each device, only its part of the tensors is read.
 
     Raises:
-        InputError: as `layout`; or scales, or what else floats say about quantized values, are not finite.
+        InputError: as `layout`; or numbers that all tokens meet, such as scales and norms, are not finite. Of experts,
+            which may never be chosen, that is a warning.
     """
     plan = layout(source, declaration, mesh)
 
@@ -280,18 +281,22 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         # A derived array is computed once for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and name != "values":  # few of them, with a wide effect
-            part = partial(_finite, f"tensor '{source.name}': its {name}", part)
-        return jax.make_array_from_callback(leaf.shape, leaf.format, part)
+        wrong: dict[str, int] = {}
+
+        def checked(section: Part) -> np.ndarray:
+            values = part(section)
+            wrong[str(section)] = plan.weight.not_finite(name, values)
+            return values
+
+        placed = jax.make_array_from_callback(leaf.shape, leaf.format, checked)
+        if count := sum(wrong.values()):
+            said = f"tensor '{source.name}': {count} of the numbers in its {name} are infinite or no numbers"
+            if len(declaration.shape) < 3:
+                raise InputError(f"{said}, so every answer would be nonsense; is the file damaged?")
+            warnings.warn(f"{said}, so answers may be nonsense; is the file damaged?", stacklevel=2)
+        return placed
 
     return plan.weight.with_leaves({name: read(name) for name in plan.weight.axes})
-
-
-def _finite(what: str, read: Callable[..., np.ndarray], part: tuple[slice, ...]) -> np.ndarray:
-    values = read(part)
-    if not np.isfinite(values).all():
-        raise InputError(f"{what} are not all finite numbers, so every answer would be nonsense; is the file damaged?")
-    return values
 
 
 def _read(
