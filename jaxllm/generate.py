@@ -39,6 +39,7 @@ LOADING = (
     "gqa",
     "config",
     "matformer",
+    "verify",
 )
 TYPES = {"top_k": int}  # of sampling options; the others are float
 
@@ -119,6 +120,7 @@ def add_loading(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="length of the context (the model's own)")
+    p.add_argument("--verify", action="store_true", help="first compare the files with their checksums (SHA256SUMS)")
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:

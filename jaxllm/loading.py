@@ -18,7 +18,7 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxllm.checkpoint import filling, matching
+from jaxllm.checkpoint import checksums, filling, matching
 from jaxllm.checkpoint.adapter_files import AdapterFile, read_adapter
 from jaxllm.checkpoint.adapting import EMBEDDING, HEAD, adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.matformer import sliced
@@ -67,6 +67,7 @@ def load(
     attention: str | None = None,
     gqa: int = 1,
     config: str | os.PathLike | None = None,
+    verify: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
     """Load a model and place it on a mesh.
@@ -110,6 +111,8 @@ def load(
         merge_adapters: whether adapters are added to the matrices themselves, before these are encoded as `quantize`
             says. Matrices that are quantized in the file can only be merged with if they are encoded anew, or held as
             `weights` of plain numbers.
+        verify: first compare the files with their checksums, which `jaxllm convert --checksums` and `sha256sum` make:
+            SHA256SUMS in a directory, `<file>.sha256` or SHA256SUMS beside a file.
         progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
@@ -118,6 +121,8 @@ def load(
     if matmul is not None and _choose("matmul", matmul, MATMULS) != "dequant":
         weights = _choose("weights", weights or "packed", ("packed",))
     file = find_checkpoint(path)
+    if verify:
+        checksums.verify(file, progress and sys.stderr.isatty())
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
     checkpoint = checkpoint if matformer is None else sliced(checkpoint, *matformer)
@@ -283,7 +288,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 def _download(repository: str) -> Path:
     """A model of the Hugging Face hub, downloaded into its usual cache."""
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.jinja2"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.jinja2", checksums.SUMS]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub client and the network raise derives from these

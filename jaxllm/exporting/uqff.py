@@ -143,8 +143,8 @@ def uqff(
     made = [safetensors_file(n, part, metadata) for n, part in zip(names, parts, strict=True)]
     made.append(safetensors_file(reading.RESIDUAL, plain, metadata))
 
-    def write(advance: Advance) -> None:
-        write_files(path, made, files, advance, source=source)
+    def write(advance: Advance, checksums: bool) -> None:
+        write_files(path, made, files, advance, source=source, checksums=checksums)
 
     return Output(Plan(writer.rows), [tensor for part in (*parts, plain) for tensor in part], write)
 

@@ -1,0 +1,253 @@
+"""Disks that damage, cut or fill up, processes that are ended, devices that are too small: one line each, no loss."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from gguf import GGMLQuantizationType as T
+from gguf import GGUFReader
+from tiny_gguf import Tiny
+
+import jaxllm
+from jaxllm import files
+from jaxllm.cli import main
+from jaxllm.convert import convert
+from jaxllm.errors import InputError
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.ggml_blocks import BLOCK_TYPES
+from jaxllm.placing import FileArray
+
+LLAMA = Path(__file__).parent / "golden" / "checkpoints" / "llama"
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tiny_gguf.write(path, Tiny(layers=1))
+    return path
+
+
+def copied(path, folder):
+    return Path(shutil.copytree(path, folder / "copy") if path.is_dir() else shutil.copy(path, folder / path.name))
+
+
+def started(*args, **options):
+    """A Python process that has ended."""
+    options = {"capture_output": True, "text": True, "timeout": 200} | options
+    return subprocess.run([sys.executable, *map(str, args)], **options)
+
+
+def flipped(path, offset):
+    """One bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 16]))
+
+
+# ---- checksums ------------------------------------------------------------------------------------------------------
+
+WRITTEN = {
+    "directory": ({"to": "bfloat16"}, "SHA256SUMS", "model.safetensors"),
+    "gguf": ({"to": "q8_0", "container": "gguf"}, "out.sha256", "out"),
+    "uqff": ({"to": "q8_0", "container": "uqff"}, "SHA256SUMS", "q8_0-0.uqff"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_damage_is_found_by_checksums(tmp_path, kind):
+    options, sums, file = WRITTEN[kind]
+    out = tmp_path / "out"
+    convert(LLAMA, out, **options, checksums=True, **QUIET)
+    folder = out if out.is_dir() else tmp_path
+    lines = [line.split("  ") for line in (folder / sums).read_text().splitlines()]
+    expected = {path.name for path in folder.iterdir()} - {sums}
+    assert {name for _, name in lines} == expected
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for digest, name in lines)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "--quiet", "--strict", sums], cwd=folder, check=True)
+    jaxllm.load(out, verify=True, dtype="float32", **QUIET)
+    flipped(folder / file, (folder / file).stat().st_size - 5)
+    with pytest.raises(InputError, match=rf"{re.escape(str(folder / file))}: damaged: "):
+        jaxllm.load(out, verify=True, **QUIET)
+
+
+def test_checksums_are_of_what_is_there_now(tmp_path):
+    """Those of a source are not copied; a conversion that goes on writes them as well."""
+    convert(LLAMA, tmp_path / "a", to="bfloat16", checksums=True, **QUIET)
+    convert(tmp_path / "a", tmp_path / "b", to="float32", verify=True, **QUIET)
+    assert not (tmp_path / "b" / "SHA256SUMS").exists()
+    with pytest.raises(InputError, match="b: no SHA256SUMS in it, so there is nothing to verify it with"):
+        convert(tmp_path / "b", tmp_path / "c", to="bfloat16", verify=True, **QUIET)
+
+
+def test_lists_of_the_hub_are_understood(tmp_path):
+    """Marked as binary, in capitals, with files that were not fetched; but weights have to be listed and there."""
+    folder = copied(LLAMA, tmp_path)
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    listed = [f"{digest.upper()} *./{name}\n" for name, digest in sums.items()]
+    others = [f"{'0' * 64}  README.md\n", f"{'0' * 64}  onnx/model.onnx\n", "# made by hand\n"]
+    (folder / "SHA256SUMS").write_text("".join([*listed, *others]))
+    jaxllm.load(folder, verify=True, **QUIET)
+    (folder / "more.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"more\.safetensors: not in SHA256SUMS"):
+        jaxllm.load(folder, verify=True, **QUIET)
+    (folder / "more.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "renamed")
+    with pytest.raises(InputError, match=r"model\.safetensors: missing, but in SHA256SUMS"):
+        jaxllm.load(folder, verify=True, **QUIET)
+    (folder / "SHA256SUMS").write_text("nothing\n")
+    with pytest.raises(InputError, match="SHA256SUMS: no line is a SHA-256 and the name of a file"):
+        jaxllm.load(folder, verify=True, **QUIET)
+
+
+def test_the_parts_of_a_split_file_are_verified_together(tmp_path):
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for path in parts:
+        path.write_bytes(path.name.encode())
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in parts]
+    (tmp_path / "SHA256SUMS").write_text(f"{digests[0]}  {parts[0].name}\n")
+    with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf: in no m-00002-of-00002\.gguf\.sha256 or SHA256SUMS"):
+        jaxllm.load(parts[0], verify=True, **QUIET)
+    parts[1].with_name(f"{parts[1].name}.sha256").write_text(f"{'1' * 64}  {parts[1].name}\n")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(parts[1]))}: damaged"):
+        jaxllm.load(parts[0], verify=True, **QUIET)
+
+
+def test_the_command_line_verifies(gguf, tmp_path, capsys):
+    path = copied(gguf, tmp_path)
+    path.with_name("tiny.gguf.sha256").write_text(f"{'0' * 64}  tiny.gguf\n")
+    assert main(["generate", "--model", str(path), "--prompt-ids", "1", "--verify"]) == 2
+    assert main(["convert", str(path), str(tmp_path / "b.gguf"), "--to", "q8_0", "--verify"]) == 2
+    line = f"error: {path}: damaged: not what the checksums were made of; get it anew\n"
+    assert capsys.readouterr() == ("", line * 2)
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_what_is_counted_decodes_to_no_number(type):
+    """The decoders, which are tested against gguf-py, say which blocks are to be counted: every value of every byte."""
+    size = BLOCK_TYPES[type].nbytes
+    blocks = np.zeros((size, 256, size), np.uint8)
+    if type == "IQ1_M":  # its scale is spread over the high nibbles of two words
+        blocks[..., 55] = 0x70
+    blocks[np.arange(size), :, np.arange(size)] |= np.arange(256, dtype=np.uint8)
+    blocks = blocks.reshape(-1, size)
+    if type == "Q8_K":
+        blocks[:, 2] |= 0x80
+    values = np.asarray(BLOCK_TYPES[type].decode(blocks))
+    bad = ~np.isfinite(values).all(-1)
+    assert GGML(blocks, type).not_finite("blocks", blocks) == bad.sum()
+    assert bad.any() == (type not in ("MXFP4", "NVFP4"))
+
+
+def spoiled(gguf, folder, name, numbers):
+    """A copy of a GGUF file, some of whose float16 or float32 numbers (at these bytes of a tensor) are infinite."""
+    path = copied(gguf, folder)
+    tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
+    infinite = np.array(np.inf, np.float32 if tensor.tensor_type == T.F32 else np.float16).tobytes()
+    with path.open("r+b") as file:
+        for offset in numbers:
+            file.seek(tensor.data_offset + offset)
+            file.write(infinite)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "what"),
+    [("blk.0.attn_q.weight", (0, 34), "2 of the numbers in its blocks"), ("output_norm.weight", (8,), "1 .* values")],
+)
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=2"])
+def test_scales_and_norms_of_gguf_files_are_named(gguf, tmp_path, name, numbers, what, mesh):
+    """Of Q8_0, whose blocks have 34 bytes; what several devices hold is counted once."""
+    path = spoiled(gguf, tmp_path, name, numbers)
+    with pytest.raises(InputError, match=f"tensor '{name}': {what} are infinite or no numbers, so every answer"):
+        jaxllm.load(path, mesh=mesh, **QUIET)
+
+
+# ---- files that change ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 4, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_arrays_in_files_are_numpys(tmp_path, shape, transposed):
+    if transposed and len(shape) < 2:
+        return
+    rng, values = np.random.default_rng(0), np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    (tmp_path / "x").write_bytes(bytes(3) + values.tobytes())
+    array = FileArray(tmp_path / "x", 3, shape, values.dtype)
+    if transposed:
+        array, values = array.swapaxes(-1, -2), values.swapaxes(-1, -2)
+    for _ in range(50):
+        ends = [sorted(rng.integers(0, n + 1, 2)) for n in array.shape[: rng.integers(0, len(shape) + 1)]]
+        part = tuple(slice(int(a), int(b)) for a, b in ends)
+        np.testing.assert_array_equal(array.read(part), values[part])
+        out = np.zeros(values[part].T.shape, values.dtype).T
+        array.read_into(out, part)
+        np.testing.assert_array_equal(out, values[part])
+
+
+CUT = """
+import os, sys
+from jaxllm.checkpoint import filling
+from jaxllm.cli import main
+file, size, really = sys.argv[1], int(sys.argv[2]), filling.fill
+def fill(*args):
+    os.truncate(file, size) if size >= 0 else os.utime(file)
+    return really(*args)
+filling.fill = fill
+sys.exit(main(["generate", "--model", sys.argv[3], "--prompt-ids", "1", "--max-new-tokens", "2"]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "size"), [("gguf", 0), ("directory", -1)], ids=["cut", "written"])
+def test_a_file_that_changes_after_it_was_opened_is_an_error(gguf, tmp_path, kind, size):
+    """Of a mapped file, the process would die of SIGBUS."""
+    path = copied(gguf if kind == "gguf" else LLAMA, tmp_path)
+    file = path if kind == "gguf" else path / "model.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, file, str(size), path], capture_output=True, text=True, timeout=99
+    )
+    said = f"error: {file}: was changed or cut short while it was read\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_a_loaded_model_does_not_need_its_file(gguf, tmp_path):
+    path = copied(gguf, tmp_path)
+    model = jaxllm.load(path, weights="packed", **QUIET)
+    before = np.asarray(model.logits([[1, 2, 3]]))
+    os.truncate(path, 0)
+    np.testing.assert_array_equal(model.logits([[1, 2, 3]]), before)
+
+
+def test_reading_can_be_given_up(tmp_path, monkeypatch):
+    """Also in the middle of a large array."""
+    (tmp_path / "x").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(files, "PIECE", 1 << 10)
+    given_up, seen = threading.Event(), []
+
+    def read():
+        files.give_up_reading(given_up)
+        runs = ((0, memoryview(bytearray(1 << 20))) for _ in range(10))
+        try:
+            files.read_runs(tmp_path / "x", runs)
+        except InputError as error:
+            seen.append(str(error))
+
+    given_up.set()
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join(60)
+    assert seen == [f"{tmp_path / 'x'}: reading was given up"]
