@@ -25,8 +25,9 @@ from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_cache
+from jaxllm.device_memory import room_for
 from jaxllm.errors import InputError, located
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, shards
 from jaxllm.imatrix import importance_for
 from jaxllm.kernels import registry
 from jaxllm.kernels.cpu import library
@@ -34,7 +35,7 @@ from jaxllm.language_model import BATCH, LanguageModel
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
-from jaxllm.parallel import make_mesh
+from jaxllm.parallel import TP, make_mesh
 from jaxllm.processor import has_bfloat16
 from jaxllm.recipe import Recipe, recipe
 from jaxllm.topology import Topology
@@ -234,7 +235,21 @@ def build(
     def track(results: Iterable, count: int) -> tqdm:
         return tqdm(results, "loading", count, unit=" tensors", disable=not s.progress, leave=False, file=sys.stderr)
 
-    with damaged_entries_removed():
+    def needed() -> float:
+        """About the bytes of all parameters on one device."""
+        total = 0.0
+        for name, param in declared.items():
+            matrix = len(param.shape) > 1
+            held = planned(name, sources[name]) if matrix and weights == "packed" else None
+            bits = held.bits_per_weight if held else 8 * jnp.dtype(weights if matrix else "float32").itemsize
+            total += math.prod(param.shape) * bits / 8 / math.prod(shards(entry, s.mesh) for entry in param.spec)
+        return total
+
+    def advise(times: float) -> str:
+        devices = f"such as tp={s.mesh.shape[TP] << math.ceil(math.log2(max(times, 2)))}"
+        return f"use more devices, {devices}, or quantize them (quantize='q4_k')"
+
+    with damaged_entries_removed(), room_for("the weights", s.mesh, needed, advise):
         placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
     platform, texts, name = s.mesh.devices.flat[0].platform, checkpoint.texts, checkpoint.name
     if reason := registry.missing([p.weight for p in placed], platform):

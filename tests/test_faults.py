@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_gguf
@@ -17,7 +18,8 @@ from gguf import GGUFReader
 from tiny_gguf import Tiny
 
 import jaxllm
-from jaxllm import files
+from jaxllm import device_memory, files
+from jaxllm.checkpoint import filling
 from jaxllm.cli import main
 from jaxllm.convert import convert
 from jaxllm.errors import InputError
@@ -251,3 +253,50 @@ def test_reading_can_be_given_up(tmp_path, monkeypatch):
     thread.start()
     thread.join(60)
     assert seen == [f"{tmp_path / 'x'}: reading was given up"]
+
+
+# ---- devices that are too small -------------------------------------------------------------------------------------
+
+
+def exhausted(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
+
+
+def test_weights_that_do_not_fit_say_what_would(gguf, monkeypatch, capsys):
+    """The matrices of the tiny model have 37,120 weights, of 8.5 bits in Q8_0; its norms have 3 x 64 of 32."""
+    monkeypatch.setattr(filling, "place", exhausted)
+    monkeypatch.setattr(device_memory, "_memory", lambda mesh: (20_000, 11_000))
+    monkeypatch.setattr(device_memory, "_shown", str)
+    with pytest.raises(InputError) as caught:
+        jaxllm.load(gguf, weights="packed", **QUIET)
+    assert str(caught.value) == (
+        f"{gguf}: no room for the weights of {37120 * 8.5 / 8 + 192 * 4} a device, where 11000 of 20000 are free: use "
+        "more devices, such as tp=4, or quantize them (quantize='q4_k')"
+    )
+    assert main(["generate", "--model", str(gguf), "--prompt-ids", "1", "--tp", "2", "--weights", "packed"]) == 2
+    assert f"no room for the weights of {37120 * 8.5 / 8 / 2 + 192 * 4} a device" in capsys.readouterr().err
+
+
+def test_a_cache_that_does_not_fit_says_what_would(tmp_path):
+    """Not emulated: no machine has 2 x 4 (bytes) x 2 (heads) x 16 (values) x 4096 x 2**30 bytes."""
+    tiny_gguf.write(tmp_path / "long.gguf", Tiny(layers=1, context=2**30))
+    model = jaxllm.load(tmp_path / "long.gguf", dtype="float32", **QUIET)
+    with pytest.raises(InputError) as caught:
+        model.empty_cache(4096)
+    found = re.fullmatch(
+        r"no room for a cache of 4096 x 1,073,741,824 positions of 1,048,576.00 GiB a device, where ([\d,.]+) GiB of .* "
+        r"GiB are free: use fewer sequences or positions \(([\d,]+) of these would fit\), more devices \(tp\), or cache "
+        r"keys and values in 8 bits \(cache_dtype\)",
+        str(caught.value),
+    )
+    free, fits = (float(number.replace(",", "")) for number in found.groups())
+    assert fits == pytest.approx(free * 1024, rel=0.01)  # of all these sequences, a position takes 1 MiB
+
+
+def test_a_step_that_does_not_fit_says_what_would(gguf, monkeypatch):
+    model = jaxllm.load(gguf, **QUIET)
+    model.logits([[1, 2]])
+    key = next(key for key in model.programs.compiled if key[0] == "extend")
+    model.programs.compiled[key] = exhausted
+    with pytest.raises(InputError, match=r"no room for a step of the model, .*: use more devices \(tp\), fewer"):
+        model.logits([[1, 2]])
