@@ -2,11 +2,16 @@
 
 import hashlib
 import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -15,6 +20,7 @@ import pytest
 import tiny_gguf
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
+from tiny_chat import write_chat
 from tiny_gguf import Tiny
 
 import jaxllm
@@ -262,19 +268,18 @@ def exhausted(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
 
 
-def test_weights_that_do_not_fit_say_what_would(gguf, monkeypatch, capsys):
+def test_weights_that_do_not_fit_say_what_would(gguf, monkeypatch):
     """The matrices of the tiny model have 37,120 weights, of 8.5 bits in Q8_0; its norms have 3 x 64 of 32."""
     monkeypatch.setattr(filling, "place", exhausted)
     monkeypatch.setattr(device_memory, "_memory", lambda mesh: (20_000, 11_000))
     monkeypatch.setattr(device_memory, "_shown", str)
-    with pytest.raises(InputError) as caught:
-        jaxllm.load(gguf, weights="packed", **QUIET)
-    assert str(caught.value) == (
-        f"{gguf}: no room for the weights of {37120 * 8.5 / 8 + 192 * 4} a device, where 11000 of 20000 are free: use "
-        "more devices, such as tp=4, or quantize them (quantize='q4_k')"
-    )
-    assert main(["generate", "--model", str(gguf), "--prompt-ids", "1", "--tp", "2", "--weights", "packed"]) == 2
-    assert f"no room for the weights of {37120 * 8.5 / 8 / 2 + 192 * 4} a device" in capsys.readouterr().err
+    for mesh, takes in (("tp=1", 37120 * 8.5 / 8 + 192 * 4), ("tp=2", 37120 * 8.5 / 16 + 192 * 4)):
+        with pytest.raises(InputError) as caught:
+            jaxllm.load(gguf, weights="packed", mesh=mesh, **QUIET)
+        assert str(caught.value) == (
+            f"{gguf}: no room for the weights of {takes} a device, where 11000 of 20000 are free: use more devices, "
+            "such as tp=4, or quantize them (quantize='q4_k')"
+        )
 
 
 def test_a_cache_that_does_not_fit_says_what_would(tmp_path):
@@ -284,9 +289,9 @@ def test_a_cache_that_does_not_fit_says_what_would(tmp_path):
     with pytest.raises(InputError) as caught:
         model.empty_cache(4096)
     found = re.fullmatch(
-        r"no room for a cache of 4096 x 1,073,741,824 positions of 1,048,576.00 GiB a device, where ([\d,.]+) GiB of .* "
-        r"GiB are free: use fewer sequences or positions \(([\d,]+) of these would fit\), more devices \(tp\), or cache "
-        r"keys and values in 8 bits \(cache_dtype\)",
+        r"no room for a cache of 4096 x 1,073,741,824 positions of 1,048,576.00 GiB a device, where ([\d,.]+) GiB of "
+        r".* GiB are free: use fewer sequences or positions \(([\d,]+) of these would fit\), more devices \(tp\), or "
+        r"cache keys and values in 8 bits \(cache_dtype\)",
         str(caught.value),
     )
     free, fits = (float(number.replace(",", "")) for number in found.groups())
@@ -300,3 +305,105 @@ def test_a_step_that_does_not_fit_says_what_would(gguf, monkeypatch):
     model.programs.compiled[key] = exhausted
     with pytest.raises(InputError, match=r"no room for a step of the model, .*: use more devices \(tp\), fewer"):
         model.logits([[1, 2]])
+
+
+# ---- signals, and slow disks ----------------------------------------------------------------------------------------
+
+# What a job in the background starts ignores Ctrl-C.
+HEEDED = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+COMMAND = HEEDED + "from jaxllm.cli import main\nsys.exit(main(sys.argv[1:]))"
+SLOW = """
+import threading, time
+from jaxllm import placing
+really, pace = placing.read_runs, float(sys.argv.pop(1))
+def slow(file, runs, stamp):
+    def pieces():
+        for offset, buffer in runs:
+            for i in range(0, len(buffer), 1024):
+                time.sleep(pace)
+                yield offset + i, buffer[i : i + 1024]
+    really(file, pieces(), stamp)
+placing.read_runs = slow
+"""
+
+
+def begun(code, *args, **options):
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return write_chat(tmp_path_factory.mktemp("chat") / "chat.gguf", context=1 << 16)
+
+
+def test_an_answer_is_interrupted_with_a_line_break(chat):
+    args = ("generate", "--model", chat, "--raw", "--prompt", "th", "--max-new-tokens", 60_000)
+    with begun(COMMAND, *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = process.stdout.read(8)
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert (process.returncode, said, len(first), rest[-1:]) == (130, "", 8, "\n")
+
+
+def test_a_training_that_is_asked_to_end_keeps_its_checkpoint(chat, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "the thing"}\n' * 4)
+    out = tmp_path / "out"
+    args = ("--data", tmp_path / "data.jsonl", "--out", out, "--steps", 10_000, "--save-every", 1, "--rank", 1)
+    with begun(COMMAND, "finetune", "--model", chat, *args, stderr=subprocess.PIPE) as process:
+        content = tmp_path / ".out.partial" / "content"
+        while process.poll() is None and not list(content.glob("checkpoint-*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "")
+    assert not out.exists()
+    [kept] = content.glob("checkpoint-*")
+    assert {"adapter_model.safetensors", "state.safetensors", "training.json"} < {path.name for path in kept.iterdir()}
+
+
+@pytest.mark.parametrize("pace", [0.002, 0.2], ids=["waited for", "interrupted"])
+def test_a_slow_disk(gguf, pace):
+    """The tiny file has 41 pieces of 1 KB, of which four are read at a time. Progress is shown on a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    args = (pace, "generate", "--model", gguf, "--prompt-ids", "1,2,3", "--max-new-tokens", 2)
+    with begun(HEEDED + SLOW + COMMAND, *args, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b"loading:" not in shown:
+            shown += os.read(ours, 1000)
+        if pace > 0.1:
+            time.sleep(0.5)
+            sent = time.monotonic()
+            process.send_signal(signal.SIGINT)
+        out = process.stdout.read()
+        code = process.wait(60)
+        assert (code, out.count(",")) == ((130, 0) if pace > 0.1 else (0, 1))
+        if pace > 0.1:
+            assert time.monotonic() - sent < 5  # most of which is to end Python, on a busy machine
+    with suppress(OSError):
+        while more := os.read(ours, 10_000):
+            shown += more
+    os.close(ours)
+    assert b"Traceback" not in shown and b"rror" not in shown
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+# A file that grows beyond the limit is refused as on a full disk, but by another number.
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+"""
+"""Commands, by what they write; each with how large a file may get, and the paths of the sources."""
+FILLING = {
+    "directory": ("convert", "{llama}", "{out}", "--to", "float32"),
+    "gguf": ("convert", "{llama}", "{out}", "--to", "q8_0", "--container", "gguf"),
+    "uqff": ("convert", "{llama}", "{out}", "--to", "q8_0", "--container", "uqff"),
+    "importance": ("calibrate", "--model", "{chat}", "--text", "{text}", "--out", "{out}"),
+    "training": (
+        *("finetune", "--model", "{chat}", "--data", "{data}", "--out", "{out}", "--rank", "1", "--steps", "2"),
+        *("--save-every", "1"),
+    ),
+}

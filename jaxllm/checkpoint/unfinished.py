@@ -77,7 +77,7 @@ def unfinished(
                 begun = _begun(hidden, fingerprint)
                 there = sum(each.stat().st_blocks * 512 for each in begun.folder.iterdir())
                 if (free := shutil.disk_usage(final.parent).free + there) < nbytes:
-                    needed = f"{nbytes / GB:.2f} GB are needed, but {free / GB:.2f} GB are free on that disk"
+                    needed = f"{_shown(nbytes)} are needed, but {_shown(free)} are free on that disk"
                     if not begun.done:
                         shutil.rmtree(hidden)
                     raise NoSpace(f"{path}: {needed}")
@@ -112,6 +112,10 @@ class Kept(InputError):
 
 class NoSpace(Kept):
     """The disk is too small for the rest."""
+
+
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes > GB // 10 else f"{nbytes * 1000 / GB:.2f} MB"
 
 
 def check_target(path: Path, is_file: bool) -> None:
