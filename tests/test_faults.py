@@ -1,6 +1,7 @@
 """Disks that damage, cut or fill up, processes that are ended, devices that are too small: one line each, no loss."""
 
 import hashlib
+import json
 import os
 import pty
 import re
@@ -390,20 +391,52 @@ def test_a_slow_disk(gguf, pace):
 
 # ---- full disks -----------------------------------------------------------------------------------------------------
 
-# A file that grows beyond the limit is refused as on a full disk, but by another number.
+# A file that grows beyond a limit is refused as on a full disk, but with another number.
 FULL = """
-import resource, signal, sys
+import contextlib, io, json, resource, signal, sys
+from jaxllm.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+done = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        code = main(command)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    done.append([code, said.getvalue()])
+print(json.dumps(done))
 """
-"""Commands, by what they write; each with how large a file may get, and the paths of the sources."""
-FILLING = {
-    "directory": ("convert", "{llama}", "{out}", "--to", "float32"),
-    "gguf": ("convert", "{llama}", "{out}", "--to", "q8_0", "--container", "gguf"),
-    "uqff": ("convert", "{llama}", "{out}", "--to", "q8_0", "--container", "uqff"),
-    "importance": ("calibrate", "--model", "{chat}", "--text", "{text}", "--out", "{out}"),
-    "training": (
-        *("finetune", "--model", "{chat}", "--data", "{data}", "--out", "{out}", "--rank", "1", "--steps", "2"),
-        *("--save-every", "1"),
-    ),
-}
+LEARN = ("--rank", "1", "--steps", "2", "--save-every", "1")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_path):
+    """Whatever writes: what is complete stays in a hidden folder, where a second run finds it, or nothing does."""
+    (tmp_path / "text").write_text("the thing " * 80)
+    (tmp_path / "data").write_text('{"text": "the thing"}\n' * 4)
+    commands = {
+        "directory": ("convert", LLAMA, tmp_path / "directory", "--to", "float32", "--checksums"),
+        "file.gguf": ("convert", LLAMA, tmp_path / "file.gguf", "--to", "q8_0", "--container", "gguf", "--checksums"),
+        "uqff": ("convert", LLAMA, tmp_path / "uqff", "--to", "q8_0", "--container", "uqff"),
+        "i.gguf": ("calibrate", "--model", chat, "--text", tmp_path / "text", "--out", tmp_path / "i.gguf"),
+        "adapter": ("finetune", "--model", chat, "--data", tmp_path / "data", "--out", tmp_path / "adapter", *LEARN),
+    }
+    given = json.dumps([[*map(str, command)] for command in commands.values()])
+    # Compiled programs are kept nowhere here: they would be too large as well.
+    done = started("-c", FULL, given, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    for name, (code, said) in zip(commands, json.loads(done.stdout), strict=True):
+        assert (code, said.count("\n")) == (2, 1), said
+        assert re.fullmatch(rf"error: {tmp_path / name}: not written: .*File too large.*\n", said), said
+        assert ("the same command goes on from there" in said) == (name != "i.gguf")
+        assert not (tmp_path / name).exists() and not (tmp_path / f"{name}.sha256").exists()
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {f".{name}.partial" for name in commands if name != "i.gguf"}
+    assert not list((tmp_path / ".adapter.partial" / "content").glob("checkpoint-*"))  # none was complete
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_to_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = started("-m", "jaxllm", "--help", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, "error: not written: [Errno 28] No space left on device\n")
+        done = started("-m", "jaxllm", "--help", capture_output=False, stdout=full, stderr=full)
+        assert done.returncode == 2
