@@ -421,7 +421,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_pat
     }
     given = json.dumps([[*map(str, command)] for command in commands.values()])
     # Compiled programs are kept nowhere here: they would be too large as well.
-    done = started("-c", FULL, given, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")})
+    nowhere = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = started("-c", FULL, given, env=os.environ | nowhere)
     assert done.returncode == 0, done.stderr
     for name, (code, said) in zip(commands, json.loads(done.stdout), strict=True):
         assert (code, said.count("\n")) == (2, 1), said
