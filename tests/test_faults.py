@@ -375,9 +375,9 @@ def test_a_training_that_is_asked_to_end_keeps_its_checkpoint(chat, tmp_path):
     assert {"adapter_model.safetensors", "state.safetensors", "training.json"} < {path.name for path in kept.iterdir()}
 
 
-@pytest.mark.parametrize("pace", [0.002, 0.2], ids=["waited for", "interrupted"])
+@pytest.mark.parametrize("pace", [0.002, 2.0], ids=["waited for", "interrupted"])
 def test_a_slow_disk(gguf, pace):
-    """The tiny file has 41 pieces of 1 KB, of which four are read at a time. Progress is shown on a terminal."""
+    """Progress is shown on a terminal. Of a large matrix, with 7 pieces of 1 KB, the rest is not waited for."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     args = (pace, "generate", "--model", gguf, "--prompt-ids", "1,2,3", "--max-new-tokens", 2)
@@ -394,7 +394,7 @@ def test_a_slow_disk(gguf, pace):
         code = process.wait(60)
         assert (code, out.count(",")) == ((130, 0) if pace > 0.1 else (0, 1))
         if pace > 0.1:
-            assert time.monotonic() - sent < 5  # most of which is to end Python, on a busy machine
+            assert time.monotonic() - sent < 10
     with suppress(OSError):
         while more := os.read(ours, 10_000):
             shown += more
