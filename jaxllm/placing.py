@@ -140,7 +140,7 @@ class JoinedArray:
 
     def read(self, part: Part = ()) -> np.ndarray:
         """A part of the whole; of arrays that have nothing of it, nothing is read."""
-        part, read = _full(part, self.ndim), []
+        part, read = _full(part, self.ndim), list[np.ndarray]()
         start, stop, _ = part[self.axis].indices(self.shape[self.axis])
         for each in self.parts:
             size = each.shape[self.axis]
@@ -283,7 +283,7 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
         wrong: dict[str, int] = {}
 
-        def checked(section: Part) -> np.ndarray:
+        def checked(section: Part | None) -> np.ndarray:
             values = part(section)
             wrong[str(section)] = plan.weight.not_finite(name, values)
             return values

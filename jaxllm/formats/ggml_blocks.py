@@ -223,7 +223,7 @@ _HALVES = {
     (52,): "TQ1_0",
     (64,): "TQ2_0",
 }
-EXPONENTS = {
+EXPONENTS: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {
     name: tuple(((offset + 1, 0x7C),) for offset in offsets)
     for offsets, names in _HALVES.items()
     for name in names.split()

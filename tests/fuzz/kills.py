@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from safetensors.numpy import save_file
 import jaxllm.convert
 import jaxllm.finetune
 import jaxllm.finetuning.loop  # noqa: F401, imported before there are processes
+from jaxllm import compilation_cache
 from jaxllm.checkpoint import unfinished
 from jaxllm.cli import main as main_of_jaxllm
 
@@ -39,6 +41,7 @@ FORK = multiprocessing.get_context("fork")  # whose processes need not import ev
 def run(args: tuple[str, ...], said: Path) -> None:
     """A command, in a process of its own."""
     unfinished.SYNC_SECONDS = 0.02  # or nothing would be noted of what takes but seconds
+    compilation_cache.WORTH = 0.0  # and most of these would be spent on compiling
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     sys.exit(main_of_jaxllm(args))
 
@@ -154,9 +157,12 @@ def main() -> None:
             process.join()
             seconds = time.monotonic() - begun
             command.remove()
-            found = Counter(trial(command, expected, seconds, at) for _ in range(options.moments))
+            found: Counter[str] = Counter()
+            with suppress(KeyboardInterrupt):  # which shows what was tried so far
+                for _ in range(options.moments):
+                    found[trial(command, expected, seconds, at)] += 1
             counts = [found[left] for left in ("whole", "gone on with", "begun anew")]
-            print(f"| {command.name} | {options.moments} | {' | '.join(map(str, counts))} | 0 |", flush=True)
+            print(f"| {command.name} | {found.total()} | {' | '.join(map(str, counts))} | 0 |", flush=True)
 
 
 if __name__ == "__main__":
