@@ -284,6 +284,7 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         wrong: dict[str, int] = {}
 
         def checked(section: Part | None) -> np.ndarray:
+            assert section is not None
             values = part(section)
             wrong[str(section)] = plan.weight.not_finite(name, values)
             return values
