@@ -5,17 +5,23 @@ that `jaxllm --help` need not wait for JAX.
 """
 
 import argparse
+import errno
 import gc
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Never
 
 from jaxllm.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk is called
 
 # Every command: the module with its `parser` and `run`, and what it does.
 COMMANDS = {
@@ -102,18 +108,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `jaxllm COMMAND ...` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help"):
-        print(_usage())
-    elif name == "--version":
-        print("jaxllm", importlib.metadata.version("jaxllm"))
-    elif name in COMMANDS:
-        gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of a second
-        module = importlib.import_module(COMMANDS[name][0])
-        return execute(module.parser(), module.run, rest)
-    else:
-        print(f"error: there is no command '{name}'; commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return 0
+
+    def run() -> None:
+        if name in ("-h", "--help"):
+            print(_usage())
+        elif name == "--version":
+            print("jaxllm", importlib.metadata.version("jaxllm"))
+        elif name in COMMANDS:
+            gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of a second
+            module = importlib.import_module(COMMANDS[name][0])
+            _collect_again()
+            module.run(module.parser().parse_args(rest))
+        else:
+            raise InputError(f"there is no command '{name}'; commands are {', '.join(COMMANDS)}")
+
+    return _exit_code(run, "--debug" in rest)
 
 
 def _usage() -> str:
@@ -137,18 +146,53 @@ def execute(
 ) -> int:
     """Parse the options of one command, run it, and turn errors into an exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    _collect_again()
+    return _exit_code(lambda: run(parser.parse_args(argv)), "--debug" in argv)
+
+
+def _collect_again() -> None:
+    """From now on garbage is looked for, but not among what has been imported."""
     gc.freeze()
     gc.enable()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, in commands that end as they do at Ctrl-C."""
+
+    @classmethod
+    def by_signal(cls) -> None:
+        """From now on SIGTERM raises this."""
+
+        def end(number: int, frame: FrameType | None) -> Never:
+            raise cls
+
+        signal.signal(signal.SIGTERM, end)
+
+
+def _exit_code(run: Callable[[], None], debug: bool) -> int:
     warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:
-        run(parser.parse_args(argv))
+        run()
+        sys.stdout.flush()
     except InputError as error:
-        if "--debug" in argv:
+        if debug:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
+    except OSError as error:
+        if error.errno not in FULL or debug:
+            raise
+        with suppress(OSError):  # perhaps that is where errors go too
+            print("error: not written:", error, file=sys.stderr)
+        _forget_output()
+        return 2
     return 0
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,10 +25,18 @@ WORTH = 0.2  # seconds: a program that takes at least this long to compile is ke
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has set up JAX's cache already."""
+    """Keep compiled programs between runs, unless the user has set up JAX's cache already. Where they cannot be kept, a
+    warning says so; JAX would for every program."""
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "jaxllm" / "xla" / f"jaxlib-{jaxlib.__version__}-{_cpu()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            warnings.warn(f"compiled programs are not kept: {folder}: {error.strerror}", stacklevel=4)
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MOST)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
@@ -45,7 +54,8 @@ def _cpu() -> str:
 
 @contextmanager
 def damaged_entries_removed() -> Iterator[None]:
-    """Around compiling: entries that turn out to be damaged are removed, and said to be, once.
+    """Around compiling: entries that turn out to be damaged are removed, and said to be, once. Likewise of those that
+    could not be written, as on a full disk.
 
     If JAX cannot read an entry, it warns and compiles again, but it never overwrites an existing entry. So the same
     would happen at every start.
@@ -54,16 +64,23 @@ def damaged_entries_removed() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    removed = set()
+    removed, unwritten = set(), ""
     for warning in caught:
         found = re.match(r"Error reading persistent compilation cache entry for '([\w.<>-]+)'", str(warning.message))
         if found and _remove_read_since(begun, found[1]):
             removed.add(found[1])
+        elif failed := re.match(
+            r"Error writing persistent compilation cache entry for '[^']*': (.*)", str(warning.message)
+        ):
+            unwritten = failed[1]
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    folder = jax.config.jax_compilation_cache_dir
+    if unwritten:
+        warnings.warn(f"compiled programs are not kept: {folder}: {unwritten}", stacklevel=3)
     if removed:
         warnings.warn(
-            f"damaged entries of the compilation cache in {jax.config.jax_compilation_cache_dir} were removed and "
+            f"damaged entries of the compilation cache in {folder} were removed and "
             f"compiled again: {', '.join(sorted(removed))}",
             stacklevel=3,  # of the `with` statement
         )

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from jaxllm.calibrate import read_text, text_chunks
 from jaxllm.calibrated import common_group, with_awq, with_gptq
+from jaxllm.checkpoint.checksums import ENDING, SUMS
+from jaxllm.checkpoint.checksums import verify as verify_sums
 from jaxllm.checkpoint.demo import is_demo
 from jaxllm.checkpoint.demo_convert import to_demo, to_huggingface
 from jaxllm.checkpoint.dtype_convert import TARGETS, NeedsModel, to_dtype
@@ -79,6 +81,8 @@ def convert(
     n_experts: int | None = None,
     config: str | os.PathLike | None = None,
     uqff_version: str = VERSIONS[0],
+    checksums: bool = False,
+    verify: bool = False,
     dry_run: bool = False,
     progress: bool = True,
 ) -> Plan | None:
@@ -111,6 +115,8 @@ def convert(
         n_experts: the expected number of experts, for "demo".
         config: for "huggingface", a config.json to use unchanged, or the demo's ModelArgs; by default those in `src`.
         uqff_version: of UQFF files: "1.2", or "0.2", which mistral.rs read before its version 0.8.4.
+        checksums: write them too: SHA256SUMS in a directory, `<file>.sha256` beside a GGUF file.
+        verify: first compare `src` with its checksums, see `load`.
         dry_run: only say what would be written.
         progress: whether to show progress, and a final line, on stderr.
 
@@ -128,6 +134,8 @@ def convert(
         raise InputError(f"matformer '{matformer[1]}': '{to}' changes no model")
     if dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{dst}: is {src} itself or inside it; name a directory elsewhere")
+    if verify:
+        verify_sums(src, progress and sys.stderr.isatty())
     begun, pool = time.perf_counter(), ThreadPoolExecutor(WORKERS)
     try:
         if to in LAYOUTS:
@@ -150,7 +158,7 @@ def convert(
         hide = None if progress else True  # None: where stderr is not a terminal
         options: Any = {"unit": "B", "unit_scale": True, "disable": hide, "leave": False}
         with tqdm(desc="converting", total=output.nbytes, **options) as bar:
-            output.write(bar.update)
+            output.write(bar.update, checksums)
     finally:
         pool.shutdown(cancel_futures=True)
     if progress:
@@ -179,8 +187,8 @@ def _layout(
     files |= {} if args is None else {DEMO_CONFIG: _json(args)}
     made = [safetensors_file(name, part) for name, part in parts.items()]
 
-    def write(advance: Advance) -> None:
-        write_files(dst, made, files, advance, source=_fingerprint(src, to))
+    def write(advance: Advance, checksums: bool) -> None:
+        write_files(dst, made, files, advance, source=_fingerprint(src, to), checksums=checksums)
 
     return Output(Plan(()), list(chain(*parts.values())), write)
 
@@ -205,8 +213,8 @@ def _dtype(src: Path, dst: Path, to: str, limit: int, types: Callable[[], Output
 
 
 def _written(dst: Path, tensors: list[Tensor], files: Mapping[str, Path | bytes], limit: int, source: str) -> Output:
-    def write(advance: Advance) -> None:
-        write_directory(dst, tensors, files, limit, advance, source)
+    def write(advance: Advance, checksums: bool) -> None:
+        write_directory(dst, tensors, files, limit, advance, source, checksums)
 
     return Output(Plan(()), tensors, write)
 
@@ -303,7 +311,8 @@ def _blank(how: Export, shape: tuple[int, ...]) -> Weight:
 
 def _others(src: Path) -> dict[str, Path | bytes]:
     """The files that come along."""
-    return {file.name: file for file in sorted(_directory(src).iterdir()) if _comes_along(file) and file.name != REPORT}
+    files = {file.name: file for file in sorted(_directory(src).iterdir()) if _comes_along(file)}
+    return {name: file for name, file in files.items() if name not in (REPORT, SUMS) and not name.endswith(ENDING)}
 
 
 def _directory(src: Path) -> Path:
@@ -377,6 +386,8 @@ def parser() -> argparse.ArgumentParser:
     add_adapters(p)
     p.add_argument("--uqff-version", choices=VERSIONS, default=VERSIONS[0], help="of UQFF files (%(default)s)")
     add_processes(p)
+    p.add_argument("--checksums", action="store_true", help="write SHA256SUMS too, or the .sha256 of a file")
+    p.add_argument("--verify", action="store_true", help="first compare the source with its checksums")
     p.add_argument("--dry-run", action="store_true", help="only print what would become of each matrix, and sizes")
     p.add_argument("--model-parallel", type=int, metavar="N", help="files for the demo, each for one GPU")
     p.add_argument("--n-experts", type=int, metavar="N", help="for the demo: how many there should be")
@@ -406,7 +417,7 @@ def _run(args: argparse.Namespace) -> None:
     if to is None:
         raise InputError("give --to, what to convert to")
     names = ("max_shard_size", "model_parallel", "n_experts", "config", "container", "organization", "topology")
-    more = ("imatrix", "text", "matformer", "uqff_version", "dry_run")
+    more = ("imatrix", "text", "matformer", "uqff_version", "checksums", "verify", "dry_run")
     options = {name: getattr(args, name) for name in (*names, *more)} | {"adapters": adapters(args)}
     try:
         plan = convert(*paths, to=to, **options)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from jaxllm.cli import Parser, execute
+from jaxllm.cli import Parser, Terminated, execute
 from jaxllm.finetuning.settings import SCHEDULES, TOO_LONG, Settings
 from jaxllm.generate import emulate_devices
 from jaxllm.loading import DTYPES, load
@@ -71,6 +71,7 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     from jaxllm.finetuning.loop import finetune  # needs optax, of which it says so
 
+    Terminated.by_signal()
     sizes = parse_mesh(args.mesh)
     emulate_devices(sizes["dp"] * sizes["ep"] * sizes["tp"])
     model = load(args.model, mesh=args.mesh, dtype=args.dtype, max_seq_len=args.max_seq_len)

@@ -39,6 +39,7 @@ LOADING = (
     "gqa",
     "config",
     "matformer",
+    "verify",
 )
 TYPES = {"top_k": int}  # of sampling options; the others are float
 
@@ -119,6 +120,7 @@ def add_loading(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--config", metavar="FILE", help="ModelArgs of DeepSeek's demo, for its own files")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="length of the context (the model's own)")
+    p.add_argument("--verify", action="store_true", help="first compare the files with their checksums (SHA256SUMS)")
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,9 +241,14 @@ class Session:
     def answer(self, prompt: Prompt, line: str | None = None, memory: Memory | None = None) -> Completion:
         """Answer one prompt, printing the text as it comes. `line` is the prompt as it was typed, None for ids."""
         completion = Completion(prompt)
-        for text in self.leader.stream(prompt, memory, completion):
+        try:
+            for text in self.leader.stream(prompt, memory, completion):
+                if not self.json:
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
             if not self.json:
-                print(text, end="", flush=True)
+                print(flush=True)  # what a terminal shows next begins a line
+            raise
         if not self.json:
             print(self._ids(completion), flush=True)
         self._report(completion, line)
@@ -272,7 +279,7 @@ class Session:
                 except InputError as error:
                     print(f"error: {error}; /clear starts a new conversation", file=sys.stderr)
                 except KeyboardInterrupt:
-                    print(" [stopped]", file=sys.stderr)
+                    print("[stopped]", file=sys.stderr)
 
     def _ids(self, completion: Completion) -> str:
         """What is printed in place of text where there is no tokenizer."""

@@ -6,6 +6,7 @@ the number of chunks, no experts), and mistral.rs in `.cimatrix` (means times th
 positions once). Only the first keeps enough to join two files; so it is what we write, beside mistral.rs's newer form.
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,13 +39,13 @@ def read_importance(path: Path) -> Importance:
     path = Path(path)
     with located(path):
         try:
-            data = np.fromfile(path, np.uint8)
+            data = path.read_bytes()
         except OSError as error:
             raise InputError(f"not read: {error.strerror}") from error
-        if data[:4].tobytes() == MAGIC:
+        if data.startswith(MAGIC):
             return _from_gguf(open_gguf(path))
         try:
-            return _entries(Cursor(data, 0), _reader(data))
+            return _entries(Cursor(io.BytesIO(data), 0, len(data)), _reader(data))
         except InputError as error:
             raise InputError(f"not an importance matrix of llama.cpp or mistral.rs, or damaged: {error}") from error
 
@@ -117,7 +118,7 @@ def _tensor(file: GGUFFile, name: str) -> np.ndarray:
     return np.array(tensor.values)
 
 
-def _reader(data: np.ndarray) -> Callable[[Cursor, int], Iterator[Entry]]:
+def _reader(data: bytes) -> Callable[[Cursor, int], Iterator[Entry]]:
     """What reads a file that is no GGUF. None of the formats has a mark, but their first bytes differ.
 
     llama.cpp begins with two 32-bit numbers: how many entries, and the length of a name, which is not 0. mistral.rs
@@ -126,7 +127,7 @@ def _reader(data: np.ndarray) -> Callable[[Cursor, int], Iterator[Entry]]:
     """
     if len(data) < 17:
         raise InputError(f"a file of {len(data)} bytes")
-    if data[4:8].any():
+    if any(data[4:8]):
         return _legacy
     return _positions if data[16] <= 1 else _keys
 

@@ -18,15 +18,16 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxllm.checkpoint import filling, matching
+from jaxllm.checkpoint import checksums, filling, matching
 from jaxllm.checkpoint.adapter_files import AdapterFile, read_adapter
 from jaxllm.checkpoint.adapting import EMBEDDING, HEAD, adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.quantized import with_activations
 from jaxllm.compilation_cache import damaged_entries_removed, use_compilation_cache
+from jaxllm.device_memory import room_for
 from jaxllm.errors import InputError, located
-from jaxllm.formats.base import Weight
+from jaxllm.formats.base import Weight, shards
 from jaxllm.imatrix import importance_for
 from jaxllm.kernels import registry
 from jaxllm.kernels.cpu import library
@@ -34,7 +35,7 @@ from jaxllm.language_model import BATCH, LanguageModel
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
-from jaxllm.parallel import make_mesh
+from jaxllm.parallel import TP, make_mesh
 from jaxllm.processor import has_bfloat16
 from jaxllm.recipe import Recipe, recipe
 from jaxllm.topology import Topology
@@ -67,6 +68,7 @@ def load(
     attention: str | None = None,
     gqa: int = 1,
     config: str | os.PathLike | None = None,
+    verify: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
     """Load a model and place it on a mesh.
@@ -110,6 +112,8 @@ def load(
         merge_adapters: whether adapters are added to the matrices themselves, before these are encoded as `quantize`
             says. Matrices that are quantized in the file can only be merged with if they are encoded anew, or held as
             `weights` of plain numbers.
+        verify: first compare the files with their checksums, which `jaxllm convert --checksums` and `sha256sum` make:
+            SHA256SUMS in a directory, `<file>.sha256` or SHA256SUMS beside a file.
         progress: whether to show progress on stderr, if that is a terminal.
 
     Raises:
@@ -118,6 +122,8 @@ def load(
     if matmul is not None and _choose("matmul", matmul, MATMULS) != "dequant":
         weights = _choose("weights", weights or "packed", ("packed",))
     file = find_checkpoint(path)
+    if verify:
+        checksums.verify(file, progress and sys.stderr.isatty())
     options: dict[str, object] = {} if gqa == 1 else {"gqa": gqa}
     checkpoint = open_checkpoint(file, **options, **({} if config is None else {"config": Path(config)}))
     checkpoint = checkpoint if matformer is None else sliced(checkpoint, *matformer)
@@ -230,7 +236,21 @@ def build(
     def track(results: Iterable, count: int) -> tqdm:
         return tqdm(results, "loading", count, unit=" tensors", disable=not s.progress, leave=False, file=sys.stderr)
 
-    with damaged_entries_removed():
+    def needed() -> float:
+        """About the bytes of all parameters on one device."""
+        total = 0.0
+        for name, param in declared.items():
+            matrix = len(param.shape) > 1
+            held = planned(name, sources[name]) if matrix and weights == "packed" else None
+            bits = held.bits_per_weight if held else 8 * jnp.dtype(weights if matrix else "float32").itemsize
+            total += math.prod(param.shape) * bits / 8 / math.prod(shards(entry, s.mesh) for entry in param.spec)
+        return total
+
+    def advise(times: float) -> str:
+        devices = f"such as tp={s.mesh.shape[TP] << math.ceil(math.log2(max(times, 2)))}"
+        return f"use more devices, {devices}, or quantize them (quantize='q4_k')"
+
+    with damaged_entries_removed(), room_for("the weights", s.mesh, needed, advise):
         placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
     platform, texts, name = s.mesh.devices.flat[0].platform, checkpoint.texts, checkpoint.name
     if reason := registry.missing([p.weight for p in placed], platform):
@@ -284,7 +304,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 def _download(repository: str) -> Path:
     """A model of the Hugging Face hub, downloaded into its usual cache."""
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.jinja2"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.jinja2", checksums.SUMS]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub client and the network raise derives from these

@@ -24,14 +24,6 @@ def zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return _take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
-def copied(array: np.typing.ArrayLike) -> np.ndarray:
-    """A copy in C order."""
-    array = np.asarray(array)
-    copy = zeros(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
 def _take(size: int) -> np.ndarray:
     """Zero bytes of a chunk, which lives as long as any array in it. No byte is given away twice."""
     global _chunk, _used

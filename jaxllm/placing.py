@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout as layouts
 from jax.sharding import Mesh, NamedSharding
@@ -17,19 +17,27 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm import memory
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
+from jaxllm.files import Stamp, read_runs
 from jaxllm.formats.base import Weight, block_index, finest, shards
 from jaxllm.kernels.registry import row_major
+
+BAND = 1 << 26  # bytes of a rearranged part that are put together at a time
+Part = tuple[slice, ...]  # along each axis, or the first few, without steps
 
 
 @dataclass(frozen=True)
 class FileArray:
-    """An array in a file, memory-mapped only while a part of it is read, so that no pages stay with the process."""
+    """An array in a file, of which only what is asked for is read.
+
+    stamp: that of the file when its header was read; None: any is good.
+    """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
     transposed: bool = False  # whether the last two axes are swapped compared to the file
+    stamp: Stamp | None = None
 
     @property
     def ndim(self) -> int:
@@ -39,14 +47,33 @@ class FileArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def map(self) -> np.ndarray:
-        """The array, mapped. Raises InputError if the file was cut since its header was read."""
-        stored = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
-        try:
-            array = np.memmap(self.path, self.dtype, "r", self.offset, stored)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: changed while it was read: {error}") from error
-        return array.swapaxes(-1, -2) if self.transposed else array
+    def read(self, part: Part = ()) -> np.ndarray:
+        """A part of the array. Raises InputError if the file is not what it was when its header was read."""
+        out = np.empty([len(range(n)[s]) for n, s in zip(self.shape, _full(part, self.ndim), strict=True)], self.dtype)
+        self.read_into(out, part)
+        return out
+
+    def read_into(self, out: np.ndarray, part: Part = ()) -> None:
+        """The same, into an array of the part's shape."""
+        part = _full(part, self.ndim)
+        if self.transposed:
+            self.swapaxes().read_into(out.swapaxes(-1, -2), (*part[:-2], *part[:-3:-1]))
+            return
+        if not out.flags.c_contiguous:
+            out[...] = self.read(part)
+            return
+        if out.size == 0:
+            return
+        # What is contiguous in the file are the entries of the last axis that is not read completely.
+        ranges = [range(n)[s] for n, s in zip(self.shape, part, strict=True)]
+        last = max((i for i, (r, n) in enumerate(zip(ranges, self.shape, strict=True)) if len(r) < n), default=0)
+        strides = np.cumprod([self.dtype.itemsize, *self.shape[:0:-1]])[::-1].tolist()
+        begins = np.full((), self.offset + sum(r.start * n for r, n in zip(ranges, strides, strict=False)), np.int64)
+        for r, stride in zip(ranges[:last], strides, strict=False):
+            begins = begins[..., None] + np.arange(len(r)) * stride
+        size, buffer = out.nbytes // begins.size, memoryview(out.reshape(-1).view(np.uint8))
+        runs = ((begin, buffer[i * size : (i + 1) * size]) for i, begin in enumerate(begins.reshape(-1).tolist()))
+        read_runs(self.path, runs, self.stamp)
 
     def swapaxes(self, *_: int) -> "FileArray":
         """The last two axes swapped; nothing is read."""
@@ -66,7 +93,7 @@ class FileArray:
         return dataclasses.replace(self, shape=shape, dtype=dtype)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.map(), dtype=dtype)
+        return self.read().astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -81,20 +108,20 @@ class DerivedArray:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def map(self) -> np.ndarray:
+    def read(self, part: Part = ()) -> np.ndarray:
         array = self.compute()
         assert (array.shape, array.dtype) == (self.shape, self.dtype)
-        return array
+        return array[part]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.map(), dtype=dtype)
+        return np.array(self.read(), dtype=dtype)
 
 
 @dataclass(frozen=True)
 class JoinedArray:
-    """Arrays concatenated along `axis`; each is a `FileArray` or the result of its `map`."""
+    """Arrays concatenated along `axis`, each a `HostArray`."""
 
-    parts: tuple[Any, ...]
+    parts: tuple["HostArray", ...]
     axis: int
 
     @property
@@ -111,37 +138,33 @@ class JoinedArray:
     def dtype(self) -> np.dtype:
         return self.parts[0].dtype
 
-    def map(self) -> "JoinedArray":
-        return JoinedArray(tuple(part.map() for part in self.parts), self.axis)
-
-    def __getitem__(self, index: tuple[slice, ...]) -> "JoinedArray":
-        """Slices, contiguous along `axis`; nothing is read."""
-        index = (*index, *[slice(None)] * (self.ndim - len(index)))
-        start, stop, _ = index[self.axis].indices(self.shape[self.axis])
-        parts = []
-        for part in self.parts:
-            here = slice(max(start, 0), max(stop, 0))
-            parts.append(part[(*index[: self.axis], here, *index[self.axis + 1 :])])
-            start, stop = start - part.shape[self.axis], stop - part.shape[self.axis]
-        return JoinedArray(tuple(parts), self.axis)
-
-    def take(self, positions: np.ndarray, axis: int) -> "np.ndarray | JoinedArray":
-        if axis != self.axis:
-            return JoinedArray(tuple(part[(slice(None),) * axis + (positions,)] for part in self.parts), self.axis)
-        shape = (*self.shape[:axis], len(positions), *self.shape[axis + 1 :])
-        out, start = np.empty(shape, self.dtype), 0
-        for part in self.parts:
-            (here,) = np.nonzero((start <= positions) & (positions < start + part.shape[axis]))
-            out[(slice(None),) * axis + (here,)] = part[(slice(None),) * axis + (positions[here] - start,)]
-            start += part.shape[axis]
-        return out
+    def read(self, part: Part = ()) -> np.ndarray:
+        """A part of the whole; of arrays that have nothing of it, nothing is read."""
+        part, read = _full(part, self.ndim), list[np.ndarray]()
+        start, stop, _ = part[self.axis].indices(self.shape[self.axis])
+        for each in self.parts:
+            size = each.shape[self.axis]
+            here = slice(min(max(start, 0), size), min(max(stop, 0), size))
+            if here.start < here.stop or (each is self.parts[-1] and not read):
+                read.append(read_part(each, (*part[: self.axis], here, *part[self.axis + 1 :])))
+            start, stop = start - size, stop - size
+        return read[0] if len(read) == 1 else np.concatenate(read, self.axis)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate([np.asarray(part) for part in self.parts], self.axis).astype(dtype or self.dtype)
+        return np.array(self.read(), dtype=dtype)
 
 
 LazyArray = FileArray | DerivedArray | JoinedArray
 HostArray = Any  # a numpy array or one of these; code uses what they share, and `schemes.Part` checks more
+
+
+def read_part(leaf: HostArray, part: Part = ()) -> np.ndarray:
+    """A part of an array, whatever it is; of numpy's, a view."""
+    return leaf.read(part) if isinstance(leaf, LazyArray) else leaf[part]
+
+
+def _full(part: Part, ndim: int) -> Part:
+    return (*part, *[slice(None)] * (ndim - len(part)))
 
 
 def taken(leaf: HostArray, positions: np.ndarray, axis: int) -> LazyArray:
@@ -151,11 +174,7 @@ def taken(leaf: HostArray, positions: np.ndarray, axis: int) -> LazyArray:
     def part(run: np.ndarray) -> DerivedArray:
         index = (slice(None),) * axis + (slice(run[0], run[-1] + 1),)
         shape = (*leaf.shape[:axis], len(run), *leaf.shape[axis + 1 :])
-
-        def read() -> Any:
-            return (leaf.map() if isinstance(leaf, LazyArray) else leaf)[index]
-
-        return DerivedArray(shape, leaf.dtype, read)
+        return DerivedArray(shape, leaf.dtype, lambda: read_part(leaf, index))
 
     parts = tuple(map(part, runs))
     return parts[0] if len(parts) == 1 else JoinedArray(parts, axis)
@@ -252,7 +271,8 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
     """The parameter, placed as `layout` says; for each device, only its part of the tensors is read.
 
     Raises:
-        InputError: as `layout`; or scales, or what else floats say about quantized values, are not finite.
+        InputError: as `layout`; or numbers that all tokens meet, such as scales and norms, are not finite. Of experts,
+            which may never be chosen, that is a warning.
     """
     plan = layout(source, declaration, mesh)
 
@@ -261,18 +281,23 @@ def place(source: Source, declaration: Declaration, mesh: Mesh) -> Weight:
         # A derived array is computed once for all the devices that hold a part of it.
         parts = [dataclasses.replace(p, compute=cache(p.compute)) if isinstance(p, DerivedArray) else p for p in parts]
         part = partial(_read, parts, source.stacked, plan.index[name], leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and name != "values":  # few of them, with a wide effect
-            part = partial(_finite, f"tensor '{source.name}': its {name}", part)
-        return jax.make_array_from_callback(leaf.shape, leaf.format, part)
+        wrong: dict[str, int] = {}
+
+        def checked(section: Part | None) -> np.ndarray:
+            assert section is not None
+            values = part(section)
+            wrong[str(section)] = plan.weight.not_finite(name, values)
+            return values
+
+        placed = jax.make_array_from_callback(leaf.shape, leaf.format, checked)
+        if count := sum(wrong.values()):
+            said = f"tensor '{source.name}': {count} of the numbers in its {name} are infinite or no numbers"
+            if len(declaration.shape) < 3:
+                raise InputError(f"{said}, so every answer would be nonsense; is the file damaged?")
+            warnings.warn(f"{said}, so answers may be nonsense; is the file damaged?", stacklevel=2)
+        return placed
 
     return plan.weight.with_leaves({name: read(name) for name in plan.weight.axes})
-
-
-def _finite(what: str, read: Callable[..., np.ndarray], part: tuple[slice, ...]) -> np.ndarray:
-    values = read(part)
-    if not np.isfinite(values).all():
-        raise InputError(f"{what} are not all finite numbers, so every answer would be nonsense; is the file damaged?")
-    return values
 
 
 def _read(
@@ -280,40 +305,48 @@ def _read(
     stacked: bool,
     index: list[np.ndarray | None],
     shape: tuple[int, ...],
-    part: tuple[slice, ...],
+    part: Part,
 ) -> np.ndarray:
-    """The `part` of a rearranged leaf of this `shape`, copied (never a view of a memory-mapped file)."""
-    if not stacked:
-        return memory.copied(_arranged(leaves[0], index, part))
+    """The `part` of a rearranged leaf of this `shape`, in memory of its own."""
     out = memory.zeros([len(range(n)[section]) for n, section in zip(shape, part, strict=True)], leaves[0].dtype)
+    if not stacked:
+        _fill(leaves[0], index, part, out)
+        return out
     numbers = np.arange(len(leaves)) if index[0] is None else index[0]
     for i, number in enumerate(numbers[part[0]]):
         if number >= 0:
-            out[i] = _arranged(leaves[number], index[1:], part[1:])
+            _fill(leaves[number], index[1:], part[1:], out[i])
     return out
 
 
-def _arranged(leaf: HostArray, index: list[np.ndarray | None], part: tuple[slice, ...]) -> HostArray:
-    """The `part` of a rearranged leaf, perhaps a view of a memory-mapped file."""
-    leaf = leaf.map() if isinstance(leaf, LazyArray) else leaf
-    filled: list[Any] = []  # for each axis, the positions that are not padding
+def _fill(leaf: HostArray, index: Sequence[np.ndarray | None], part: Part, out: np.ndarray) -> None:
+    """Copy the `part` of a rearranged leaf into `out`, which is zero where there is padding."""
+    source: list[slice] = []  # along each axis, what has to be read, and what of that, in which order, goes where
+    picked: dict[int, np.ndarray] = {}
+    places: list[np.ndarray] = []
     for axis, (positions, section) in enumerate(zip(index, part, strict=True)):
         if positions is None:
-            leaf = leaf[(slice(None),) * axis + (section,)]
-            filled.append(None)
+            source.append(section)
+            places.append(np.arange(out.shape[axis]))
             continue
         positions = positions[section]
-        real = positions[positions >= 0]
-        first = real[0] if len(real) else 0
-        if np.array_equal(real, np.arange(first, first + len(real))):
-            leaf = leaf[(slice(None),) * axis + (slice(first, first + len(real)),)]
-        else:
-            leaf = leaf.take(real, axis=axis)
-        filled.append(None if len(real) == len(positions) else positions >= 0)
-    for axis, places in enumerate(filled):
-        if places is not None:
-            leaf = np.asarray(leaf)
-            padded = np.zeros((*leaf.shape[:axis], len(places), *leaf.shape[axis + 1 :]), leaf.dtype)
-            padded[(slice(None),) * axis + (places,)] = leaf
-            leaf = padded
-    return leaf
+        places.append(np.flatnonzero(positions >= 0))
+        real = positions[places[axis]]
+        first, end = (int(real.min()), int(real.max()) + 1) if len(real) else (0, 0)
+        source.append(slice(first, end))
+        if not np.array_equal(real, np.arange(first, end)):
+            picked[axis] = real - first
+    padded = any(len(filled) < size for filled, size in zip(places, out.shape, strict=True))
+    if not padded and not picked and isinstance(leaf, FileArray):
+        leaf.read_into(out, tuple(source))
+    elif not padded and not picked:
+        out[...] = read_part(leaf, tuple(source))
+    elif out.nbytes > BAND and len(out) > 1:
+        whole, half = range(leaf.shape[0] if index[0] is None else len(index[0]))[part[0]], len(out) // 2
+        for few, there in ((whole[:half], out[:half]), (whole[half:], out[half:])):
+            _fill(leaf, index, (slice(few.start, few.stop), *part[1:]), there)
+    else:
+        values = read_part(leaf, tuple(source))
+        for axis, positions in picked.items():
+            values = values.take(positions, axis)
+        out[np.ix_(*places)] = values

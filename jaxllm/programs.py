@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
+from jaxllm.device_memory import device_bytes, room_for
 from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
@@ -163,8 +164,16 @@ class Programs:
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
-        with damaged_entries_removed():
-            return self._model.cache(batch, capacity, self.cache_dtype, self.mesh).zeros()
+        cache = self._model.cache(batch, capacity, self.cache_dtype, self.mesh)
+
+        def advise(times: float) -> str:
+            narrow = "" if self.cache_dtype.itemsize == 1 else ", or cache keys and values in 8 bits (cache_dtype)"
+            most = int(capacity / times) if times else 0
+            return f"use fewer sequences or positions ({most:,} of these would fit), more devices (tp){narrow}"
+
+        what = f"a cache of {batch} x {capacity:,} positions"
+        with damaged_entries_removed(), room_for(what, self.mesh, lambda: device_bytes(cache), advise):
+            return cache.zeros()
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
@@ -239,6 +248,17 @@ class Programs:
             outputs: returns the shardings of the results; by default they are replicated.
             donated: the numbers of the arguments that are updated in place.
         """
+        with room_for("a step of the model", self.mesh, lambda: 0, _advise_step):
+            return self._compiled(key, function, *args, outputs=outputs, donated=donated)
+
+    def _compiled[T](
+        self,
+        key: Hashable,
+        function: Callable[..., T],
+        *args: object,
+        outputs: Callable[[], object] | None,
+        donated: int | tuple[int, ...] | None,
+    ) -> T:
         program = self.compiled.pop(key, None)
         if program is None:
             jax.block_until_ready(args)  # what still runs does not count as compiling
@@ -253,6 +273,10 @@ class Programs:
             del self.compiled[next(iter(self.compiled))]
         result = program(*args)
         return result if self.runs_ahead else jax.block_until_ready(result)
+
+
+def _advise_step(times: float) -> str:
+    return "use more devices (tp), fewer sequences or positions, or cache keys and values in 8 bits (cache_dtype)"
 
 
 def _kinds(leaves: Sequence[jax.Array]) -> list[tuple]:

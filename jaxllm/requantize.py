@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxllm.declaration import Declaration
 from jaxllm.encodings import ENCODINGS, Encoding, check, encoding, fitting
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Leaf, Weight
-from jaxllm.placing import LazyArray, Source, layout
+from jaxllm.placing import Source, layout, read_part
 
 LAST = "f16"  # the fallback of all others, which fits everywhere
 
@@ -85,19 +84,21 @@ def floats(source: Source, number: int = 0) -> jax.Array:
     Args:
         number: which matrix of a stack.
     """
-    part, index = source.parts[0], tuple[Any, ...]()
-    if source.stacked:
-        part = source.parts[number]
-    elif len(part.shape) > 2:
-        index = np.unravel_index(number, part.shape[:-2])
-    one = part.with_leaves({name: np.asarray(_mapped(part.leaf(name))[index]) for name in part.axes})
+    one = source.parts[number] if source.stacked else one_matrix(source.parts[0], number)
     with on_host():
-        values = _dequantized(one)
+        values = _dequantized(_host(one))
     return values if source.rows is None else values[source.rows]
 
 
-def _mapped(leaf: Leaf) -> Leaf:
-    return leaf.map() if isinstance(leaf, LazyArray) else leaf
+def one_matrix(weight: Weight, number: int) -> Weight:
+    """A matrix `[out, in]` of a stack, read; of what is no stack, everything."""
+    lead = weight.shape[:-2]
+    part = tuple(slice(int(i), int(i) + 1) for i in np.unravel_index(number, lead)) if lead else ()
+
+    def read(leaf: Leaf) -> np.ndarray:
+        return np.asarray(read_part(leaf, part)).reshape(leaf.shape[len(lead) :])
+
+    return weight.with_leaves({name: read(weight.leaf(name)) for name in weight.axes})
 
 
 @jax.jit

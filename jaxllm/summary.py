@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.checkpoint.filling import Placed
+from jaxllm.device_memory import device_bytes
 from jaxllm.formats.base import Weight
 from jaxllm.kernels import dispatch
 from jaxllm.kernels.registry import REFERENCE
@@ -61,7 +62,7 @@ def summarize(placed: Sequence[Placed], cache: KVCache, mesh: Mesh, name: str, d
     rows = [(generic.replace("*", _ranges(layers), 1), *row) for (generic, *row), layers in groups.items()]
     parameters = sum(math.prod(p.declaration.shape) for p in placed)
     source = sum(p.source.nbytes for p in placed)
-    held = sum(_device_bytes(p) for p in placed)
+    held = sum(device_bytes(p.weight) for p in placed)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != DP or size > 1)
     title = (
         f"{name}: {parameters:,} parameters, {source / 2**20:.1f} MiB in the file, "
@@ -88,7 +89,7 @@ def _row(p: Placed, dtype: jax.typing.DTypeLike) -> tuple[str, ...]:
         " x ".join(map(str, p.declaration.shape)),
         _cut(p.declaration.spec),
         shards,
-        f"{_device_bytes(p):,}",
+        f"{device_bytes(p.weight):,}",
         _note(p),
     )
 
@@ -99,11 +100,6 @@ def _kernel(weight: Weight | jax.Array, dtype: jax.typing.DTypeLike) -> str:
         return ""
     platform = next(iter(jax.tree.leaves(weight)[0].devices())).platform
     return dispatch.choose_for(weight, dtype, platform).backend
-
-
-def _device_bytes(p: Placed) -> int:
-    leaves = jax.tree.leaves(p.weight)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _cut(spec: PartitionSpec) -> str:

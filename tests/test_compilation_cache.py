@@ -1,15 +1,20 @@
 """The folder of compiled programs: shared by processes, and mended where an entry is damaged."""
 
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 from tiny_gguf import Tiny, write
 
+from jaxllm.compilation_cache import damaged_entries_removed
+
 QUICK = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CODE = """
 import sys
+import warnings
 import jaxllm
 from jaxllm import compilation_cache
 compilation_cache.WORTH = 0.0
@@ -86,3 +91,24 @@ for n in 1, 2:
     assert left == {sound: written[sound]}  # not written again either
     said, mended = start()
     assert said == "" and mended.keys() == written.keys()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(start, tmp_path):
+    """Here it is a file; a read-only file system and a full disk are the same to us."""
+    (tmp_path / "cache" / "jaxllm").mkdir(parents=True)
+    (tmp_path / "cache" / "jaxllm" / "xla").write_text("")
+    _, said = answered(start())
+    assert re.fullmatch(
+        r".*: UserWarning: compiled programs are not kept: .*: (File exists|Not a directory)\n.*\n", said
+    )
+
+
+def test_entries_that_cannot_be_written_are_one_line():
+    with pytest.warns(UserWarning) as caught, damaged_entries_removed():
+        for name in ("jit_a", "jit_b"):
+            error = "OSError: [Errno 28] No space left on device"
+            warnings.warn(f"Error writing persistent compilation cache entry for '{name}': {error}", stacklevel=1)
+    [warning] = caught
+    assert re.fullmatch(
+        r"compiled programs are not kept: .*: OSError: .* No space left on device", str(warning.message)
+    )

@@ -406,7 +406,7 @@ def not_renamed(error, src, monkeypatch):
 
 
 TROUBLE = {
-    "source cut short": (cut_short, None, InputError, "model.safetensors: cut short: 2 values of tensor 'b' are missi"),
+    "source cut short": (cut_short, None, InputError, "model.safetensors: was changed or cut .*, tensor 'a'"),
     "a bug": (raising, ZeroDivisionError(), ZeroDivisionError, None),
 }
 INTERRUPTED = {
@@ -654,7 +654,7 @@ def test_too_little_space_is_noticed_before_writing(cut, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         convert(CHECKPOINTS / "odd", tmp_path / "b", to="float32", max_shard_size=LIMIT, progress=False)
 
-    with pytest.raises(InputError, match=r"b: 0.00 GB are needed, but 0.00 GB are free on that disk"):
+    with pytest.raises(InputError, match=r"b: 0\.\d+ MB are needed, but 0\.\d+ MB are free on that"):
         attempt(taken - 1)
     assert not list(tmp_path.iterdir())
     attempt(taken + 3000)

@@ -130,8 +130,8 @@ def test_a_file_that_is_cut_after_it_was_opened(tmp_path):
     (tmp_path / "x").write_bytes(bytes(64))
     array = FileArray(tmp_path / "x", 0, (16,), np.dtype(np.float32))
     (tmp_path / "x").write_bytes(bytes(63))
-    with pytest.raises(InputError, match="x: changed while it was read: "):
-        array.map()
+    with pytest.raises(InputError, match="x: was cut short while it was read"):
+        array.read()
 
 
 # ---- counts ---------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_scales_that_are_not_finite_are_named(tmp_path, format, suffix):
     tensors[name] = tensors[name].copy()
     tensors[name].flat[-1] = np.inf
     write_safetensors(file, tensors)
-    message = r"tensor 'model.layers.0.mlp.down_proj.weight': its (scales|biases) are not all finite numbers"
+    message = r"tensor 'model.layers.0.mlp.down_proj.weight': 1 of the numbers in its (scales|biases) are inf"
     with pytest.raises(InputError, match=message):
         jaxllm.load(folder, progress=False)
 

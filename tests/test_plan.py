@@ -22,6 +22,7 @@ from flax import nnx
 import jaxllm
 from jaxllm.cli import main
 from jaxllm.declaration import Declaration
+from jaxllm.device_memory import device_bytes
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.kernels.cpu import library
@@ -32,7 +33,7 @@ from jaxllm.planning import picture
 from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.compiling import Collective, collectives_between
 from jaxllm.planning.planner import Sketch, best, meshes, only
-from jaxllm.planning.shapes import describe, device_bytes, fill
+from jaxllm.planning.shapes import describe, fill
 from jaxllm.planning.topologies import topology
 
 GOLDEN = Path(__file__).parent / "golden"

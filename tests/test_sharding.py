@@ -115,7 +115,7 @@ def test_a_transposed_file_array_is_read_transposed(tmp_path):
     (tmp_path / "x").write_bytes(values.tobytes())
     array = FileArray(tmp_path / "x", 0, (2, 3, 4), values.dtype).swapaxes(-1, -2)
     assert array.shape == (2, 4, 3)
-    np.testing.assert_array_equal(array.map(), values.swapaxes(-1, -2))
+    np.testing.assert_array_equal(array.read(), values.swapaxes(-1, -2))
     np.testing.assert_array_equal(np.asarray(array.swapaxes(-1, -2)), values)
 
 

@@ -172,7 +172,7 @@ def test_layers_are_written_as_mistral_rs_writes_them(name, type):
         if type.startswith("hqq") and (weight.format.startswith("float") or weight.shape[-2] % 64):
             continue
         theirs = {end: array for end, array in tensors.items() if end.startswith(f"{key}.weight")}
-        ours = {key + end: array.map() for end, array in lay(weight, weight.shape).items()}
+        ours = {key + end: array.read() for end, array in lay(weight, weight.shape).items()}
         if theirs[f"{key}.weight.format"] == 1 or tensors.get(f"{key}.weight.dtype") == 0:
             continue  # plain numbers, which we write in the model's dtype
         assert sorted(ours) == sorted(theirs)
@@ -192,7 +192,7 @@ def test_old_layers_are_written_as_mistral_rs_writes_them(name, type):
     for number, key in enumerate(named):
         laid = lay(weights[key], weights[key].shape)
         bias = weights.get(key.removesuffix("weight") + "bias")
-        ours = legacy.layer(laid, kind(weights[key]).code, None if bias is None else bias.values).map()
+        ours = legacy.layer(laid, kind(weights[key]).code, None if bias is None else bias.values).read()
         changed = np.flatnonzero(ours[4:] != tensors[str(number)][4:])  # the first word is the version
         inverse = ours.size - 8 - 4 if type == "fp8" else ours.size  # of a scale, before that is rounded
         assert set(changed) <= set(range(inverse, inverse + 4)), key
@@ -325,7 +325,7 @@ def test_what_we_write_was_read_by_mistral_rs():
 def test_rows_whose_groups_run_across_them_are_looked_up():
     weight = quantize(np.random.default_rng(0).normal(size=(192, 64)).astype(np.float32), "hqq4")
     ids = np.array([[0, 191, 64], [2, 3, 130]])
-    tensors = {f"x{end}": array.map() for end, array in lay(weight, weight.shape).items()}
+    tensors = {f"x{end}": array.read() for end, array in lay(weight, weight.shape).items()}
     np.testing.assert_array_equal(weight.take(ids).dequantize(), independent(tensors, "x")[ids])
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,7 +73,7 @@ def _read_gguf(path: Path) -> AdapterFile:
     with located(path):
         for name, weight in file.tensors.items():
             target, _, side = name.rpartition(".lora_")
-            values = np.asarray(weight.dequantize(jnp.float32))
+            values = np.asarray(jax.tree.map(np.asarray, weight).dequantize(jnp.float32))
             if target and side in ("a", "b"):
                 pairs.add(target, side, name, values)
             elif name.endswith("_norm.weight"):

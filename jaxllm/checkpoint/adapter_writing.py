@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxllm.checkpoint.adapter_files import CONFIG
@@ -61,8 +62,16 @@ def write_peft(
         tensors[f"{key}.lora_A.weight"] = change.a.reshape(experts * rank, in_)
         tensors[f"{key}.lora_B.weight"] = change.b.transpose(1, 2, 0).reshape(-1, rank * experts)
     packed = {f"base_model.model.{name}": np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-    save_file(packed, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(folder / TENSORS, packed, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(linear, stacks, base), indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. Raises OSError where the library has an exception of its own for a full disk."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def written_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Written]:

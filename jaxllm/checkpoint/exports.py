@@ -58,7 +58,7 @@ class Export:
             InputError: the type cannot hold this matrix.
         """
         try:
-            return {module + end: array.map() for end, array in self.lay(weight).items()}
+            return {module + end: array.read() for end, array in self.lay(weight).items()}
         except InputError as error:
             raise InputError(f"'{module}' as {self.name}: {error}") from error
 

@@ -51,7 +51,7 @@ def gptq(weight: Weight, symmetric: bool, ordered: bool) -> Laid:
         return np.ascontiguousarray(np.asarray(weight.codes).reshape(out, -1).T).view(np.int32)
 
     def zero_words() -> np.ndarray:
-        points = zeros.map()
+        points = zeros.read()
         if symmetric and (points != 2 ** (bits - 1)).any():
             raise InputError(f"zero points other than {2 ** (bits - 1)} in a matrix that is declared symmetric")
         return repack.packed_rows(points.T - np.uint8(symmetric), bits).view(np.int32)
@@ -59,7 +59,7 @@ def gptq(weight: Weight, symmetric: bool, ordered: bool) -> Laid:
     return {
         ".qweight": derived((in_ * bits // WORD, out), np.int32, words),
         ".qzeros": derived((groups, out * bits // WORD), np.int32, zero_words),
-        ".scales": derived((groups, out), np.float16, lambda: scales.map().T),
+        ".scales": derived((groups, out), np.float16, lambda: scales.read().T),
         ".g_idx": derived((in_,), np.int32, index if ordered else lambda: _in_order(index(), groups)),
     }
 
@@ -80,8 +80,8 @@ def awq(weight: Weight) -> Laid:
 
     return {
         ".qweight": derived((in_, out // 8), np.int32, words),
-        ".qzeros": derived((groups, out // 8), np.int32, lambda: repack.awq_words(zeros.map().T)),
-        ".scales": derived((groups, out), np.float16, lambda: scales.map().T),
+        ".qzeros": derived((groups, out // 8), np.int32, lambda: repack.awq_words(zeros.read().T)),
+        ".scales": derived((groups, out), np.float16, lambda: scales.read().T),
     }
 
 

@@ -37,7 +37,7 @@ def layer(laid: Laid, code: int, bias: DerivedArray | None) -> DerivedArray:
     pieces += [] if bias is None else _tensor(bias)
 
     def joined() -> np.ndarray:
-        return np.frombuffer(b"".join(p if isinstance(p, bytes) else p.map().tobytes() for p in pieces), np.uint8)
+        return np.frombuffer(b"".join(p if isinstance(p, bytes) else p.read().tobytes() for p in pieces), np.uint8)
 
     return derived((sum(len(p) if isinstance(p, bytes) else _nbytes(p) for p in pieces),), np.uint8, joined)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.declaration import Declaration
 from jaxllm.encodings import Encoding
+from jaxllm.files import give_up_reading
 from jaxllm.formats.adapted import Adapted
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
@@ -82,9 +83,13 @@ def fill(
                 weight = _repacked(convert(weight, sharding), sharding, dtype)
         return Placed(name, declaration, shapes(source), shapes(encoded), weight)
 
-    declared = parameters(model)
-    with ThreadPoolExecutor(READERS) as pool:
-        placed = list(track(pool.map(load, declared.items()), len(declared)))
+    declared, given_up = parameters(model), Event()
+    with ThreadPoolExecutor(READERS, initializer=give_up_reading, initargs=(given_up,)) as pool:
+        try:
+            placed = list(track(pool.map(load, declared.items()), len(declared)))
+        except BaseException:  # an interruption too need not wait for a slow disk
+            given_up.set()
+            raise
     for p in placed:
         declared[p.name].set_value(p.weight)
     return placed

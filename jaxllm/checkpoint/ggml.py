@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf import TokenType
 
-from jaxllm.checkpoint.gguf import MOST_ENTRIES, MOST_ITEMS, Cursor, tensor_weight
-from jaxllm.errors import InputError
+from jaxllm.checkpoint.gguf import MOST_ENTRIES, MOST_ITEMS, Cursor, tensor_weight, whole_file
+from jaxllm.errors import InputError, located
 from jaxllm.formats.base import Weight
 
 # As bytes in the file: the magics are little-endian words.
@@ -54,7 +53,7 @@ class HParams:
 
 @dataclass(frozen=True)
 class GGMLFile:
-    """An open file. `metadata` and `tensors` have the keys and names of GGUF; leaves are memory-mapped.
+    """An open file. `metadata` and `tensors` have the keys and names of GGUF; leaves are `FileArray`s.
 
     kind: the container and its version, for example "ggjt version 3".
     vocabulary: tokens as bytes, with their scores.
@@ -76,7 +75,7 @@ def is_ggml(path: Path) -> bool:
 
 
 def open_ggml(path: Path, gqa: int = 1, context: int = 4096) -> GGMLFile:
-    """Map a file from before GGUF; its header and vocabulary are read.
+    """Read the header and vocabulary of a file from before GGUF.
 
     Args:
         gqa: query heads per key/value head. The files do not contain it; it is 8 for the 70B model of Llama 2.
@@ -85,21 +84,18 @@ def open_ggml(path: Path, gqa: int = 1, context: int = 4096) -> GGMLFile:
     Raises:
         InputError: the file is of another kind, truncated, inconsistent, or quantized in an obsolete layout.
     """
-    with path.open("rb") as file:
+    with located(path), path.open("rb") as file:
         magic = file.read(4)
-    try:
         if magic in _OTHERS:
             raise InputError(f"{_OTHERS[magic]}, not a model")
         if magic not in _VERSIONS:
             raise InputError(f"not a GGML file (it begins with {magic!r})")
-        return _parse(path, magic, gqa, context)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        return _parse(path, file, magic, gqa, context)
 
 
-def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
-    data = np.memmap(path, np.uint8, "r")
-    cursor = Cursor(data, len(magic))
+def _parse(path: Path, opened: BinaryIO, magic: bytes, gqa: int, context: int) -> GGMLFile:
+    whole = whole_file(path, opened)
+    cursor = Cursor(opened, len(magic), whole.nbytes)
     container, versions = _VERSIONS[magic]
     version = cursor.number() if versions else None
     kind = f"{container} version {version}" if versions else f"{container} (unversioned)"
@@ -118,12 +114,12 @@ def _parse(path: Path, magic: bytes, gqa: int, context: int) -> GGMLFile:
         if type_number not in _FLOATS and (kind != "ggjt version 3" or type_number not in _BLOCKS):
             raise InputError(_unreadable(name, type_number, kind))
         if container == "ggjt":
-            cursor.take(-cursor.offset % 32)
+            cursor.skip(-cursor.offset % 32)
         name = _gguf_name(name)
         if name in tensors:
             raise InputError(f"tensor '{name}' is given twice")
-        tensors[name] = tensor_weight(data, cursor.offset, name, dims, type_number)
-        cursor.take(tensors[name].nbytes)
+        tensors[name] = tensor_weight(whole, cursor.offset, name, dims, type_number)
+        cursor.skip(tensors[name].nbytes)
     metadata = _sizes(hparams, tensors, gqa, context) | _tokenizer(vocabulary)
     return GGMLFile(path, kind, hparams, vocabulary, metadata, tensors)
 
@@ -135,7 +131,7 @@ def _vocabulary(cursor: Cursor, count: int, scores: bool) -> list[tuple[bytes, f
     """
     vocabulary = []
     for i in range(cursor.plausible(count, MOST_ITEMS // 4)):
-        token = bytes(cursor.take(cursor.length()))
+        token = cursor.take(cursor.length())
         vocabulary.append((token, cursor.number("<f4") if scores else -float(i)))
     return vocabulary
 

@@ -1,4 +1,4 @@
-"""GGUF files, single or split: metadata as plain values, tensors as weights over the memory-mapped file.
+"""GGUF files, single or split: metadata as plain values, tensors as weights that are still in the file.
 
 Every count and length is checked against the size of the file before it is used. (gguf-py's reader trusts them all,
 supports neither version 1 nor split files, and takes a second and a half for a vocabulary of 49,152 tokens.)
@@ -6,21 +6,22 @@ supports neither version 1 nor split files, and takes a second and a half for a 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from jaxllm.entries import Entries
-from jaxllm.errors import InputError
-from jaxllm.files import part_of
+from jaxllm.errors import InputError, located
+from jaxllm.files import Stamp, part_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
+from jaxllm.placing import FileArray
 
 MAGIC = b"GGUF"
 
@@ -56,7 +57,7 @@ _WHOLE_NUMBERS = ("general.alignment", "split.no", "split.count", "split.tensors
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An open file: `metadata` by key, `tensors` by name with memory-mapped leaves.
+    """An open file: `metadata` by key, `tensors` by name, whose leaves are `FileArray`s.
 
     path: the path of the file, or of the first part of a split file.
     """
@@ -71,7 +72,7 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Map a GGUF file and read its header. The path may be any part of a split file.
+    """Read the header of a GGUF file. The path may be any part of a split file.
 
     Raises:
         InputError: not a GGUF file, truncated, inconsistent, with tensors of an unknown type, or with missing parts.
@@ -81,14 +82,20 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def _open_one(path: Path) -> GGUFFile:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != MAGIC:
-        raise InputError(f"{path}: not a GGUF file (it begins with {magic!r}, not {MAGIC!r})")
-    try:
-        return GGUFFile(path, *_parse(np.memmap(path, np.uint8, "r")))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    with located(path), path.open("rb") as file:
+        if (magic := file.read(len(MAGIC))) != MAGIC:
+            raise InputError(f"not a GGUF file (it begins with {magic!r}, not {MAGIC!r})")
+        whole = whole_file(path, file)
+        metadata, tensors = _parse(whole, file)
+        if Stamp.of(file) != whole.stamp:
+            raise InputError("was changed or cut short while it was read")
+    return GGUFFile(path, metadata, tensors)
+
+
+def whole_file(path: Path, opened: BinaryIO) -> FileArray:
+    """All bytes of an open file."""
+    stamp = Stamp.of(opened)
+    return FileArray(path, 0, (stamp.size,), np.dtype(np.uint8), stamp=stamp)
 
 
 def _open_parts(given: GGUFFile) -> GGUFFile:
@@ -117,8 +124,8 @@ def _open_parts(given: GGUFFile) -> GGUFFile:
     return GGUFFile(first.path, first.metadata, tensors)
 
 
-def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
-    header = _Header(data)
+def _parse(whole: FileArray, opened: BinaryIO) -> tuple[dict[str, Any], dict[str, Weight]]:
+    header = _Header(opened, len(MAGIC), whole.nbytes)
     tensor_count, key_count = header.length(most=MOST_ENTRIES), header.length(most=MOST_ENTRIES)
     metadata, tensors, ranges = {}, {}, []
     for _ in range(key_count):
@@ -138,7 +145,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
     for name, dims, type_number, offset in infos:
         if name in tensors:
             raise InputError(f"tensor '{name}' is given twice")
-        tensors[name] = tensor_weight(data, start + offset, name, dims, type_number)
+        tensors[name] = tensor_weight(whole, start + offset, name, dims, type_number)
         if offset % alignment:
             raise InputError(f"tensor '{name}' begins at offset {offset}, which is not a multiple of {alignment}")
         ranges.append((offset, offset + tensors[name].nbytes, name))
@@ -149,22 +156,33 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Weight]]:
 
 
 class Cursor:
-    """A memory-mapped file and the position to read from next. Reading past the end is an InputError."""
+    """A file, the position to read from next, and the end. Reading past it is an InputError."""
 
-    def __init__(self, data: np.ndarray, offset: int) -> None:
-        self.data, self.offset = memoryview(data), offset
+    def __init__(self, opened: BinaryIO, offset: int, end: int) -> None:
+        self.opened, self.offset, self.end = opened, offset, end
+        opened.seek(offset)
 
     @property
     def left(self) -> int:
-        return max(len(self.data) - self.offset, 0)
+        return max(self.end - self.offset, 0)
 
-    def take(self, nbytes: int) -> memoryview:
+    def take(self, nbytes: int) -> bytes:
+        self._advance(nbytes)
+        taken = self.opened.read(nbytes)
+        if len(taken) < nbytes:
+            raise InputError("was cut short while it was read")
+        return taken
+
+    def skip(self, nbytes: int) -> None:
+        self._advance(nbytes)
+        self.opened.seek(self.offset)
+
+    def _advance(self, nbytes: int) -> None:
         if nbytes > self.left:
             raise InputError(
                 f"cut short or damaged: {nbytes} bytes announced at offset {self.offset}, {self.left} left"
             )
         self.offset += nbytes
-        return self.data[self.offset - nbytes : self.offset]
 
     def numbers(self, dtype: str, count: int) -> list:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype).tolist()
@@ -193,8 +211,8 @@ class Cursor:
 class _Header(Cursor):
     """The part of a GGUF file before its tensors."""
 
-    def __init__(self, data: np.ndarray) -> None:
-        super().__init__(data, len(MAGIC))
+    def __init__(self, opened: BinaryIO, offset: int, end: int) -> None:
+        super().__init__(opened, offset, end)
         version = self.number()
         if version & 0xFFFF == 0:
             raise InputError("a big-endian GGUF file, which is not supported")
@@ -228,14 +246,16 @@ class _Header(Cursor):
 
     def _strings(self, count: int) -> list[str]:
         """`count` strings. Vocabularies have 100,000 of them, so this loop uses local names only."""
-        data, offset, word, end, out = self.data, self.offset, self.word, len(self.data), []
+        read, word, left, out = self.opened.read, self.word, self.left, []
         for _ in range(count):
-            start = offset + word
-            offset = start + int.from_bytes(data[offset:start], "little")
-            if offset > end or start > end:
-                raise InputError(f"cut short or damaged: a string before offset {start} ends outside the file")
-            out.append(str(data[start:offset], "utf-8", "replace"))
-        self.offset = offset
+            length = int.from_bytes(read(word), "little")
+            left -= word + length
+            if left < 0:
+                raise InputError(
+                    f"cut short or damaged: a string before offset {self.end - left} ends outside the file"
+                )
+            out.append(str(read(length), "utf-8", "replace"))
+        self.offset = self.end - left
         return out
 
     def _scalar(self, kind: int, what: str) -> str:
@@ -249,8 +269,8 @@ class _Header(Cursor):
         return name, self.dims(self.number(), f"<u{self.word}"), self.number(), self.number("<u8")
 
 
-def tensor_weight(data: np.ndarray, offset: int, name: str, dims: list[int], type_number: int) -> Weight:
-    """The tensor at `offset` of a memory-mapped file as a weight.
+def tensor_weight(whole: FileArray, offset: int, name: str, dims: list[int], type_number: int) -> Weight:
+    """The tensor at `offset` of a file as a weight; nothing is read.
 
     Args:
         dims: the innermost first.
@@ -271,9 +291,11 @@ def tensor_weight(data: np.ndarray, offset: int, name: str, dims: list[int], typ
     if dims[0] % size or 0 in dims or (len(dims) == 1 and not plain):
         raise InputError(f"tensor '{name}' has the impossible shape {shape} for {type}")
     length = math.prod(dims) // size * nbytes
-    if offset + length > len(data):
+    if offset + length > whole.nbytes:
         raise InputError(
             f"cut short or damaged: tensor '{name}' of shape {shape} and type {type} ends outside the file"
         )
-    values = data[offset : offset + length]
-    return Dense(values.view(plain).reshape(shape)) if plain else GGML(values.reshape(*shape[:-1], -1, nbytes), type)
+    values = replace(whole, offset=offset, shape=(length,))
+    if plain:
+        return Dense(values.view(plain).reshape(*shape))
+    return GGML(values.reshape(*shape[:-1], dims[0] // size, nbytes), type)

@@ -8,12 +8,12 @@ import numpy as np
 
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect, read_array
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, WORDS, Part, Scheme, decoded, expect
 from jaxllm.errors import InputError
 from jaxllm.formats.affine import WORD, Affine, word_values
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
-from jaxllm.placing import HostArray
+from jaxllm.placing import HostArray, read_part
 
 
 def affine(
@@ -104,7 +104,7 @@ def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
             words = derived(
                 words_shape,
                 np.uint32,
-                lambda: read_array(qweight).view(np.uint32).reshape(n, width, out).transpose(2, 0, 1),
+                lambda: read_part(qweight).view(np.uint32).reshape(n, width, out).transpose(2, 0, 1),
             )
         kind = np.dtype(np.uint8 if bits < 8 else np.int16)  # has to hold 2^bits, which can occur in version 1
 
@@ -114,7 +114,7 @@ def gptq(bits: int, group_size: int, v2: bool) -> Scheme:
         zeros = derived((out, groups), kind, zero_points)
 
         def codes() -> np.ndarray:
-            return repack.bit_stream(read_array(qweight).T, bits, in_)
+            return repack.bit_stream(read_part(qweight).T, bits, in_)
 
         weight = affine("GPTQ", codes, shape, bits, group, scales.swapaxes(0, 1), zeros, words=words)
         return grouped(weight, None if g_idx is None else np.asarray(g_idx), shape, groups, group)
@@ -206,11 +206,11 @@ def pack_quantized(bits: int, group_size: int | None) -> Scheme:
                 raise InputError(f"weight_zero_point has shape {[*weight_zero_point.shape]} for {out} rows")
             expect("weight_zero_point", weight_zero_point, weight_zero_point.shape[0], groups)
             zeros = derived(
-                (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(read_array(weight_zero_point).T), out).T
+                (out, groups), np.uint8, lambda: stream(np.ascontiguousarray(read_part(weight_zero_point).T), out).T
             )
 
         def codes() -> np.ndarray:
-            return stream(np.ascontiguousarray(read_array(weight_packed)), in_)
+            return stream(np.ascontiguousarray(read_part(weight_packed)), in_)
 
         half = 2 ** (bits - 1)
         weight = affine("INT", codes, (out, in_), bits, group, weight_scale, zeros, half, words)

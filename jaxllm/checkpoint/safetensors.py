@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.entries import Entries, json_object, read_json
 from jaxllm.errors import InputError
-from jaxllm.files import MOST_TEXT, part_of
+from jaxllm.files import MOST_TEXT, Stamp, part_of
 from jaxllm.formats.dense import Dense
 from jaxllm.placing import FileArray
 
@@ -108,7 +108,8 @@ def read_header(file: Path) -> dict[str, FileArray]:
     """
     try:
         with part_of(file).open("rb") as opened:
-            size = file.stat().st_size
+            stamp = Stamp.of(opened)
+            size = stamp.size
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"{file}: cut short or damaged: a header of {length} bytes in a file of {size}")
@@ -118,7 +119,7 @@ def read_header(file: Path) -> dict[str, FileArray]:
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
     header, start = json_object(text, f"{file}: damaged header"), 8 + length
-    arrays = {name: _array(file, start, size, name, e) for name, e in header.items() if name != "__metadata__"}
+    arrays = {name: _array(file, start, stamp, name, e) for name, e in header.items() if name != "__metadata__"}
     # As in the format's own library: tensors that overlap or leave a hole mean damage, or hide something.
     end = start
     for name, array in sorted(arrays.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -133,7 +134,7 @@ def read_header(file: Path) -> dict[str, FileArray]:
     return arrays
 
 
-def _array(file: Path, start: int, size: int, name: str, entry: object) -> FileArray:
+def _array(file: Path, start: int, stamp: Stamp, name: str, entry: object) -> FileArray:
     if not name.isprintable():  # the name will be part of one-line messages
         raise InputError(f"{file}: damaged header: a tensor with the name {name[:64]!r}")
     match entry:
@@ -145,9 +146,9 @@ def _array(file: Path, start: int, size: int, name: str, entry: object) -> FileA
             raise InputError(f"{file}: damaged header: tensor '{name}' has an impossible dtype, shape or place")
     if kind not in DTYPES:
         raise InputError(f"{file}: tensor '{name}' has the unknown dtype {kind[:64]!r}")
-    array = FileArray(file, start + begin, tuple(shape), np.dtype(DTYPES[kind]))
+    array = FileArray(file, start + begin, tuple(shape), np.dtype(DTYPES[kind]), stamp=stamp)
     if end - begin != array.nbytes:
         raise InputError(f"{file}: tensor '{name}' of shape {shape} and {array.dtype} cannot have {end - begin} bytes")
-    if start + end > size:
-        raise InputError(f"{file}: cut short: tensor '{name}' ends {start + end - size} bytes after the file")
+    if start + end > stamp.size:
+        raise InputError(f"{file}: cut short: tensor '{name}' ends {start + end - stamp.size} bytes after the file")
     return array

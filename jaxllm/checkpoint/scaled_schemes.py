@@ -8,12 +8,12 @@ import numpy as np
 from jaxllm.checkpoint import repack
 from jaxllm.checkpoint.integer_schemes import affine, grouped, sizes
 from jaxllm.checkpoint.repack import derived
-from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect, read_array
+from jaxllm.checkpoint.schemes import ANY, FLOATS, INTEGERS, Part, Scheme, expect
 from jaxllm.entries import Entries
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
 from jaxllm.formats.scaled import Activations, Scaled
-from jaxllm.placing import HostArray
+from jaxllm.placing import HostArray, read_part
 
 SCALE_FORMATS = ("ue8m0", "float")
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
@@ -90,9 +90,9 @@ def scaled(name: str, scale: str = ".weight_scale", fused: Callable[[int], list[
         zeros = derived(
             (out, 1),
             np.int16,
-            lambda: np.broadcast_to(read_array(zero_point).astype(np.int16).reshape(-1, 1) + 128, (out, 1)),
+            lambda: np.broadcast_to(read_part(zero_point).astype(np.int16).reshape(-1, 1) + 128, (out, 1)),
         )
-        weight = affine("INT", lambda: read_array(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
+        weight = affine("INT", lambda: read_part(values).view(np.uint8) ^ 128, (out, in_), 8, in_, rows, zeros)
         return grouped(weight, None, (out, in_), 1, in_)
 
     optional = {n: Part(f".{n}", FLOATS, 0, 2) for n in ("input_scale", "activation_scale")}
@@ -142,10 +142,10 @@ def _f8q8(blocks: HostArray, shape: HostArray) -> Weight:
     step = derived(
         (blocks.shape[0],),
         np.float32,
-        lambda: read_array(blocks)[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(448),
+        lambda: read_part(blocks)[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(448),
     )
     values = derived(
-        (out, in_), np.int8, lambda: read_array(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
+        (out, in_), np.int8, lambda: read_part(blocks)[:, 1:].view(np.int8).reshape(-1)[: out * in_].reshape(out, in_)
     )
     return Scaled(values, repack.by_rows(step, (out, in_), 32), (1, repack.group_size(in_, 32)))
 

@@ -72,10 +72,6 @@ def expect(what: str, array: HostArray, *shape: int) -> None:
         raise InputError(f"{what} has shape {[*array.shape]}, expected {[*shape]}")
 
 
-def read_array(array: HostArray) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.map()
-
-
 def decoded(weight: Callable[[], Weight], shape: tuple[int, ...]) -> Dense:
     """A matrix that is dequantized while it is read."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from jaxllm.checkpoint.checksums import write_sums
 from jaxllm.errors import InputError
 
 GB = 10**9
@@ -52,11 +53,14 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = None) -> Iterator[Unfinished]:
+def unfinished(
+    path: Path, nbytes: int, fingerprint: str, file: str | None = None, checksums: bool = False
+) -> Iterator[Unfinished]:
     """A hidden directory beside `path` to fill with `nbytes`. At the end it, or one `file` in it, becomes `path`.
 
     Args:
         fingerprint: what is written, and from what; only a run with the same goes on where another stopped.
+        checksums: whether they are written too, see `checksums`.
 
     Raises:
         InputError: `path` is taken or cannot be made, there is too little space, another process writes it, or the
@@ -73,14 +77,18 @@ def unfinished(path: Path, nbytes: int, fingerprint: str, file: str | None = Non
                 begun = _begun(hidden, fingerprint)
                 there = sum(each.stat().st_blocks * 512 for each in begun.folder.iterdir())
                 if (free := shutil.disk_usage(final.parent).free + there) < nbytes:
-                    needed = f"{nbytes / GB:.2f} GB are needed, but {free / GB:.2f} GB are free on that disk"
+                    needed = f"{_shown(nbytes)} are needed, but {_shown(free)} are free on that disk"
                     if not begun.done:
                         shutil.rmtree(hidden)
                     raise NoSpace(f"{path}: {needed}")
                 yield begun
+                sums = write_sums(begun.folder, file) if checksums else None
                 made = [*begun.folder.rglob("*"), begun.folder] if file is None else [begun.folder / file]
                 for each in made:
                     sync_path(each)
+                if sums is not None and file is not None:
+                    sync_path(sums)
+                    sums.replace(final.with_name(sums.name))
                 made[-1].rename(final)
                 sync_path(final.parent)
                 shutil.rmtree(hidden)
@@ -104,6 +112,10 @@ class Kept(InputError):
 
 class NoSpace(Kept):
     """The disk is too small for the rest."""
+
+
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes > GB // 10 else f"{nbytes * 1000 / GB:.2f} MB"
 
 
 def check_target(path: Path, is_file: bool) -> None:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -82,8 +82,8 @@ def legacy_weights(folder: HFDirectory, arrays: Mapping[str, FileArray]) -> dict
         raise InputError(f"layer {missing[0]} of {len(arrays)} is missing: another file of the same model has it")
     tensors: dict[str, HostArray] = {}
     for i in range(len(arrays)):
-        with located(f"layer {i}"):
-            tensors |= {f"{i}.{end}": array for end, array in _Layer(arrays[str(i)]).tensors().items()}
+        with located(f"layer {i}"), arrays[str(i)].path.open("rb") as opened:
+            tensors |= {f"{i}.{end}": array for end, array in _Layer(arrays[str(i)], opened).tensors().items()}
     weights = joined(tensors)
     shapes = [weights[f"{i}.weight"].shape for i in range(len(arrays))]
     wanted = matrices(folder.config, any(len(shape) == 3 for shape in shapes))
@@ -135,10 +135,10 @@ def _check(shapes: list[tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]])
 class _Layer(Cursor):
     """A layer: a version, a kind, and what that kind has."""
 
-    def __init__(self, file: FileArray) -> None:
+    def __init__(self, file: FileArray, opened: BinaryIO) -> None:
         if file.dtype != np.uint8 or file.ndim != 1:
             raise InputError(f"damaged: {file.dtype} of shape {[*file.shape]}, not bytes")
-        super().__init__(file.map(), 0)
+        super().__init__(opened, file.offset, file.offset + file.nbytes)
         self.file = file
         version = self.number()
         if version >> 16 or version >> 8 > MINOR:
@@ -179,6 +179,6 @@ class _Layer(Cursor):
         return self._bytes(nbytes).view(dtype).reshape(*dims)
 
     def _bytes(self, count: int) -> FileArray:
-        begin = self.file.offset + self.offset
-        self.take(count)
+        begin = self.offset
+        self.skip(count)
         return replace(self.file, offset=begin, shape=(count,))

@@ -76,6 +76,7 @@ def write_directory(
     max_shard_size: int = 5 * GB,
     advance: Advance = nothing,
     source: str = "",
+    checksums: bool = False,
 ) -> None:
     """Write a Hugging Face directory. If there are several shards, their index is written last.
 
@@ -84,6 +85,7 @@ def write_directory(
         files: everything except weights and their index: names with contents, or with a file to copy.
         advance: called with the number of tensor bytes just written.
         source: what the tensors are made from, if an interrupted run may go on, see `unfinished`.
+        checksums: whether to write SHA256SUMS.
 
     Raises:
         InputError: `path` cannot be made or has too little space, or writing failed.
@@ -99,7 +101,7 @@ def write_directory(
 
     last = {INDEX: index.encode()} if len(parts) > 1 else {}
     made = [safetensors_file(name, part) for name, part in zip(names, parts, strict=True)]
-    write_files(path, made, files, advance, last, source)
+    write_files(path, made, files, advance, last, source, checksums)
 
 
 def write_files(
@@ -109,6 +111,7 @@ def write_files(
     advance: Advance = nothing,
     last: Mapping[str, Path | bytes] = MappingProxyType({}),
     source: str = "",
+    checksums: bool = False,
 ) -> None:
     """Write a directory with these files of tensors, and with other files; see `write_directory`.
 
@@ -119,16 +122,16 @@ def write_files(
     needed += sum(
         len(file) if isinstance(file, bytes) else file.stat().st_size for file in (*files.values(), *last.values())
     )
-    with unfinished(path, needed, _fingerprint(parts, source)) as target:
+    with unfinished(path, needed, _fingerprint(parts, source), checksums=checksums) as target:
         _copy(files, target.folder)
         for part in parts:
             _write(part, target, advance)
         _copy(last, target.folder)
 
 
-def write_file(path: Path, part: File, advance: Advance = nothing, source: str = "") -> None:
+def write_file(path: Path, part: File, advance: Advance = nothing, source: str = "", checksums: bool = False) -> None:
     """Write a single file of tensors. Raises InputError as `write_directory` does."""
-    with unfinished(path, part.nbytes, _fingerprint([part], source), part.name) as target:
+    with unfinished(path, part.nbytes, _fingerprint([part], source), part.name, checksums) as target:
         _write(part, target, advance)
 
 
@@ -198,7 +201,7 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
     """The values of a tensor in order, a few at a time: flat arrays of a multiple of `unit`, except the last.
 
     Raises:
-        InputError: the file has become shorter.
+        InputError: the file is not what it was when its header was read.
     """
     if isinstance(array, JoinedArray) and array.axis == 0:
         for part in array.parts:
@@ -209,15 +212,13 @@ def pieces(name: str, array: FileArray | JoinedArray, unit: int = 1) -> Iterator
         for bands in zip(*(pieces(name, part, width) for part in array.parts), strict=True):
             yield np.concatenate([band.reshape(-1, width) for band in bands], 1).reshape(-1)
         return
-    left, most = math.prod(array.shape), max(PIECE // max(unit, 1), 1) * unit
-    with array.path.open("rb") as file:
-        file.seek(array.offset)
-        while left:
-            piece = np.fromfile(file, array.dtype, min(left, most))
-            left -= piece.size
-            if piece.size < min(left + piece.size, most):
-                raise InputError(f"{array.path}: cut short: {left} values of tensor '{name}' are missing")
-            yield piece
+    total, most = math.prod(array.shape), max(PIECE // max(unit, 1), 1) * unit
+    flat = array.reshape(total)
+    for begin in range(0, total, most):
+        try:
+            yield flat.read((slice(begin, begin + most),))
+        except InputError as error:
+            raise InputError(f"{error}, tensor '{name}'") from error
 
 
 def nth(array: FileArray, shape: tuple[int, ...], i: int) -> FileArray:

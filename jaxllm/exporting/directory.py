@@ -67,8 +67,8 @@ def directory(
     config = {**entries, key: dtype.name} | how.declaration(sorted(left_out), groups)
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
-    def write(advance: Advance) -> None:
-        write_directory(path, tensors, files, limit, advance, source)
+    def write(advance: Advance, checksums: bool) -> None:
+        write_directory(path, tensors, files, limit, advance, source, checksums)
 
     return Output(Plan(writer.rows), tensors, write)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxllm.checkpoint.computed import in_parts
 from jaxllm.checkpoint.gguf_writing import ALIGNMENT, header
 from jaxllm.checkpoint.safetensors import optional_json
-from jaxllm.checkpoint.writing import File, Tensor, write_file
+from jaxllm.checkpoint.writing import Advance, File, Tensor, write_file
 from jaxllm.entries import json_object
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.model import Model, Values
@@ -61,7 +61,11 @@ def gguf(model: Model, recipe: Recipe | None, path: Path, source: str, pool: Thr
     metadata = _metadata(model, said.entries, recipe)
     text, offsets = header(metadata, types)
     file = File(path.name, text, tensors, offsets, metadata.get("general.alignment", ALIGNMENT))
-    return Output(Plan(writer.rows), tensors, lambda advance: write_file(path, file, advance, source))
+
+    def write(advance: Advance, checksums: bool) -> None:
+        write_file(path, file, advance, source, checksums)
+
+    return Output(Plan(writer.rows), tensors, write)
 
 
 def _tensor(writer: Writer, written: Written) -> tuple[Tensor, str]:

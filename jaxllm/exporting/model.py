@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from jaxllm.checkpoint import matching
 from jaxllm.checkpoint.adapter_files import AdapterFile
 from jaxllm.checkpoint.adapting import adapter, changes_tied_ends, merged
 from jaxllm.checkpoint.opening import Checkpoint
-from jaxllm.checkpoint.schemes import read_array
 from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight
@@ -28,7 +26,7 @@ from jaxllm.layers.parameter import parameters
 from jaxllm.models.rule import Written
 from jaxllm.parallel import make_mesh
 from jaxllm.placing import Source
-from jaxllm.requantize import floats, on_host
+from jaxllm.requantize import floats, on_host, one_matrix
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -184,11 +182,9 @@ class Values:
 
     def blocks(self, i: int) -> np.ndarray:
         """The blocks of a matrix as they are, rows in the order of the file. Only if it `is_in` some type."""
-        [(source, number)], index = self.sources, tuple[Any, ...]()
+        [(source, number)] = self.sources
         part = source.parts[(i if number is None else number) if source.stacked else 0]
-        if len(part.shape) > 2:
-            index = np.unravel_index(i if number is None else number, part.shape[:-2])
-        blocks = np.asarray(read_array(part.leaf("blocks"))[index])
+        blocks = one_matrix(part, i if number is None else number).leaf("blocks")
         blocks = blocks if source.rows is None else blocks[source.rows]
         return blocks if self.written.rows is None else blocks[self.written.rows]
 

@@ -143,8 +143,8 @@ def uqff(
     made = [safetensors_file(n, part, metadata) for n, part in zip(names, parts, strict=True)]
     made.append(safetensors_file(reading.RESIDUAL, plain, metadata))
 
-    def write(advance: Advance) -> None:
-        write_files(path, made, files, advance, source=source)
+    def write(advance: Advance, checksums: bool) -> None:
+        write_files(path, made, files, advance, source=source, checksums=checksums)
 
     return Output(Plan(writer.rows), [tensor for part in (*parts, plain) for tensor in part], write)
 
@@ -203,7 +203,7 @@ def _named(pool: ThreadPoolExecutor, layer: _Layer) -> list[Tensor]:
     """The tensors of a layer in version 1.2."""
 
     def compute() -> dict[str, np.ndarray]:
-        return {layer.module + end: array.map() for end, array in layer.laid(layer.weight()).items()}
+        return {layer.module + end: array.read() for end, array in layer.laid(layer.weight()).items()}
 
     return together(pool, {layer.module + end: array for end, array in layer.laid(layer.made).items()}, compute)
 
@@ -223,7 +223,7 @@ def _numbered(
             return legacy.layer(laid, code, own)
 
         def compute(n: str = str(number), layer: _Layer = layer, array: Any = array) -> dict[str, np.ndarray]:
-            return {n: array(layer.laid(layer.weight())).map()}
+            return {n: array(layer.laid(layer.weight())).read()}
 
         tensors += together(writer.pool, {str(number): array(layer.laid(layer.made))}, compute)
     return tensors

@@ -27,12 +27,12 @@ class Output:
     Attributes:
         plan: what becomes of each matrix.
         tensors: everything that will be written.
-        write: writes it, calling its argument with numbers of bytes.
+        write: writes it, calling its argument with numbers of bytes; and, if the second says so, checksums.
     """
 
     plan: Plan
     tensors: Sequence[Tensor]
-    write: Callable[[Advance], None]
+    write: Callable[[Advance, bool], None]
 
     @property
     def nbytes(self) -> int:

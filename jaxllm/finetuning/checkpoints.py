@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from jaxllm.checkpoint.adapter_writing import write_peft
+from jaxllm.checkpoint.adapter_writing import write_peft, write_tensors
 from jaxllm.checkpoint.unfinished import sync_path
 from jaxllm.finetuning.factors import trainable
 from jaxllm.finetuning.step import Progress
@@ -65,7 +65,7 @@ class Checkpoints:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
         self.write(writing, changes, log, {})
-        save_file({str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(now))}, writing / STATE)
+        write_tensors(writing / STATE, {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(now))})
         for path in (*writing.iterdir(), writing):
             sync_path(path)
         writing.rename(self.folder / f"{NAME}{len(log.losses):08}")

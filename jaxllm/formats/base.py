@@ -162,6 +162,13 @@ class Weight(ABC):
             specs[leaf_name] = PartitionSpec(*leaf_spec)
         return self.with_leaves(specs)
 
+    def not_finite(self, name: str, part: np.ndarray) -> int:
+        """How many numbers in a part of a leaf are infinite or no numbers. Only those count that many products meet:
+        scales and the like, and vectors."""
+        if not jnp.issubdtype(part.dtype, jnp.floating) or (name == "values" and part.ndim > 1):
+            return 0
+        return part.size - int(np.isfinite(part).sum())
+
     def like(self, w: jax.Array) -> Self:
         """The floats `w`, of this weight's shape, encoded in its format.
 

@@ -5,9 +5,10 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.formats.base import Axes, Cut, Leaf, Weight, static_field
-from jaxllm.formats.ggml_blocks import BLOCK_TYPES
+from jaxllm.formats.ggml_blocks import BLOCK_TYPES, EXPONENTS
 from jaxllm.formats.ggml_encode import encode
 
 
@@ -33,6 +34,14 @@ class GGML(Weight):
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         values = BLOCK_TYPES[self.type].decode(self.blocks)
         return values.reshape(*values.shape[:-2], -1).astype(dtype)
+
+    def not_finite(self, name: str, part: np.ndarray) -> int:
+        blocks, count = part.reshape(-1, part.shape[-1]), 0
+        for bits in EXPONENTS.get(self.type, ()):
+            byte, mask = bits[0]
+            found = blocks[(blocks[:, byte] & mask) == mask]
+            count += sum(all(block[byte] & mask == mask for byte, mask in bits) for block in found)
+        return count
 
     @classmethod
     def from_dense(cls, values: jax.Array, type: str, importance: jax.Array | None = None) -> Self:

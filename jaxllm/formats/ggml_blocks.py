@@ -249,3 +249,21 @@ BLOCK_TYPES = {
     "IQ4_NL": _made_of(32, 18, _iq4_nl),
     "IQ4_XS": _made_of(256, 136, _iq4_xs),
 }
+
+# The exponents of float16 scales that begin at these bytes, and likewise of other types: numbers of bytes in a block,
+# with masks. If all bits of an exponent are set, the scale is infinite or no number. (MXFP4 and NVFP4 have no such.)
+_HALVES = {
+    (0,): "Q1_0 Q4_0 Q5_0 Q8_0 Q8_1 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
+    (0, 2): "Q4_1 Q5_1 Q4_K Q5_K",
+    (80, 82): "Q2_K",
+    (108,): "Q3_K",
+    (208,): "Q6_K",
+    (52,): "TQ1_0",
+    (64,): "TQ2_0",
+}
+EXPONENTS: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {
+    name: tuple(((offset + 1, 0x7C),) for offset in offsets)
+    for offsets, names in _HALVES.items()
+    for name in names.split()
+}
+EXPONENTS |= {"Q8_K": (((3, 0x7F), (2, 0x80)),), "IQ1_M": (((55, 0x70), (53, 0xC0)),)}

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxllm.device_memory import device_bytes
 from jaxllm.formats.base import Weight
 from jaxllm.layers.cache import CacheShape
 from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.experts import MoE
 from jaxllm.layers.linear import Embedding
 from jaxllm.layers.mla import LatentAttention
-from jaxllm.planning.shapes import device_bytes
 
 
 @dataclass(frozen=True)

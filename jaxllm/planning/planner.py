@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket
+from jaxllm.device_memory import device_bytes
 from jaxllm.errors import InputError
 from jaxllm.formats.base import Weight, shards
 from jaxllm.layers.cache import KVCache, LayerCache
@@ -27,7 +28,7 @@ from jaxllm.planning import topologies
 from jaxllm.planning.compiling import Collective, collectives_between, lower_step
 from jaxllm.planning.costs import Cost, decode_cost, ends_cost, head_cost, prefill_cost
 from jaxllm.planning.report import Kind, Limits, Phase, Plan, Ranked
-from jaxllm.planning.shapes import Described, describe, device_bytes
+from jaxllm.planning.shapes import Described, describe
 from jaxllm.planning.topologies import Topology
 
 CONTEXT = 4096

@@ -1,6 +1,5 @@
 """Models whose parameters are shapes: `ShapeDtypeStruct`s with shardings, laid out by the code that loads real ones."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm.checkpoint import filling, matching
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.declaration import Declaration
+from jaxllm.device_memory import device_bytes
 from jaxllm.encodings import ENCODINGS
 from jaxllm.entries import read_json
 from jaxllm.errors import InputError, located
@@ -101,11 +101,6 @@ def fill(
         param.set_value(weight.leaf("values") if vector else weight)
         sizes[name] = device_bytes(weight)
     return sizes
-
-
-def device_bytes(tree: object) -> int:
-    """The bytes that one device holds of a tree of arrays or shapes, which have shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
