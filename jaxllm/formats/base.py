@@ -163,7 +163,7 @@ class Weight(ABC):
         return self.with_leaves(specs)
 
     def not_finite(self, name: str, part: np.ndarray) -> int:
-        """How many numbers are infinite or no numbers, of those that many products meet: scales and the like, and vectors.
+        """How many numbers are infinite or no numbers, of those that many products meet: scales and the like, vectors.
 
         Args:
             name: of a leaf, as in `axes`.
