@@ -22,6 +22,7 @@ import tiny_gguf
 from covering import some
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
+from jax.sharding import PartitionSpec
 from tiny_chat import write_chat
 from tiny_gguf import Tiny
 
@@ -30,10 +31,12 @@ from jaxllm import device_memory, files
 from jaxllm.checkpoint import filling
 from jaxllm.cli import main
 from jaxllm.convert import convert
+from jaxllm.declaration import Declaration
 from jaxllm.errors import InputError
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
-from jaxllm.placing import FileArray
+from jaxllm.parallel import make_mesh
+from jaxllm.placing import FileArray, Source, place
 
 LLAMA = Path(__file__).parent / "golden" / "checkpoints" / "llama"
 QUIET = {"progress": False}
@@ -162,7 +165,8 @@ def test_what_is_counted_decodes_to_no_number(type):
         blocks[:, 2] |= 0x80
     values = np.asarray(BLOCK_TYPES[type].decode(blocks))
     bad = ~np.isfinite(values).all(-1)
-    assert GGML(blocks, type).not_finite("blocks", blocks) == bad.sum()
+    for some_blocks, count in ((blocks[bad], bad.sum()), (blocks[~bad], 0)):
+        assert GGML(some_blocks, type).not_finite("blocks", some_blocks) == count
     assert bad.any() == (type not in ("MXFP4", "NVFP4"))
 
 
@@ -188,6 +192,17 @@ def test_scales_and_norms_of_gguf_files_are_named(gguf, tmp_path, name, numbers,
     path = spoiled(gguf, tmp_path, name, numbers)
     with pytest.raises(InputError, match=f"tensor '{name}': {what} are infinite or no numbers, so every answer"):
         jaxllm.load(path, mesh=mesh, **QUIET)
+
+
+def test_of_experts_it_is_a_warning():
+    """Of two, on a device each, one has an infinite scale in one of its blocks."""
+    blocks = np.zeros((2, 4, 1, 34), np.uint8)
+    blocks[1, 2, 0, 1] = 0x7C
+    declared = Declaration((2, 4, 32), PartitionSpec("ep", None, None))
+    said = "tensor 'x': 1 of the numbers in its blocks are infinite or no numbers, so answers may be nonsense"
+    with pytest.warns(UserWarning, match=said):
+        placed = place(Source("x", (GGML(blocks, "Q8_0"),)), declared, make_mesh("ep=2"))
+    np.testing.assert_array_equal(placed.blocks, blocks)
 
 
 # ---- files that change ----------------------------------------------------------------------------------------------

@@ -163,8 +163,12 @@ class Weight(ABC):
         return self.with_leaves(specs)
 
     def not_finite(self, name: str, part: np.ndarray) -> int:
-        """How many numbers in a part of a leaf are infinite or no numbers. Only those count that many products meet:
-        scales and the like, and vectors."""
+        """How many numbers are infinite or no numbers, of those that many products meet: scales and the like, vectors.
+
+        Args:
+            name: of a leaf, as in `axes`.
+            part: a part of its values.
+        """
         if not jnp.issubdtype(part.dtype, jnp.floating) or (name == "values" and part.ndim > 1):
             return 0
         return part.size - int(np.isfinite(part).sum())
