@@ -15,6 +15,7 @@ dequantized once into VMEM, as `dequantize` does it, and serves all tiles.
 Scales become float32 once for each block, in VMEM; float16's bits by integer arithmetic, since TPUs have no float16.
 """
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,8 @@ from jaxllm.kernels import tpu
 SEGMENT = 256  # lanes that are multiplied at once: the MXU's width
 TOGETHER = 32  # groups whose scales are converted at once: as many as a register of bytes holds
 ROWS = 128  # rows that the MXU takes in the time that memory needs for the weights they meet, roughly
-LONGEST = 512  # columns of a wide group that are multiplied at once
+UNROLLED = 512  # columns that are multiplied without a branch between
+LONGEST = 1024  # columns of a wide group that are multiplied at once
 BIAS, BIAS_BITS = 128, 0x43004300  # bfloat16's 128, twice in a word; seven bits more make it 128 + code
 
 
@@ -87,7 +89,9 @@ def grouped_matmul(x: jax.Array, stack: Any, expert: jax.Array, *, interpret: tp
 def tile_sizes(m: int, weight: Planes, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
     """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
     *_, n, k = weight.shape
-    row_bytes = -(-sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(weight)) // math.prod(weight.shape[:-1]))
+    row_bytes = -(
+        -sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(weight)) // math.prod(weight.shape[:-1])
+    )
     levels = 1 + (weight.zeros is not None) + (weight.offsets is not None)
     held = 4 * levels * weight.scales.fine.shape[-2]
     return tpu.sizes(m, n, k, row_bytes, jnp.dtype(dtype).itemsize, held_bytes=held)
@@ -176,10 +180,10 @@ def groups_at_once(rows: int, weight: Planes, dtype: jax.typing.DTypeLike) -> in
     """How many groups a product of few rows sums side by side; None: the weights are dequantized."""
     if dtype != jnp.bfloat16 or isinstance(weight.origin, Codebook):  # whose tables bfloat16 cannot hold
         return None
-    for groups in (1, 8, 16):
+    for unit, groups in itertools.product((SEGMENT, tpu.LANES), (8, 16, 1)):
         width = _width(groups, weight.group)
-        fits = width % math.lcm(tpu.LANES, chunk(weight.bits)) == 0 and weight.shape[-1] % width == 0
-        if fits and rows * groups <= ROWS and (groups > 1 or weight.group % width == 0):
+        fits = width % math.lcm(unit, chunk(weight.bits)) == 0 and width <= LONGEST and weight.shape[-1] % width == 0
+        if fits and rows * groups <= ROWS:
             return groups
     return None
 
@@ -246,7 +250,9 @@ def _words(codes: jax.Ref, bits: int, part: jax.Array | int, slab: int, lanes: p
     words, begin = None, 0
     for width in widths(bits):
         group, field = divmod(slab, SLAB // width)
-        plane = lax.bitcast_convert_type(codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes], jnp.int32)
+        plane = lax.bitcast_convert_type(
+            codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes], jnp.int32
+        )
         mask = (2**width - 1) * 0x10001
         plane = (plane >> width * field if field else plane) & mask
         words = plane if words is None else words << width | plane
@@ -275,11 +281,9 @@ def _dequantize(weight: Planes, kept: Held) -> None:
                 at = pl.ds(pl.multiple_of(first, SLAB), SLAB)
                 kept.decoded[at, lanes] = pltpu.bitcast(both, jnp.bfloat16)
 
-    def one_segment(i: jax.Array, _: None) -> None:
-        lanes = pl.ds(pl.multiple_of(i * segment, segment), segment)
-        lax.fori_loop(0, k // chunk(weight.bits), lambda part, _: one_chunk(part, lanes), None)
-
-    lax.fori_loop(0, block // segment, one_segment, None)
+    for start in range(0, block, segment):
+        lanes = pl.ds(start, segment)
+        lax.fori_loop(0, k // chunk(weight.bits), lambda part, _, lanes=lanes: one_chunk(part, lanes), None)
 
 
 def _value(codes: jax.Array, weight: Planes, kept: Held, at: Any) -> jax.Array:
@@ -318,7 +322,7 @@ def _scaled_sums(x: jax.Ref, weight: Planes, kept: Held, groups: int) -> jax.Arr
     kept.rows[...] = x[...].astype(jnp.float32)
     kept.sums[...] = jnp.zeros(kept.sums.shape, jnp.float32)
 
-    def one_width(i: jax.Array, _: None) -> None:
+    def one_width(i: jax.Array) -> None:
         columns = pl.ds(pl.multiple_of(i * width, width), width)
         if groups == 1:
             rows = kept.rows[:, columns]
@@ -332,7 +336,12 @@ def _scaled_sums(x: jax.Ref, weight: Planes, kept: Held, groups: int) -> jax.Arr
             sums, bias = _products(rows, weight, i * (width // chunk(weight.bits)), lanes)
             kept.sums[:, lanes] += _of_rows(sums, bias, totals, weight, kept, (pl.ds(first, groups), lanes), tile)
 
-    lax.fori_loop(0, k // width, one_width, None)
+    def many(i: jax.Array, _: None) -> None:
+        for j in range(count):
+            one_width(i * count + j)
+
+    count = math.gcd(k // width, max(1, UNROLLED // width))
+    lax.fori_loop(0, k // width // count, many, None)
     sums = kept.sums[...]
     return sums if groups == 1 else jnp.sum(sums.reshape(tile, groups, block), axis=1)
 
@@ -355,7 +364,10 @@ def _products(rows: jax.Array, weight: Planes, part: jax.Array, lanes: pl.Slice)
         return times([_looked_up(low, w & 0xFFFF) | _looked_up(table, w >> 16) for w in words]), 0
     if weight.bits < 8:
         return times([w | BIAS_BITS for w in words]), BIAS
-    high, low = times([w >> 4 & 0x000F000F | BIAS_BITS for w in words]), times([w & 0x000F000F | BIAS_BITS for w in words])
+    high, low = (
+        times([w >> 4 & 0x000F000F | BIAS_BITS for w in words]),
+        times([w & 0x000F000F | BIAS_BITS for w in words]),
+    )
     return 16 * high + low, 17 * BIAS
 
 
