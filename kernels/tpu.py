@@ -109,8 +109,7 @@ def gather_lanes(values: jax.Array, source: jax.Array) -> jax.Array:
     one row of either serves all of the other."""
     rows = max(len(values), len(source))
     # JAX simplifies a gather from a single row to one that Mosaic does not support.
-    values, source = (jnp.broadcast_to(part, (max(rows, 8), part.shape[1])) if len(part) == 1 else part
-                      for part in (values, source))  # fmt: skip
+    values, source = (jnp.broadcast_to(x, (8 if rows == 1 else rows, x.shape[1])) for x in (values, source))
     return jnp.take_along_axis(values, source, axis=1, mode="promise_in_bounds")[:rows]
 
 

@@ -152,18 +152,6 @@ class TestPlanes(Quickly, PlanesCases):
         assert np.isnan(got[3, 6])
         assert not np.isfinite(got[2, 5])
 
-    @pytest.mark.parametrize(
-        ("weight", "reason"),
-        [
-            (PLANES["Q4_K"](8, 256), None),
-            (ggml("IQ3_S")(8, 256), "IQ3_S is not codes with a scale for each group"),
-            (integers(3, 32)(8, 96), "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"),
-        ],
-    )
-    def test_what_planes_refuse(self, weight, reason):
-        x = jax.ShapeDtypeStruct((1, weight.shape[-1]), jnp.bfloat16)
-        assert planes.refuses("matmul", x, weight) == reason
-
 
 @pytest.mark.usefixtures("no_races")
 class TestManySteps(Quickly, KernelCases):
@@ -232,6 +220,19 @@ def fp8(*shape, block=(128, 128), group=None):
 def test_what_fp8_refuses(weight, reason):
     told = block_fp8.refuses("matmul", SMALL, weight)
     assert (told is None) if reason is None else reason in told
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (PLANES["Q4_K"](8, 256), None),
+        (ggml("IQ3_S")(8, 256), "IQ3_S is not codes with a scale for each group"),
+        (integers(3, 32)(8, 96), "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"),
+    ],
+)
+def test_what_planes_refuse(weight, reason):
+    x = jax.ShapeDtypeStruct((1, weight.shape[-1]), jnp.bfloat16)
+    assert planes.refuses("matmul", x, weight) == reason
 
 
 @pytest.mark.parametrize("module", [block_fp8, mxfp4])

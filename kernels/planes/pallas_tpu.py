@@ -17,6 +17,7 @@ Scales become float32 once for each block, in VMEM; float16's bits by integer ar
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,9 +90,7 @@ def grouped_matmul(x: jax.Array, stack: Any, expert: jax.Array, *, interpret: tp
 def tile_sizes(m: int, weight: Planes, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:
     """What a grid step holds for `m` rows of `dtype`; None: it does not fit."""
     *_, n, k = weight.shape
-    row_bytes = -(
-        -sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(weight)) // math.prod(weight.shape[:-1])
-    )
+    row_bytes = -(-weight.nbytes // math.prod(weight.shape[:-1]))
     levels = 1 + (weight.zeros is not None) + (weight.offsets is not None)
     held = 4 * levels * weight.scales.fine.shape[-2]
     return tpu.sizes(m, n, k, row_bytes, jnp.dtype(dtype).itemsize, held_bytes=held)
@@ -223,7 +222,7 @@ def _widen_levels(levels: Levels, wide: jax.Ref, coarse: jax.Ref | None) -> None
     _each(count, TOGETHER, some)
 
 
-def _each(size: int, step: int, f) -> None:
+def _each(size: int, step: int, f: Callable[[pl.Slice], None]) -> None:
     """`f(slice)` for each `step` of `size` rows, and for what is left."""
     lax.fori_loop(0, size // step, lambda i, _: f(pl.ds(pl.multiple_of(i * step, step), step)), None)
     if size % step:
@@ -347,7 +346,7 @@ def _scaled_sums(x: jax.Ref, weight: Planes, kept: Held, groups: int) -> jax.Arr
 
 
 def _products(rows: jax.Array, weight: Planes, part: jax.Array, lanes: pl.Slice) -> tuple[jax.Array, int]:
-    """Rows times the values of `rows.shape[1]` columns from chunk `part` on, to which a bias has been added; and that."""
+    """Rows times the values of as many columns, from chunk `part` on, to which a bias was added; and the bias."""
     slabs = chunk(weight.bits) // SLAB
     words = [
         _words(weight.codes, weight.bits, part + c, slab, lanes)
