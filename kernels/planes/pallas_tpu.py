@@ -13,6 +13,8 @@ Many rows. Then the MXU's work outweighs the decoder's, but rows for each group 
 dequantized once into VMEM, as `dequantize` does it, and serves all tiles.
 
 Scales become float32 once for each block, in VMEM; float16's bits by integer arithmetic, since TPUs have no float16.
+
+An infinite x makes NaNs of its row's results, where the definition has infinities.
 """
 
 import itertools
@@ -31,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxllm.formats.base import Weight
 from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.parts import Levels
-from jaxllm.formats.planes import GROUP, SLAB, Planes, chunk, widths
+from jaxllm.formats.planes import GROUP, SLAB, WORD, Planes, chunk, widths
 from jaxllm.formats.planes_of import planes_of
 from jaxllm.formats.planes_of import refuses as not_planes
 from jaxllm.formats.scaled import quotient
@@ -41,7 +43,7 @@ SEGMENT = 256  # lanes that are multiplied at once: the MXU's width
 TOGETHER = 32  # groups whose scales are converted at once: as many as a register of bytes holds
 ROWS = 128  # rows that the MXU takes in the time that memory needs for the weights they meet, roughly
 UNROLLED = 512  # columns that are multiplied without a branch between
-LONGEST = 1024  # columns of a wide group that are multiplied at once
+LONGEST = 1024  # columns of one product
 BIAS, BIAS_BITS = 128, 0x43004300  # bfloat16's 128, twice in a word; seven bits more make it 128 + code
 
 
@@ -176,7 +178,10 @@ def _of_groups(levels: Levels, stack: Planes, n: int) -> Levels:
 
 
 def groups_at_once(rows: int, weight: Planes, dtype: jax.typing.DTypeLike) -> int | None:
-    """How many groups a product of few rows sums side by side; None: the weights are dequantized."""
+    """How many groups a product of few rows sums side by side; None: the weights are dequantized.
+
+    Best are 8, as many as a register has rows, and products as wide as the MXU.
+    """
     if dtype != jnp.bfloat16 or isinstance(weight.origin, Codebook):  # whose tables bfloat16 cannot hold
         return None
     for unit, groups in itertools.product((SEGMENT, tpu.LANES), (8, 16, 1)):
@@ -249,13 +254,10 @@ def _words(codes: jax.Ref, bits: int, part: jax.Array | int, slab: int, lanes: p
     words, begin = None, 0
     for width in widths(bits):
         group, field = divmod(slab, SLAB // width)
-        plane = lax.bitcast_convert_type(
-            codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes], jnp.int32
-        )
-        mask = (2**width - 1) * 0x10001
-        plane = (plane >> width * field if field else plane) & mask
+        plane = codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes].astype(jnp.int32)
+        plane = (plane >> width * field if field else plane) & (2**width - 1) * 0x10001
         words = plane if words is None else words << width | plane
-        begin += chunk(bits) * width // 32
+        begin += chunk(bits) * width // WORD
     assert words is not None
     return words
 
@@ -363,10 +365,7 @@ def _products(rows: jax.Array, weight: Planes, part: jax.Array, lanes: pl.Slice)
         return times([_looked_up(low, w & 0xFFFF) | _looked_up(table, w >> 16) for w in words]), 0
     if weight.bits < 8:
         return times([w | BIAS_BITS for w in words]), BIAS
-    high, low = (
-        times([w >> 4 & 0x000F000F | BIAS_BITS for w in words]),
-        times([w & 0x000F000F | BIAS_BITS for w in words]),
-    )
+    high, low = (times([w >> shift & 0x000F000F | BIAS_BITS for w in words]) for shift in (4, 0))
     return 16 * high + low, 17 * BIAS
 
 
