@@ -95,7 +95,10 @@ def tile_sizes(m: int, weight: Planes, dtype: jax.typing.DTypeLike) -> tpu.Sizes
     row_bytes = -(-weight.nbytes // math.prod(weight.shape[:-1]))
     levels = 1 + (weight.zeros is not None) + (weight.offsets is not None)
     held = 4 * levels * weight.scales.fine.shape[-2]
-    return tpu.sizes(m, n, k, row_bytes, jnp.dtype(dtype).itemsize, held_bytes=held)
+    itemsize = jnp.dtype(dtype).itemsize
+    # Mosaic loads a row of 128 lanes from arrays of exactly that width alone, and one of 256 from all wider ones.
+    units = [tpu.LANES] if n <= tpu.LANES else [SEGMENT, tpu.LANES]
+    return next(filter(None, (tpu.sizes(m, n, k, row_bytes, itemsize, unit, held) for unit in units)), None)
 
 
 class Held(NamedTuple):
@@ -132,7 +135,9 @@ def _multiply(tiles: jax.Array, stack: Planes, expert: jax.Array, name: str, int
         table=None if stack.table is None else jnp.pad(stack.table, ((0, 0), (0, tpu.LANES - 16)))[:, None],
     )
     leaves, structure = jax.tree.flatten(stack)
-    parts = [tpu.whole(leaf) if leaf is stack.table else tpu.columns(leaf, block) for leaf in leaves]
+    parts = [tpu.columns(leaf, block) for leaf in leaves]
+    if stack.table is not None:  # the last leaf
+        parts[-1] = tpu.whole(leaves[-1])
     groups = groups_at_once(tile, stack, tiles.dtype)
 
     def held(rows: int, columns: int = block, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -208,9 +213,9 @@ def _widen(weight: Planes, kept: Held) -> None:
 
 def _widen_levels(levels: Levels, wide: jax.Ref, coarse: jax.Ref | None) -> None:
     """`levels.fine[groups, block]` times `levels.coarse[some, block]` -> `wide[groups, block]`."""
-    count, _ = wide.shape
-    if coarse is not None:
-        _each(coarse.shape[0], TOGETHER, lambda at: coarse.__setitem__(at, _float32(levels.coarse[at])))
+    count, held = wide.shape[0], levels.coarse
+    if coarse is not None and held is not None:
+        _each(coarse.shape[0], TOGETHER, lambda at: coarse.__setitem__(at, _float32(held[at])))
     shared = 1 if coarse is None else count // coarse.shape[0]
 
     def some(at: pl.Slice) -> None:
