@@ -13,8 +13,9 @@ from jaxllm.formats.base import Weight
 from jaxllm.kernels.shapes import Shape, abstract_weight
 from jaxllm.planning.topologies import topology
 
-# The last two prefetch operands to VMEM without changing their layout.
-NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
+# Those that start and are done prefetch operands, or slices of them, to VMEM without changing their layout.
+NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element"}
+NO_WORK |= {"copy-start", "copy-done", "slice-start", "slice-done"}
 INSTRUCTION = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\(")
 
 
