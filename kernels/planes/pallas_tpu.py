@@ -134,7 +134,7 @@ def _multiply(tiles: jax.Array, stack: Planes, expert: jax.Array, name: str, int
         order=None,
         scales=_of_groups(stack.scales, stack, n),
         offsets=None if stack.offsets is None else _of_groups(stack.offsets, stack, n),
-        table=None if stack.table is None else jnp.pad(stack.table, ((0, 0), (0, tpu.LANES - 16)))[:, None],
+        table=None if stack.table is None else jnp.broadcast_to(stack.table[..., None], (experts, 16, tpu.LANES)),
     )
     leaves, structure = jax.tree.flatten(stack)
     parts = [tpu.columns(leaf, block) for leaf in leaves]
@@ -315,9 +315,13 @@ def _scaled(values: jax.Array, weight: Planes, kept: Held, at: Any, times: jax.A
 
 
 def _looked_up(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """`table[1, 128]` at `codes[8, lanes]`."""
-    starts = range(0, codes.shape[1], tpu.LANES)
-    return jnp.concatenate([tpu.gather_lanes(table, codes[:, i : i + tpu.LANES]) for i in starts], axis=1)
+    """`table[16, 128]`, the same in all lanes, at the low four bits of `codes[8, lanes]`.
+
+    Registers are permuted along their eight rows: four in a cycle, where permuting lanes takes several cycles for one.
+    """
+    low, high = (jnp.concatenate([half] * (codes.shape[1] // tpu.LANES), axis=1) for half in (table[:8], table[8:]))
+    low, high = (jnp.take_along_axis(half, codes & 7, axis=0, mode="promise_in_bounds") for half in (low, high))
+    return jnp.where(codes & 8 != 0, high, low)
 
 
 def _scaled_sums(x: jax.Ref, weight: Planes, kept: Held, groups: int) -> jax.Array:
@@ -368,7 +372,7 @@ def _products(rows: jax.Array, weight: Planes, part: jax.Array, lanes: pl.Slice)
     if weight.table is not None:
         table = lax.bitcast_convert_type(weight.table[...], jnp.int32)
         low = lax.shift_right_logical(table, 16)  # exact: the other bits are zero
-        return times([_looked_up(low, w & 0xFFFF) | _looked_up(table, w >> 16) for w in words]), 0
+        return times([_looked_up(low, w) | _looked_up(table, w >> 16) for w in words]), 0
     if weight.bits < 8:
         return times([w | BIAS_BITS for w in words]), BIAS
     high, low = (times([w >> shift & 0x000F000F | BIAS_BITS for w in words]) for shift in (4, 0))
