@@ -20,17 +20,21 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'jaxl
 pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip install 'jaxllm[plan]'")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import EXPERTS, BlockFP8Cases, MXFP4Cases, act_quant, numbers, rounded  # noqa: E402
+from kernel_cases import EXPERTS, BlockFP8Cases, KernelCases, MXFP4Cases, act_quant, numbers, plain, rounded  # noqa: E402
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
+from test_planes import ALL, HELD  # noqa: E402
+from triton.language.extra import libdevice  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from jaxllm.formats.mxfp4 import MXFP4  # noqa: E402
+from jaxllm.formats.planes_of import planes_of  # noqa: E402
 from jaxllm.formats.scaled import Activations, Scaled  # noqa: E402
 from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
+from jaxllm.kernels.planes import triton_gpu as planes  # noqa: E402
 
 pytestmark = pytest.mark.optimized
 
@@ -71,8 +75,8 @@ def cast(self, source, to, *_):
     return handle_of(np.asarray(numbers_of(source)), to.scalar)
 
 
-def multiply(self, a, b):
-    return handle_of(numbers_of(a) * numbers_of(b), a.dtype.scalar)
+def arithmetic(operation):
+    return lambda self, a, b: handle_of(operation(numbers_of(a), numbers_of(b)), a.dtype.scalar)
 
 
 def dot(self, a, b, acc, *_):
@@ -80,11 +84,24 @@ def dot(self, a, b, acc, *_):
     return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
 
+def byte_perm(low, high, selector):
+    """CUDA's: each of a selector's four lower digits is the number of a byte of two words."""
+    digits = getattr(selector, "handle", None)
+    digits = np.full((1, 1), selector) if digits is None else digits.data
+    assert not (digits & 0x8888).any()  # which would repeat signs
+    both = low.handle.data.view(np.uint32).astype(np.uint64) | high.handle.data.view(np.uint32).astype(np.uint64) << 32
+    picked = sum((both >> 8 * (digits.astype(np.uint64) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+    handle = interpreter.TensorHandle(picked.astype(np.uint32).view(np.int32), tl.int32)
+    return tl.tensor(handle, tl.block_type(tl.int32, list(picked.shape)))
+
+
 MENDED = {
     "create_fp_to_fp": cast,
     "create_fp_ext": cast,
     "create_fp_trunc": cast,
-    "create_fmul": multiply,
+    "create_fadd": arithmetic(np.add),
+    "create_fsub": arithmetic(np.subtract),
+    "create_fmul": arithmetic(np.multiply),
     "create_dot": dot,
     "get_bf16": lambda self, value: handle_of(np.array([value]), tl.bfloat16),
 }
@@ -113,6 +130,7 @@ def interpret(launch):
         executor = Executor(function.rewrite(), function.arg_names, tuple(launch.grid))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "__call__", call_helper)
+            patch.setattr(libdevice, "byte_perm", byte_perm)
             for name, operation in MENDED.items():
                 patch.setattr(interpreter.InterpreterBuilder, name, operation, raising=False)
             THREAD.submit(executor, *pointers, **launch.constants).result()
@@ -221,3 +239,25 @@ def test_what_is_refused():
         assert block_fp8.refuses("weight_dequant", x, weight) is None
     weight = dataclasses.replace(weight, values=weight.values.astype(jnp.int8), activations=Activations(128))
     assert "int8" in block_fp8.refuses("matmul", x, weight)
+
+
+class TestPlanes(KernelCases):
+    module = planes
+
+    @pytest.mark.parametrize("name", HELD)
+    def test_few_rows_of_every_kind(self, name):
+        """With one-hot rows, the matrix itself."""
+        weight = ALL[name]()
+        columns = np.random.default_rng(0).permutation(weight.shape[-1])[:16]
+        x = np.eye(weight.shape[-1], dtype=ml_dtypes.bfloat16)[columns]
+        got, w = self.run(planes.matmul, x, weight), np.asarray(weight.dequantize())
+        made = planes_of(weight, False)
+        error = 2**-8 if made.table is not None else 2**-22
+        np.testing.assert_allclose(got, w.T[columns], error, error * np.abs(w).max())
+
+    @pytest.mark.parametrize("name", HELD)
+    def test_many_rows_of_every_kind(self, name):
+        weight = ALL[name]()
+        x = np.eye(weight.shape[-1], dtype=ml_dtypes.bfloat16)[np.random.default_rng(0).permutation(weight.shape[-1])[:70]]
+        got, w = self.run(planes.matmul, x, weight), plain(x, np.asarray(weight.dequantize(jnp.bfloat16)))
+        np.testing.assert_array_equal(got.astype(ml_dtypes.bfloat16), w)
