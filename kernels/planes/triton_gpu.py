@@ -1,8 +1,18 @@
-"""Matmuls of codes in planes on NVIDIA GPUs, in Triton. DRAFT."""
+"""Matmuls of codes in planes on NVIDIA GPUs, in Triton: one kernel for every format of 1 to 8 bits.
+
+A word of a plane holds two neighbouring columns in its halves. One shift and one mask give both codes; with the bits of
+128 they are two bfloat16 numbers 128 + code, and one packed subtraction leaves both values, exactly. That is two
+instructions a weight, and the two land in the register of the matrix instruction that wants them side by side. So
+nothing passes through shared memory. Entries of a table are found by the instruction that selects bytes.
+
+Scales then cost more than codes. For few rows they multiply what each group's products add up to, in float32 (W has not
+been rounded), and so do offsets: W = scale * value + offset, so y gets offset times the sum of the group of x. A group's
+results are as many as rows, its weights as many as columns, so this is done while a tile has fewer rows than a group has
+columns. For many rows each weight is scaled in float32 and rounded once, as `dequantize` does.
+"""
 
 import math
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +23,23 @@ from triton.language.extra import libdevice
 
 from jaxllm.formats import planes_of
 from jaxllm.formats.base import Weight
-from jaxllm.formats.planes import GROUP, SLAB, Planes, chunk
 from jaxllm.kernels import gpu
 from jaxllm.kernels.gpu import Tile
 
+# Up to 16 rows, a multiprocessor wants many small programs, because each waits for its loads, and Triton then uses the
+# older `mma.sync`: on Hopper `wgmma` would have to be waited for after each group, and on Blackwell `tcgen05` takes
+# codes from, and gives sums to, its own memory. 256 columns are whole chunks of all bits, so all shifts are constants.
+# For many rows, as many as possible share the dequantized weights.
 TILES = (
-    Tile(8, 64, 256, 4, 4),
-    Tile(16, 32, 256, 2, 4),
-    Tile(32, 64, 128, 4, 4),
+    Tile(8, 32, 256, 2, 3),
+    Tile(16, 32, 256, 2, 3),
+    Tile(32, 64, 128, 4, 3),
     Tile(64, 128, 128, 8, 3),
-    Tile(128, 128, 64, 8, 4),
-    Tile(256, 128, 64, 8, 4),
+    Tile(128, 128, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
 )
 TILES_FLOAT32 = (Tile(16, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3))
+WARPS = 16 * 132  # the fewest per launch, 16 for each multiprocessor of an H100
 
 
 def refuses(op: str, x: jax.Array, weight: Weight) -> str | None:
@@ -44,54 +58,53 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     return _matmul(x, stack, expert)
 
 
+@dataclass(frozen=True)
+class Code:
+    """What the kernel has to know of the codes; `alike` columns of a step have the same scale."""
+
+    bits: int
+    zero: float
+    group: int
+    coarse_group: int
+    divides: bool
+    alike: int
+
+
 def _matmul(x: jax.Array, weight: Weight, expert: jax.Array | None) -> jax.Array:
     """`x[rows, in]` times one matrix, or tiles of rows times the matrices `expert[tiles]` of a stack."""
     w = planes_of.planes_of(weight, transposed=False)
     tiles = 1 if expert is None else expert.shape[0]
     rows, (n, k) = x.shape[0] // tiles, w.shape[-2:]
     if w.order is not None:
-        x = _ordered(x, w.order, expert)
+        order = w.order if expert is None else jnp.repeat(w.order[expert], rows, axis=0)
+        x = x[:, order] if expert is None else jnp.take_along_axis(x, order, axis=-1)
     tile = gpu.tile_for(rows, TILES_FLOAT32 if x.dtype == jnp.float32 else TILES)
     alike = math.gcd(tile.k, w.group, 128)
-    factored = tile.m <= alike
-    has_constant = w.zeros is not None or w.offsets is not None
-    sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], -1, w.group), -1) if factored and has_constant else None
-    work = gpu.Work.of(rows, n, k, tile, tiles)
-    offsets = w.offsets
+    scales_sums = tile.m <= alike
+    sums = None
+    if scales_sums and (w.zeros is not None or w.offsets is not None):
+        sums = jnp.sum(x.reshape(x.shape[0], -1, alike), axis=-1, dtype=jnp.float32)
+    fine, coarse = (None, None) if w.offsets is None else (w.offsets.fine, w.offsets.coarse)
+    zero = w.zero if w.zeros is None else 0
+    work = gpu.Work.of(rows, n, k, tile, tiles, WARPS // tile.warps)
     y = gpu.launch(
         _matmul_kernel,
         x,
         sums,
         w.codes,
         w.table,
-        _floats(w.scales.fine),
-        _floats(w.scales.coarse),
-        _floats(w.zeros),
-        None if offsets is None else _floats(offsets.fine),
-        None if offsets is None else _floats(offsets.coarse),
+        *(_floats(leaf) for leaf in (w.scales.fine, w.scales.coarse, w.zeros, fine, coarse)),
         expert,
         out_type=work.out_type,
         grid=work.grid,
         warps=tile.warps,
         stages=tile.stages,
-        BITS=w.bits,
-        ZERO=w.zero if w.zeros is None else 0,
-        GROUP=w.group,
-        COARSE=w.coarse_group,
-        DIVIDES=w.scales.divides,
-        ALIKE=alike,
-        FACTORED=factored,
+        CODE=Code(w.bits, zero, w.group, w.coarse_group, w.scales.divides, alike),
+        SCALES_SUMS=scales_sums,
         **work.constants,
     )
     y = jnp.sum(y, axis=0)
     return y if w.factor == 1 else y * w.factor
-
-
-def _ordered(x: jax.Array, order: jax.Array, expert: jax.Array | None) -> jax.Array:
-    if expert is None:
-        return x[:, order]
-    tiles = x.reshape(expert.shape[0], -1, x.shape[-1])
-    return jnp.take_along_axis(tiles, order[expert][:, None, :], axis=-1).reshape(x.shape)
 
 
 def _floats(leaf: jax.Array | None) -> jax.Array | None:
@@ -101,29 +114,36 @@ def _floats(leaf: jax.Array | None) -> jax.Array | None:
 
 
 @triton.jit
-def _fields(w: tl.tensor, mask: tl.tensor, slab, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """What the plane of `WIDTH` bits holds of a slab's codes, see `_pairs`."""
+def _fields(
+    w: tl.tensor, mask: tl.tensor, slab: tl.tensor, NEXT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What the plane of `WIDTH` bits holds of a slab's codes, see `_pairs`.
+
+    A step is whole groups of words or a part of one, so what `slab` and `NEXT` contribute can be added.
+    """
     CHUNK: tl.constexpr = 16 // (BITS & -BITS)  # slabs
-    WORDS: tl.constexpr = CHUNK // 2  # of a plane of one bit; planes of more bits come first
-    first = slab // CHUNK * (BITS * WORDS) + (BITS & -2 * WIDTH) * WORDS + slab % CHUNK * WIDTH // 16 * 8
-    words = tl.load(w + first, mask=mask, other=0)
-    return words >> slab % (16 // WIDTH) * WIDTH & ((1 << WIDTH) - 1) * 0x10001
+    PLANE: tl.constexpr = CHUNK // 2  # words for each bit; planes of more bits come first
+    first = (slab // CHUNK + NEXT // CHUNK) * (BITS * PLANE) + (BITS & -2 * WIDTH) * PLANE
+    group = slab % CHUNK * WIDTH // 16 + NEXT % CHUNK * WIDTH // 16
+    words = tl.load(w + (first + 8 * group), mask=mask, other=0)
+    field = slab % (16 // WIDTH) + NEXT % (16 // WIDTH)
+    return words >> field * WIDTH & ((1 << WIDTH) - 1) * 0x10001
 
 
 @triton.jit
-def _pairs(w: tl.tensor, mask: tl.tensor, slab, BITS: tl.constexpr):
-    """The codes of a slab, two in each word, as they are neighbours: uint32 `[N, 8]`."""
+def _pairs(w: tl.tensor, mask: tl.tensor, slab: tl.tensor, NEXT: tl.constexpr, BITS: tl.constexpr):
+    """The codes of slab `slab + NEXT`, two in each word, as they are neighbours: uint32 `[N, 8]`."""
     pairs = tl.full(w.shape, 0, tl.uint32)
     for i in tl.static_range(4):
         if BITS & 8 >> i:
-            pairs = pairs << (8 >> i) | _fields(w, mask, slab, BITS, 8 >> i)
+            pairs = pairs << (8 >> i) | _fields(w, mask, slab, NEXT, BITS, 8 >> i)
     return pairs
 
 
 @triton.jit
-def _neighbours(low: tl.tensor, high: tl.tensor):
+def _neighbours(even: tl.tensor, odd: tl.tensor):
     """Even and odd columns `[N, 8]`, together."""
-    return tl.join(low, high).reshape(low.shape[0], 2 * low.shape[1])
+    return tl.join(even, odd).reshape(even.shape[0], 2 * even.shape[1])
 
 
 @triton.jit
@@ -138,11 +158,25 @@ def _bfloat16(words: tl.tensor):
 
 
 @triton.jit
+def _decoded(pairs: tl.tensor, BITS: tl.constexpr, ZERO: tl.constexpr):
+    """Codes less `ZERO` as bfloat16, which has all of them."""
+    if BITS == 8:
+        low = _bfloat16(pairs & 0x7F007F | 0x43004300)  # 128 + the lower seven bits
+        values = low - _bfloat16(pairs & 0x800080 ^ 0x43804380)  # 256, or 128 if the highest bit is set
+        return values + tl.full((1, 1), 128 - ZERO, tl.bfloat16)
+    elif ZERO % 1 == 0:
+        return _bfloat16(pairs | 0x43004300) - tl.full((1, 1), 128 + ZERO, tl.bfloat16)
+    else:
+        codes = _bfloat16(pairs | 0x43004300) - tl.full((1, 1), 128, tl.bfloat16)
+        return codes - tl.full((1, 1), ZERO, tl.bfloat16)
+
+
+@triton.jit
 def _bytes(table: tl.tensor, FIRST: tl.constexpr, SHIFT: tl.constexpr):
     """A byte of each of four entries rounded to bfloat16, as one int32."""
     word = tl.full((1, 1), 0, tl.uint32)
     for i in tl.static_range(4):
-        # Loaded as a tensor, because Triton does not move a dot's layout across a scalar that becomes one.
+        # A tensor, because Triton moves no dot's layout across a scalar that becomes a tensor.
         entry = tl.load(table + tl.full((1, 1), FIRST + i, tl.int32)).to(tl.bfloat16)
         word |= (entry.to(tl.uint16, bitcast=True).to(tl.uint32) >> SHIFT & 0xFF) << 8 * i
     return word.to(tl.int32, bitcast=True)
@@ -167,52 +201,34 @@ def _entry(table: tl.tensor, words: tl.tensor, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _slab(w: tl.tensor, mask: tl.tensor, table, slab, FIELD: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, dtype: tl.constexpr):
-    """Values `[N, 16]` of neighbouring columns: entries of the table, or codes less `ZERO`, exactly."""
-    if table is None:
-        pairs = _pairs(w, mask, slab, BITS)
-        if BITS == 8:
-            low = _bfloat16(pairs & 0x7F007F | 0x43004300)  # 128 + the lower seven bits
-            values = low - _bfloat16(pairs & 0x800080 ^ 0x43804380)  # 256, or 128 if the highest bit is set
-            values += tl.full((1, 1), 128 - ZERO, tl.bfloat16)
-        elif ZERO % 1 == 0:
-            values = _bfloat16(pairs | 0x43004300) - tl.full((1, 1), 128 + ZERO, tl.bfloat16)
-        else:
-            values = _bfloat16(pairs | 0x43004300) - tl.full((1, 1), 128, tl.bfloat16)
-            values -= tl.full((1, 1), ZERO, tl.bfloat16)
-        return values.to(dtype)
+def _values(
+    w: tl.tensor,
+    mask: tl.tensor,
+    table: tl.tensor,
+    slab: tl.tensor,
+    FIRST: tl.constexpr,
+    SLABS: tl.constexpr,
+    CODE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Decoded codes, or their entries, of slabs from `slab + FIRST` on: `[N, 16 * SLABS]`."""
+    if SLABS > 1:
+        HALF: tl.constexpr = SLABS // 2
+        left = _values(w, mask, table, slab, FIRST, HALF, CODE, dtype)
+        return _beside(left, _values(w, mask, table, slab, FIRST + HALF, HALF, CODE, dtype))
+    elif table is None:
+        return _decoded(_pairs(w, mask, slab, FIRST, CODE.bits), CODE.bits, CODE.zero).to(dtype)
     elif dtype == tl.bfloat16:
-        words = tl.load(w + slab // 4 * 8, mask=mask, other=0)
-        return _neighbours(_entry(table, words, FIELD), _entry(table, words >> 16, FIELD))
+        words = tl.load(w + (slab // 4 + FIRST // 4) * 8, mask=mask, other=0)
+        return _neighbours(_entry(table, words, FIRST % 4), _entry(table, words >> 16, FIRST % 4))
     else:
-        return tl.load(table + _halves(_pairs(w, mask, slab, BITS)).to(tl.int32))
+        return tl.load(table + _halves(_pairs(w, mask, slab, FIRST, 4)).to(tl.int32))
 
 
 @triton.jit
 def _beside(left: tl.tensor, right: tl.tensor):
     """Two `[N, columns]` as one."""
     return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
-
-
-@triton.jit
-def _values(
-    w: tl.tensor,
-    mask: tl.tensor,
-    table,
-    slab,
-    FIRST: tl.constexpr,
-    SLABS: tl.constexpr,
-    BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """`_slab` for several neighbours from `slab + FIRST` on: `[N, 16 * SLABS]`."""
-    if SLABS == 1:
-        return _slab(w, mask, table, slab + FIRST, FIRST % 4, BITS, ZERO, dtype)
-    else:
-        HALF: tl.constexpr = SLABS // 2
-        left = _values(w, mask, table, slab, FIRST, HALF, BITS, ZERO, dtype)
-        return _beside(left, _values(w, mask, table, slab, FIRST + HALF, HALF, BITS, ZERO, dtype))
 
 
 @triton.jit
@@ -227,9 +243,9 @@ def _group(step: tl.tensor, COLUMN: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def _levels(fine: tl.tensor, coarse, fine_at: tl.tensor, coarse_at: tl.tensor, mask: tl.tensor, DIVIDES: tl.constexpr):
+def _levels(fine: tl.tensor, coarse: tl.tensor, at: tl.tensor, coarse_at: tl.tensor, mask: tl.tensor, DIVIDES: tl.constexpr):
     """One of the `Levels` for each row: float32 `[N, 1]`."""
-    levels = tl.load(fine + fine_at, mask=mask, other=0.0).to(tl.float32)
+    levels = tl.load(fine + at, mask=mask, other=0.0).to(tl.float32)
     if coarse is not None:
         shared = tl.load(coarse + coarse_at, mask=mask, other=1.0).to(tl.float32)
         levels = tl.div_rn(levels, shared) if DIVIDES else levels * shared
@@ -237,16 +253,25 @@ def _levels(fine: tl.tensor, coarse, fine_at: tl.tensor, coarse_at: tl.tensor, m
 
 
 @triton.jit
-def _scaling(leaves, row, step, COLUMN: tl.constexpr, mask, BLOCK_K: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, COARSE: tl.constexpr, DIVIDES: tl.constexpr):
-    """Scale, zero and offset of a step's column for each row: float32 `[N, 1]` or None."""
+def _scaling(
+    leaves: tl.tuple,
+    row: tl.tensor,
+    e: tl.tensor,
+    mask: tl.tensor,
+    step: tl.tensor,
+    COLUMN: tl.constexpr,
+    CODE: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scale, zero and offset of each row at a step's column: float32 `[N, 1]`, or None."""
     scales, coarse_scales, zeros, offsets, coarse_offsets = leaves
-    n, e = row
-    at = n * (K // GROUP) + _group(step, COLUMN, GROUP, BLOCK_K)
-    if COARSE == 0:
-        coarse_at = e + tl.zeros_like(n)
+    at = row * (K // CODE.group) + _group(step, COLUMN, CODE.group, BLOCK_K)
+    if CODE.coarse_group == 0:
+        coarse_at = e + tl.zeros_like(row)
     else:
-        coarse_at = n * (K // COARSE) + _group(step, COLUMN, COARSE, BLOCK_K)
-    scale, zero, offset = _levels(scales, coarse_scales, at, coarse_at, mask, DIVIDES), None, None
+        coarse_at = row * (K // CODE.coarse_group) + _group(step, COLUMN, CODE.coarse_group, BLOCK_K)
+    scale, zero, offset = _levels(scales, coarse_scales, at, coarse_at, mask, CODE.divides), None, None
     if zeros is not None:
         zero = _levels(zeros, None, at, coarse_at, mask, False)
     if offsets is not None:
@@ -257,61 +282,52 @@ def _scaling(leaves, row, step, COLUMN: tl.constexpr, mask, BLOCK_K: tl.constexp
 @triton.jit
 def _weights(
     w: tl.tensor,
+    leaves: tl.tuple,
+    row: tl.tensor,
+    e: tl.tensor,
     mask: tl.tensor,
-    table,
-    slab,
+    table: tl.tensor,
+    step: tl.tensor,
+    slab: tl.tensor,
     FIRST: tl.constexpr,
     SLABS: tl.constexpr,
-    BITS: tl.constexpr,
-    ZERO: tl.constexpr,
+    CODE: tl.constexpr,
     dtype: tl.constexpr,
-    leaves,
-    row,
-    step,
-    BLOCK_K: tl.constexpr,
     K: tl.constexpr,
-    GROUP: tl.constexpr,
-    COARSE: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ALIKE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Dequantized weights `[N, 16 * SLABS]`, computed in float32 and rounded once."""
-    if 16 * SLABS == ALIKE:
-        values = _values(w, mask, table, slab, FIRST, SLABS, BITS, ZERO, dtype).to(tl.float32)
-        scale, zero, offset = _scaling(leaves, row, step, 16 * FIRST, mask, BLOCK_K, K, GROUP, COARSE, DIVIDES)
+    """Weights of slabs from `slab + FIRST` on: `[N, 16 * SLABS]`, computed in float32 and rounded once."""
+    if 16 * SLABS > CODE.alike:
+        HALF: tl.constexpr = SLABS // 2
+        left = _weights(w, leaves, row, e, mask, table, step, slab, FIRST, HALF, CODE, dtype, K, BLOCK_K)
+        right = _weights(w, leaves, row, e, mask, table, step, slab, FIRST + HALF, HALF, CODE, dtype, K, BLOCK_K)
+        return _beside(left, right)
+    else:
+        values = _values(w, mask, table, slab, FIRST, SLABS, CODE, dtype).to(tl.float32)
+        scale, zero, offset = _scaling(leaves, row, e, mask, step, 16 * FIRST, CODE, K, BLOCK_K)
         if zero is not None:
             values -= zero
         values *= scale
         if offset is not None:
             values += offset
         return values.to(dtype)
-    else:
-        HALF: tl.constexpr = SLABS // 2
-        left = _weights(w, mask, table, slab, FIRST, HALF, BITS, ZERO, dtype, leaves, row, step, BLOCK_K, K, GROUP, COARSE, DIVIDES, ALIKE)
-        right = _weights(w, mask, table, slab, FIRST + HALF, HALF, BITS, ZERO, dtype, leaves, row, step, BLOCK_K, K, GROUP, COARSE, DIVIDES, ALIKE)
-        return _beside(left, right)
 
 
 @triton.jit
 def _matmul_kernel(
     x: tl.tensor,  # [rows, K]
-    sums: tl.tensor,  # float32 [rows, K / GROUP], sums of groups of x; or None
-    w: tl.tensor,  # uint32 [experts, N, K * BITS / 32]
-    table: tl.tensor,  # float32 [experts, 16] or None
-    scales: tl.tensor,  # [experts, N, K / GROUP]
-    coarse_scales: tl.tensor,  # [experts, N, K / COARSE], or [experts] if COARSE is 0, or None
-    zeros: tl.tensor,  # [experts, N, K / GROUP] or None
+    sums: tl.tensor,  # float32 [rows, K / alike]: of neighbours in x; or None
+    w: tl.tensor,  # uint32 [experts, N, K * bits / 32]
+    table: tl.tensor,  # float32 [experts, 16], or None
+    scales: tl.tensor,  # [experts, N, K / group]
+    coarse_scales: tl.tensor,  # [experts, N, K / coarse_group], or [experts] if that is 0, or None
+    zeros: tl.tensor,  # [experts, N, K / group], or None
     offsets: tl.tensor,  # like scales, or None
     coarse_offsets: tl.tensor,  # like coarse_scales
     expert: tl.tensor,  # int32 [tiles], or None for one tile and one matrix
     y: tl.tensor,  # float32 [splits, rows, N]
-    BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    COARSE: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ALIKE: tl.constexpr,  # neighbouring columns that share a scale
-    FACTORED: tl.constexpr,  # whether results of dots are scaled, otherwise weights are
+    CODE: tl.constexpr,
+    SCALES_SUMS: tl.constexpr,  # whether sums of products are scaled; otherwise weights are
     ROWS: tl.constexpr,  # of a tile
     ALL_ROWS: tl.constexpr,
     N: tl.constexpr,
@@ -323,52 +339,51 @@ def _matmul_kernel(
     STAGES: tl.constexpr,
 ):
     tile, row, first_n = gpu.place(ROWS, BLOCK_M, BLOCK_N)
-    n = first_n + tl.arange(0, BLOCK_N)
-    in_m, in_n = row < ROWS, (n < N)[:, None]
-    e = tl.zeros((), tl.int64)
+    n = (first_n + tl.arange(0, BLOCK_N))[:, None]
+    in_m, in_n = row < ROWS, n < N
+    e = tl.full((), 0, tl.int64)
     if expert is not None:
         e = tl.load(expert + tile).to(tl.int64)
         if e < 0:
             return
         if table is not None:
             table += e * 16
-    row_of_all = n[:, None] + e * N
     m = tile * ROWS + row
-    WIDTH: tl.constexpr = ALIKE if FACTORED else BLOCK_K
+    WIDTH: tl.constexpr = CODE.alike if SCALES_SUMS else BLOCK_K  # of a dot
     k = tl.arange(0, WIDTH)
     x += m[:, None] * K + k[None, :]
-    w += row_of_all * (K * BITS // 32) + tl.arange(0, 8)[None, :]
+    n_of_all = e * N + n
+    w += n_of_all * (K * CODE.bits // 32) + tl.arange(0, 8)[None, :]
     leaves = scales, coarse_scales, zeros, offsets, coarse_offsets
+    WHOLE: tl.constexpr = BLOCK_K * (CODE.bits & -CODE.bits) % 256 == 0  # chunks
 
     split = tl.program_id(2)
     first = split * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, tl.cdiv(K, BLOCK_K))
     acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32)
     for i in tl.range(first, last, num_stages=STAGES):
-        # Where a step is not whole chunks, shifts are not constants.
-        words, slab = w, i * (BLOCK_K // 16)
-        if BLOCK_K * (BITS & -BITS) % 256 == 0:
-            words, slab = w + i * (BLOCK_K * BITS // 32), 0
+        words, slab = (w + i * (BLOCK_K * CODE.bits // 32), 0) if WHOLE else (w, i * (BLOCK_K // 16))
         for j in tl.static_range(BLOCK_K // WIDTH):
-            start = i * BLOCK_K + j * WIDTH
+            COLUMN = j * WIDTH
+            start = i * BLOCK_K + COLUMN
             x_mask, w_mask = in_m[:, None], in_n
             if K % BLOCK_K != 0:
                 x_mask, w_mask = x_mask & (k < K - start)[None, :], w_mask & (start < K)
             xs = tl.load(x + start, mask=x_mask, other=0.0)
-            if FACTORED:
-                values = _values(words, w_mask, table, slab, j * WIDTH // 16, WIDTH // 16, BITS, ZERO, xs.dtype)
-                scale, zero, offset = _scaling(leaves, (row_of_all, e), i, j * WIDTH, w_mask, BLOCK_K, K, GROUP, COARSE, DIVIDES)
+            if SCALES_SUMS:
+                values = _values(words, w_mask, table, slab, COLUMN // 16, WIDTH // 16, CODE, xs.dtype)
+                scale, zero, offset = _scaling(leaves, n_of_all, e, w_mask, i, COLUMN, CODE, K, BLOCK_K)
                 acc += tl.dot(values, xs.T, input_precision="ieee") * scale
                 if sums is not None:
-                    sum_at = sums + m * (K // GROUP) + _group(i, j * WIDTH, GROUP, BLOCK_K)
-                    x_sum = tl.load(sum_at, mask=in_m & (start < K), other=0)[None, :]
+                    at = m * (K // WIDTH) + i * (BLOCK_K // WIDTH) + j
+                    x_sum = tl.load(sums + at, mask=in_m & (start < K), other=0.0)[None, :]
                     if zero is not None:
                         acc -= zero * scale * x_sum
                     if offset is not None:
                         acc += offset * x_sum
             else:
-                weights = _weights(words, w_mask, table, slab, 0, BLOCK_K // 16, BITS, ZERO, xs.dtype, leaves, (row_of_all, e), i, BLOCK_K, K, GROUP, COARSE, DIVIDES, ALIKE)
+                weights = _weights(words, leaves, n_of_all, e, w_mask, table, i, slab, 0, WIDTH // 16, CODE, xs.dtype, K, BLOCK_K)
                 acc = tl.dot(weights, xs.T, acc, input_precision="ieee")
 
-    y += (split.to(tl.int64) * ALL_ROWS + m)[None, :] * N + n[:, None]
+    y += (split.to(tl.int64) * ALL_ROWS + m)[None, :] * N + n
     tl.store(y, acc, mask=in_m[None, :] & in_n)
