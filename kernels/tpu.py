@@ -10,6 +10,7 @@ A plain matmul is a grouped one with a single expert, so each format needs only 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +45,24 @@ def fitting(found: Sizes | None) -> Sizes:
     return found
 
 
-def sizes(m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LANES) -> Sizes | None:
+def sizes(
+    m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LANES, held_bytes: int = 0
+) -> Sizes | None:
     """Tile sizes for `m` rows against `[n, k]`, or None if even the smallest need too much VMEM.
 
     Args:
         row_bytes: bytes of one row of the weight as it is stored.
         itemsize: bytes of an element of x and of the dequantized weight.
         unit: the number of rows of a block is a multiple of this, itself a multiple of 128 (the output's lanes).
+        held_bytes: what a kernel holds of one row beside its dequantized form.
     """
     wanted = PROMPT_BLOCK if m > DECODE_ROWS else min(PROMPT_BLOCK, BLOCK_BYTES // row_bytes)
     tile, block = min(m, PROMPT_TILE), _up(min(max(wanted, unit), n), unit)
-    while _vmem_bytes(tile, block, k, row_bytes, itemsize) > VMEM_BUDGET:
+
+    def vmem_bytes() -> int:
+        return _vmem_bytes(tile, block, k, row_bytes, itemsize) + block * held_bytes
+
+    while vmem_bytes() > VMEM_BUDGET:
         # Shrink the larger one first: smaller tiles load the MXU more often, smaller blocks read x more often.
         if tile > LANES and (tile >= block or block == unit):
             tile //= 2
@@ -65,7 +73,7 @@ def sizes(m: int, n: int, k: int, row_bytes: int, itemsize: int, unit: int = LAN
     # The same number of steps, made as even as possible, so that less of the last one is padding.
     tile = tile if tile == m else min(tile, _up(-(-m // -(-m // tile)), 16))
     block = min(block, _up(-(-n // -(-n // block)), unit))
-    return Sizes(tile, block, _vmem_bytes(tile, block, k, row_bytes, itemsize))
+    return Sizes(tile, block, vmem_bytes())
 
 
 def _vmem_bytes(tile: int, block: int, k: int, row_bytes: int, itemsize: int) -> int:
@@ -97,12 +105,12 @@ def spread(values: jax.Array, unit: int, start: int, count: int) -> jax.Array:
 
 
 def gather_lanes(values: jax.Array, source: jax.Array) -> jax.Array:
-    """`values[:, source[0]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[1, 128]`."""
-    rows = len(values)
+    """`values[i, source[i, j]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[rows, 128]`;
+    one row of either serves all of the other."""
+    rows = max(len(values), len(source))
     # JAX simplifies a gather from a single row to one that Mosaic does not support.
-    values = jnp.broadcast_to(values, (8, values.shape[1])) if rows == 1 else values
-    index = jnp.broadcast_to(source, (len(values), LANES))
-    return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")[:rows]
+    values, source = (jnp.broadcast_to(x, (8 if rows == 1 else rows, x.shape[1])) for x in (values, source))
+    return jnp.take_along_axis(values, source, axis=1, mode="promise_in_bounds")[:rows]
 
 
 def chunks(k: int) -> list[tuple[int, int]]:
@@ -110,15 +118,52 @@ def chunks(k: int) -> list[tuple[int, int]]:
     return [(start, min(CHUNK, k - start)) for start in range(0, k, CHUNK)]
 
 
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x[m, k] @ w[n, k].T` in float32; float32 operands are multiplied as float32."""
+def dot(x: jax.Array, w: jax.Array, axis: int = 1) -> jax.Array:
+    """`x[m, k] @ w[n, k].T` in float32, or `x @ w[k, n]` if `axis` is 0; float32 operands are multiplied as float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, w, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result, which varies over the same mesh axes as the operand `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
+
+
+class Part(NamedTuple):
+    """A leaf `[experts, ...]` of a weight, and what of it a grid step reads.
+
+    Attributes:
+        block: the shape of that, without the experts; None drops an axis.
+        axis: which of its axes counts the blocks of rows; None: every step reads the same.
+    """
+
+    leaf: jax.Array
+    block: tuple[int | None, ...]
+    axis: int | None
+
+    def spec(self, expert: jax.Array, j: jax.Array) -> tuple[jax.Array | int, ...]:
+        """The block of an expert's rows `j`."""
+        return expert, *(j if axis == self.axis else 0 for axis in range(len(self.block)))
+
+
+def rows(leaf: jax.Array, block: int) -> Part:
+    """Blocks of rows of a leaf `[experts, n, columns]`."""
+    return Part(leaf, (block, leaf.shape[2]), 0)
+
+
+def columns(leaf: jax.Array, block: int) -> Part:
+    """Blocks of columns of a leaf `[experts, ..., n]`, one for each row of the weight."""
+    return Part(leaf, (*leaf.shape[1:-1], block), leaf.ndim - 2)
+
+
+def blocks(leaf: jax.Array) -> Part:
+    """The blocks of a leaf `[experts, blocks, ...]`."""
+    return Part(leaf, (None, *leaf.shape[2:]), 0)
+
+
+def whole(leaf: jax.Array) -> Part:
+    """All of a leaf `[experts, ...]` that does not run along rows."""
+    return Part(leaf, leaf.shape[1:], None)
 
 
 def tiles_of(x: jax.Array, tile: int) -> jax.Array:
@@ -131,7 +176,7 @@ def tiles_of(x: jax.Array, tile: int) -> jax.Array:
 
 def multiply(
     tiles: Sequence[jax.Array],
-    leaves: Sequence[jax.Array],
+    leaves: Sequence[Part],
     expert: jax.Array,
     n: int,
     block: int,
@@ -145,7 +190,7 @@ def multiply(
 
     Args:
         tiles: the activations, each `[tiles, ..., tile, columns]`.
-        leaves: the weight; `[experts, n, columns]` is split into blocks of rows, `[experts, blocks, ...]` already is.
+        leaves: the weight.
         expert: int32 `[tiles]`, see `dense.grouped_matmul`.
         block: rows of the weight in a grid step.
         scratch: buffers that stay in VMEM from step to step; the first holds a block's dequantized form.
@@ -158,7 +203,7 @@ def multiply(
     count = jnp.sum(expert >= 0, dtype=jnp.int32)
     # Unused tiles point to the block that the last tile in use has in VMEM, so nothing is copied for them.
     source = jnp.maximum(jnp.where(expert >= 0, expert, expert[jnp.maximum(count - 1, 0)]), 0)
-    tile, blocks = tiles[0].shape[-2], pl.cdiv(n, block)
+    tile = tiles[0].shape[-2]
 
     def of_tile(j: jax.Array, t: jax.Array, source: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.minimum(t, jnp.maximum(count[0] - 1, 0))
@@ -169,10 +214,9 @@ def multiply(
     def tile_spec(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda *at: (of_tile(*at), *[0] * (x.ndim - 1)))
 
-    def leaf_spec(leaf: jax.Array) -> pl.BlockSpec:
-        rows = (block, leaf.shape[2]) if leaf.ndim == 3 else (None, *leaf.shape[2:])
-        return pl.BlockSpec((None, *rows), lambda j, t, source, count: (
-            source[t], of_block(j, t, source, count), *[0] * (leaf.ndim - 2)
+    def leaf_spec(part: Part) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *part.block), lambda j, t, source, count: part.spec(
+            source[t], of_block(j, t, source, count)
         ))  # fmt: skip
 
     def kernel(source: jax.Ref, count: jax.Ref, *refs: jax.Ref) -> None:
@@ -187,15 +231,16 @@ def multiply(
 
             y[...] = product(*operands, *held)
 
-    rows, k = len(expert) * tile, tiles[0].shape[-1]
+    m, k, steps = len(expert) * tile, tiles[0].shape[-1], pl.cdiv(n, block)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(blocks, len(expert)),
+        grid=(steps, len(expert)),
         in_specs=[*map(tile_spec, tiles), *map(leaf_spec, leaves)],
         out_specs=pl.BlockSpec((None, tile, block), lambda j, *at: (of_tile(j, *at), 0, j)),
         scratch_shapes=[pltpu.VMEM(part.shape, part.dtype) for part in scratch],
     )
-    read = sum(leaf.nbytes // leaf.shape[0] for leaf in leaves) * min(leaves[0].shape[0], len(expert))
+    arrays = [part.leaf for part in leaves]
+    read = sum(leaf.nbytes // len(leaf) for leaf in arrays) * min(len(arrays[0]), len(expert))
     return pl.pallas_call(
         kernel,
         grid_spec=spec,
@@ -204,10 +249,10 @@ def multiply(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * n * k,
-            bytes_accessed=read + sum(x.nbytes for x in tiles) * blocks + 4 * rows * n,
+            flops=2 * m * n * k,
+            bytes_accessed=read + sum(x.nbytes for x in tiles) * steps + 4 * m * n,
             transcendentals=0,
         ),
         name=name,
         interpret=interpret,
-    )(source, count[None], *tiles, *leaves)
+    )(source, count[None], *tiles, *arrays)

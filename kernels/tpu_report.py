@@ -36,7 +36,7 @@ def compile_report(op: str, shape: Shape, chips: str, dtype: str = "bfloat16", g
     """
     format, name = op.split(".")
     module = importlib.import_module(f"jaxllm.kernels.{format}.pallas_tpu")
-    weight, mesh = abstract_weight(format, shape, group), topology_mesh(chips)
+    weight, mesh = abstract_weight(format, shape, group, transposed=True), topology_mesh(chips)
     arguments = [jax.ShapeDtypeStruct((shape.m, shape.k), dtype), weight]
     rows = shape.m
     if shape.experts:

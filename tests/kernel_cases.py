@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from native_cases import SCALES
 
+from jaxllm.formats import affine
+from jaxllm.formats.codebook import Codebook
+from jaxllm.formats.ggml import GGML
+from jaxllm.formats.ggml_blocks import BLOCK_TYPES
 from jaxllm.formats.mxfp4 import MXFP4
+from jaxllm.formats.nvfp4 import NVFP4
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels.activations import Quantized
 
@@ -48,6 +54,59 @@ def mxfp4(*shape):
     w = numbers(*shape, seed=1) * np.exp(2 * numbers(*shape[:-1], 1, seed=2))
     w[..., -1, :32] = 0
     return MXFP4.from_dense(w)
+
+
+def ggml(type):
+    """Random blocks, with scales that are finite and of any sign and size."""
+
+    def make(*shape):
+        *lead, n, k = shape
+        rng, block = np.random.default_rng(3), BLOCK_TYPES[type]
+        blocks = rng.integers(0, 256, (*lead, n, k // block.size, block.nbytes), dtype=np.uint8)
+        for at in SCALES.get(type, (0,)):
+            scales = rng.normal(size=(*blocks.shape[:-1], 1)) * 10.0 ** rng.integers(-6, 0, (*blocks.shape[:-1], 1))
+            blocks[..., at : at + 2] = scales.astype(np.float16).view(np.uint8)
+        return GGML(jnp.asarray(blocks), type)
+
+    return make
+
+
+def integers(bits, group, scales=np.float16, zeros=None, biases=None, act_order=False):
+    """`Affine` of random codes; the dtypes of its leaves, where there are some."""
+
+    def make(*shape):
+        rng, levels = np.random.default_rng(bits), (*shape[:-1], shape[-1] // group)
+        codes = affine.pack(jnp.asarray(rng.integers(0, 2**bits, shape), jnp.uint32), bits)
+
+        def normal(dtype):
+            made = jnp.asarray(rng.normal(size=levels).astype(dtype))
+            return jnp.pad(made, ((0, 0), (1, 0))) if act_order else made
+
+        offsets = jnp.asarray(rng.integers(0, 2**bits, levels), zeros) if zeros == np.uint8 else zeros and normal(zeros)
+        groups = 1 + rng.permutation(np.arange(shape[-1], dtype=np.int32) // group) if act_order else None
+        given = {"zeros": offsets, "biases": biases and normal(biases), "in_groups": groups, "even": act_order}
+        return affine.Affine(codes, normal(scales), bits, group, "test", 2 ** (bits - 1), **given)
+
+    return make
+
+
+def int8(*shape):
+    values = (40 * numbers(*shape, seed=1)).astype(np.int8)
+    return Scaled(jnp.asarray(values), jnp.asarray(numbers(*shape[:-1], 1, seed=2)), (1, None), factor=1 / 127)
+
+
+# Weights `[n, k]` or `[experts, n, k]` that are held as planes of codes.
+PLANES = {
+    "4 bits, zeros": integers(4, 128, zeros=np.uint8),
+    "4 bits, offsets": integers(4, 64, ml_dtypes.bfloat16, biases=ml_dtypes.bfloat16),
+    "8 bits, zeros of floats": integers(8, 32, np.float32, zeros=np.float32),
+    "3 bits": integers(3, 128),
+    "act-order": integers(4, 32, act_order=True),
+    **{type: ggml(type) for type in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q1_0", "IQ4_XS")},
+    "NF4": lambda *shape: Codebook.from_dense(numbers(*shape, seed=1), "NF4"),
+    "NVFP4": lambda *shape: NVFP4.from_dense(numbers(*shape, seed=1)),
+    "INT8 per row": int8,
+}
 
 
 def act_quant(x, group=128, power_of_two=False):
@@ -128,6 +187,40 @@ class MXFP4Cases(KernelCases):
         weight = MXFP4(blocks, scales)
         got = self.run(self.module.matmul, np.eye(32, dtype=self.dtypes[-1]), weight)
         np.testing.assert_array_equal(got, np.asarray(weight.dequantize()).T)
+
+
+class PlanesCases(KernelCases):
+    """The module takes the formats that planes are made of, too."""
+
+    @pytest.mark.parametrize("kind", PLANES)
+    def test_few_rows(self, kind):
+        self.check_matmul(numbers(3, 512).astype(self.dtypes[-1]), PLANES[kind](72, 512))
+
+    @pytest.mark.parametrize("kind", ["4 bits, zeros", "Q6_K", "act-order", "NF4", "INT8 per row"])
+    def test_many_rows(self, kind):
+        self.check_matmul(numbers(130, 256).astype(self.dtypes[-1]), PLANES[kind](136, 256))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_shapes(self, shape):
+        m, n, k = SHAPES[shape]
+        self.check_matmul(numbers(m, k).astype(self.dtypes[-1]), PLANES["Q8_0"](n, k))
+
+    @pytest.mark.parametrize(
+        ("tiles", "kind", "k"),
+        [("one", "4 bits, zeros", 256), ("decode", "Q4_K", 512), ("prefill", "NVFP4", 256), ("none", "Q8_0", 96)],
+    )
+    def test_grouped_matmul(self, tiles, kind, k):
+        tile, expert = TILES[tiles]
+        x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
+        self.check_grouped(tile, expert, PLANES[kind](EXPERTS, 136, k), x)
+
+    @pytest.mark.optimized  # every bit counts
+    @pytest.mark.parametrize("kind", ["4 bits, offsets", "Q3_K", "Q4_K", "IQ4_XS"])
+    def test_one_weight_at_a_time(self, kind):
+        """With one-hot rows the product is the weight itself, dequantized in float32 and rounded once."""
+        weight = PLANES[kind](72, 256)
+        got = self.run(self.module.matmul, np.eye(256, dtype=self.dtypes[-1]), weight)
+        np.testing.assert_array_equal(got, np.asarray(weight.dequantize(self.dtypes[-1])).astype(np.float32).T)
 
 
 class BlockFP8Cases(KernelCases):

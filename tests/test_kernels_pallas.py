@@ -10,19 +10,33 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
+from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.primitives import pack_elementwise_p
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import BlockFP8Cases, KernelCases, MXFP4Cases, numbers, rounded
+from kernel_cases import PLANES, BlockFP8Cases, KernelCases, MXFP4Cases, PlanesCases, ggml, integers, numbers, rounded
 from kernel_cases import block_fp8 as block_fp8_weight
 from kernel_cases import mxfp4 as mxfp4_weight
 
+from jaxllm.formats.planes_of import planes_of
 from jaxllm.formats.scaled import Activations, Scaled
 from jaxllm.kernels import shapes, tpu
 from jaxllm.kernels.block_fp8 import pallas_tpu as block_fp8
 from jaxllm.kernels.mxfp4 import pallas_tpu as mxfp4
+from jaxllm.kernels.planes import pallas_tpu as planes
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 BF16 = ml_dtypes.bfloat16
+
+
+def pack_elementwise(low, high, *, packed_dtype):
+    """Two arrays in one of words, as the primitive's docstring has it; the simulator lacks it."""
+    low, high = (lax.bitcast_convert_type(x.astype(packed_dtype), jnp.uint16).astype(jnp.uint32) for x in (low, high))
+    return low | high << 16
+
+
+mlir.register_lowering(pack_elementwise_p, mlir.lower_fun(pack_elementwise, multiple_results=False), platform="cpu")
 
 
 @pytest.fixture
@@ -108,6 +122,38 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
 
 
 @pytest.mark.usefixtures("no_races")
+class TestPlanes(Quickly, PlanesCases):
+    module = simulated(planes, "matmul", "grouped_matmul")
+
+    @pytest.mark.parametrize("kind", ["Q4_K", "8 bits, zeros of floats", "NF4"])
+    def test_float32(self, kind):
+        x, weight = numbers(3, 256), PLANES[kind](40, 256)
+        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+
+    @pytest.mark.parametrize("kind", ["4 bits, zeros", "4 bits, offsets", "Q3_K", "Q4_K", "Q8_0", "IQ4_XS"])
+    def test_few_rows_are_not_rounded(self, kind):
+        """Codes are multiplied, sums are scaled: float32 all the way."""
+        x, weight = numbers(2, 1024).astype(BF16), PLANES[kind](40, 1024)
+        assert planes.groups_at_once(2, planes_of(weight, True), BF16)
+        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+
+    def test_every_size_of_scale(self):
+        """float16 with its subnormals, of both signs: one-hot rows give the weight in float32, bit for bit."""
+        scales = np.arange(0, 0x7C00, 31, dtype=np.uint16)[:1024].reshape(128, 8)
+        scales[::2] |= 0x8000
+        weight = integers(4, 32)(128, 256)
+        weight = dataclasses.replace(weight, scales=jnp.asarray(scales.view(np.float16)))
+        x = np.eye(256, dtype=BF16)[3::32]
+        got = self.run(self.module.matmul, x, weight)
+        np.testing.assert_array_equal(got, np.asarray(weight.dequantize())[:, 3::32].T)
+        scales[5, 2], scales[6, 3] = 0x7C00, 0x7E00
+        weight = dataclasses.replace(weight, scales=jnp.asarray(scales.view(np.float16)))
+        got = self.run(self.module.matmul, x, weight)
+        assert np.isnan(got[3, 6])
+        assert not np.isfinite(got[2, 5])
+
+
+@pytest.mark.usefixtures("no_races")
 class TestManySteps(Quickly, KernelCases):
     """More rows than a tile holds, more than a block does, more columns than are decoded at once."""
 
@@ -117,8 +163,9 @@ class TestManySteps(Quickly, KernelCases):
             (mxfp4, mxfp4_weight(136, 1184)),
             (block_fp8, block_fp8_weight(136, 1184)),
             (block_fp8, block_fp8_weight(136, 672, group=128)),
+            (planes, PLANES["Q4_K"](136, 1280)),
         ],
-        ids=["mxfp4", "W8A16", "W8A8"],
+        ids=["mxfp4", "W8A16", "W8A8", "planes"],
     )
     def test_many_tiles(self, module, weight, monkeypatch):
         monkeypatch.setattr(tpu, "PROMPT_TILE", 32)
@@ -130,8 +177,12 @@ class TestManySteps(Quickly, KernelCases):
 
     @pytest.mark.parametrize(
         ("module", "stack"),
-        [(mxfp4, mxfp4_weight(3, 136, 64)), (block_fp8, block_fp8_weight(3, 136, 64, block=(64, 64)))],
-        ids=["mxfp4", "block_fp8"],
+        [
+            (mxfp4, mxfp4_weight(3, 136, 64)),
+            (block_fp8, block_fp8_weight(3, 136, 64, block=(64, 64))),
+            (planes, PLANES["4 bits, offsets"](3, 136, 64)),
+        ],
+        ids=["mxfp4", "block_fp8", "planes"],
     )
     def test_experts_of_many_blocks(self, module, stack, monkeypatch):
         monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
@@ -169,6 +220,19 @@ def fp8(*shape, block=(128, 128), group=None):
 def test_what_fp8_refuses(weight, reason):
     told = block_fp8.refuses("matmul", SMALL, weight)
     assert (told is None) if reason is None else reason in told
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (PLANES["Q4_K"](8, 256), None),
+        (ggml("IQ3_S")(8, 256), "IQ3_S is not codes with a scale for each group"),
+        (integers(3, 32)(8, 96), "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"),
+    ],
+)
+def test_what_planes_refuse(weight, reason):
+    x = jax.ShapeDtypeStruct((1, weight.shape[-1]), jnp.bfloat16)
+    assert planes.refuses("matmul", x, weight) == reason
 
 
 @pytest.mark.parametrize("module", [block_fp8, mxfp4])

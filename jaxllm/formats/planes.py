@@ -11,6 +11,7 @@ For TPUs the matrix is transposed, so that columns of the words lie along lanes;
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import jax
@@ -24,6 +25,8 @@ from jaxllm.formats.parts import Levels, numbers
 WORD = 32
 GROUP = 8  # words
 SLAB = 2 * GROUP  # neighbouring columns of one field
+LANES = 128  # of a TPU's register
+FEW = 64  # rows that are looked up one by one where they lie along lanes; for more, XLA turns the entire matrix first
 
 
 def widths(bits: int) -> tuple[int, ...]:
@@ -142,17 +145,29 @@ class Planes(Weight):
     def take(self, ids: jax.Array) -> Self:
         if not self.transposed:
             return super().take(ids)
-        rows = {
-            name: jnp.moveaxis(self.leaf(name)[..., ids], range(-ids.ndim, 0), range(ids.ndim))
-            for name, axes in self.axes.items()
-            if axes[-1] == Cut("out")
-        }
-        return replace(self.with_leaves(rows), transposed=False)
+
+        def rows(leaf: jax.Array) -> jax.Array:
+            if ids.size > FEW:
+                return jnp.moveaxis(leaf[..., ids], range(-ids.ndim, 0), range(ids.ndim))
+            return lax.map(partial(_column, leaf), ids.reshape(-1)).reshape(*ids.shape, *leaf.shape[:-1])
+
+        found = {name: rows(self.leaf(name)) for name, axes in self.axes.items() if axes[-1] == Cut("out")}
+        return replace(self.with_leaves(found), transposed=False)
 
     def like(self, w: jax.Array) -> Self:
         from jaxllm.formats.planes_of import planes_of
 
         return planes_of(self.origin.like(w), self.transposed)
+
+
+def _column(leaf: jax.Array, i: jax.Array) -> jax.Array:
+    """`leaf[..., i]`, of the register's width of columns around it, so that XLA has no reason to turn the leaf."""
+    width = min(leaf.shape[-1], LANES)
+    start = jnp.minimum(i // width * width, leaf.shape[-1] - width)
+    near = lax.dynamic_slice_in_dim(leaf, start, width, axis=-1)
+    return jnp.sum(
+        jnp.where(jnp.arange(width) == i - start, near, jnp.zeros((), near.dtype)), axis=-1, dtype=near.dtype
+    )
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:

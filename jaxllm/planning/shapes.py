@@ -66,7 +66,9 @@ def mxfp4_experts(name: str, shape: tuple[int, ...]) -> Weight:
     return dense(jnp.bfloat16)(name, shape)
 
 
-def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str, int]:
+def fill_with_shapes(
+    model: nnx.Module, mesh: Mesh, format: Format, dtype: jax.typing.DTypeLike | None = None
+) -> dict[str, int]:
     """Replace every Declaration by shapes; returns the bytes of each parameter on one device.
 
     Args:
@@ -74,8 +76,9 @@ def fill_with_shapes(model: nnx.Module, mesh: Mesh, format: Format) -> dict[str,
         mesh: the mesh that it was made for.
         format: given a parameter's path and its logical shape in the checkpoint, its weight, made of shapes. Vectors
             are always float32.
+        dtype: of the activations, by which kernels and so the layout of weights are chosen; None: weights as read.
     """
-    return fill(model, mesh, lambda name, declared: Source(name, (format(name, declared.shape),)))
+    return fill(model, mesh, lambda name, declared: Source(name, (format(name, declared.shape),)), dtype)
 
 
 def fill(

@@ -104,7 +104,7 @@ def _multiply(
         native = not interpret and _multiplies_e4m3()
         scratch = () if native else (jax.ShapeDtypeStruct((block, k), jnp.bfloat16),)
         decode, product = _nothing if native else _widened, _scaled_product(blocks(stack), group)
-    leaves = (stack.values, scales)
+    leaves = tpu.rows(stack.values, block), tpu.blocks(scales)
     return tpu.multiply(operands, leaves, expert, n, block, scratch, decode, product, name, interpret)
 
 

@@ -66,7 +66,7 @@ def _multiply(tiles: jax.Array, stack: MXFP4, expert: jax.Array, name: str, inte
         jax.ShapeDtypeStruct((2, tile, k // 2), tiles.dtype),
         jax.ShapeDtypeStruct((PAIRS, PAIRS), tiles.dtype),
     )
-    leaves = (stack.blocks, stack.scales)
+    leaves = [tpu.rows(leaf, block) for leaf in (stack.blocks, stack.scales)]
     return tpu.multiply((tiles,), leaves, expert, n, block, scratch, _decode, _product, name, interpret)
 
 

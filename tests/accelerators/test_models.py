@@ -6,18 +6,23 @@ import importlib.util
 import math
 import re
 
+import jax.numpy as jnp
 import pytest
 
 import jaxllm
 from jaxllm.formats.scaled import Activations
+from jaxllm.kernels.shapes import quantized
 from jaxllm.models.deepseek.config import PRESETS as DEEPSEEK
 from jaxllm.models.deepseek.config import DeepseekConfig
 from jaxllm.models.deepseek.model import deepseek
 from jaxllm.models.gpt_oss.config import PRESETS as GPT_OSS
 from jaxllm.models.gpt_oss.config import GptOssConfig
 from jaxllm.models.gpt_oss.model import gpt_oss
+from jaxllm.models.llama.config import PRESETS as LLAMA
+from jaxllm.models.llama.config import LlamaConfig
+from jaxllm.models.llama.model import llama
 from jaxllm.parallel import make_mesh
-from jaxllm.plan import collectives, deepseek_fp8, fill_with_shapes, lower_decode
+from jaxllm.plan import collectives, deepseek_fp8, dense, fill_with_shapes, lower_decode
 from jaxllm.planning.shapes import mxfp4_experts
 from jaxllm.planning.topologies import WITHOUT_A_GPU, topology
 
@@ -34,12 +39,49 @@ no_cuda = pytest.mark.skipif(
 )
 
 
+# Qwen3-235B-A22B's config.json.
+QWEN3_235B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+}
+
+
+def every_matrix_in(kind):
+    """A format by its name in `shapes.quantized`; routers stay in bfloat16."""
+
+    def format(name, shape):
+        if name.endswith("mlp.gate.weight"):
+            return dense(jnp.bfloat16)(name, shape)
+        *stack, out, in_ = shape
+        return quantized(kind, out, in_, tuple(stack))
+
+    return format
+
+
 def two_layers(name, mesh):
     """Two layers of a published model, its parameters shapes: what differs between layers is there once."""
     if name == "gpt-oss-120b":
         config = GptOssConfig.from_hf(GPT_OSS[name])
         model = gpt_oss(dataclasses.replace(config, sliding_windows=config.sliding_windows[:2]), mesh, 32)
         fill_with_shapes(model, mesh, mxfp4_experts)
+        return model
+    model, _, kind = name.partition(" ")
+    if model in ("Llama-70B", "Qwen3-235B"):
+        config = LLAMA["llama-3.1-70b"] if model == "Llama-70B" else QWEN3_235B
+        model = llama(LlamaConfig.from_hf(config | {"num_hidden_layers": 2}), mesh, 256 if kind == "Q4_K" else 64)
+        fill_with_shapes(model, mesh, every_matrix_in(kind), jnp.bfloat16)
         return model
     config = DeepseekConfig.from_demo(DEEPSEEK["deepseek-v3-671b"])
     model = deepseek(dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1), mesh)
@@ -48,9 +90,9 @@ def two_layers(name, mesh):
 
 
 def decoded_matrices(text, shapes):
-    """Floating-point arrays of a packed matrix's shape, which would be decoded copies of it."""
+    """Floating-point arrays of a packed matrix's shape, or transposed, which would be decoded copies of it."""
     floats = {tuple(map(int, dims.split(",")[-2:])) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]*,[\d,]+)\]", text)}
-    return floats & shapes
+    return floats & (shapes | {shape[::-1] for shape in shapes})
 
 
 CASES = {
@@ -59,13 +101,21 @@ CASES = {
     ("gpt-oss-120b", "tp=8"): ({"mxfp4_grouped_matmul": 6}, {(384, 2880), (2880, 384)}),
     ("DeepSeek-V3", "tp=8"): ({"block_fp8_grouped_matmul": 3}, {(2304, 7168), (7168, 2304), (7168, 2048)}),
     ("DeepSeek-V3 W8A8", "tp=2,ep=4"): ({"block_fp8_grouped_matmul": 3}, {(9216, 7168), (7168, 9216), (1024, 7168)}),
+    **{
+        (f"Llama-70B {kind}", "tp=8"): ({"planes_matmul": 2 * 7 + 1}, {(1024, 8192), (3584, 8192), (16032, 8192)})
+        for kind in ("Q4_K", "GPTQ 4-bit")
+    },
+    ("Qwen3-235B MLX 4-bit", "tp=1,ep=8"): ({"planes_grouped_matmul": 6, "planes_matmul": 2 * 4 + 1}, {(1536, 4096)}),
+    ("Qwen3-235B MLX 4-bit", "tp=8"): ({"planes_grouped_matmul": 6, "planes_matmul": 2 * 4 + 1}, {(192, 4096)}),
 }
 
 
 def moved(text):
-    """Instructions that make another array of packed bytes, which a kernel would read them from."""
-    made = re.findall(r"= (?:u8|f8e4m3fn)\[([\d,]+)\]\S* (copy|transpose|fusion)\(", text)
-    return [(op, dims) for dims, op in made if math.prod(map(int, dims.split(","))) > 2**20]
+    """Instructions that make another array of packed bytes, which a kernel would read them from. (The scales of Llama's
+    embedding table, 4 MB of it, are turned before its rows are looked up.)"""
+    made = re.findall(r"= (?:u8|s8|u16|u32|f8e4m3fn)\[([\d,]+)\]\S* (copy|transpose|fusion)\(", text)
+    made = [(op, dims) for dims, op in made if dims != "256,16032"]
+    return [(op, dims) for op, dims in made if math.prod(map(int, dims.split(","))) > 2**20]
 
 
 def sums(mesh):
