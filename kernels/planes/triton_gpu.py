@@ -364,15 +364,14 @@ def _matmul_kernel(
     for i in tl.range(first, last, num_stages=STAGES):
         words, slab = (w + i * (BLOCK_K * CODE.bits // 32), 0) if WHOLE else (w, i * (BLOCK_K // 16))
         for j in tl.static_range(BLOCK_K // WIDTH):
-            COLUMN = j * WIDTH
-            start = i * BLOCK_K + COLUMN
+            start = i * BLOCK_K + j * WIDTH
             x_mask, w_mask = in_m[:, None], in_n
             if K % BLOCK_K != 0:
                 x_mask, w_mask = x_mask & (k < K - start)[None, :], w_mask & (start < K)
             xs = tl.load(x + start, mask=x_mask, other=0.0)
             if SCALES_SUMS:
-                values = _values(words, w_mask, table, slab, COLUMN // 16, WIDTH // 16, CODE, xs.dtype)
-                scale, zero, offset = _scaling(leaves, n_of_all, e, w_mask, i, COLUMN, CODE, K, BLOCK_K)
+                values = _values(words, w_mask, table, slab, j * WIDTH // 16, WIDTH // 16, CODE, xs.dtype)
+                scale, zero, offset = _scaling(leaves, n_of_all, e, w_mask, i, j * WIDTH, CODE, K, BLOCK_K)
                 acc += tl.dot(values, xs.T, input_precision="ieee") * scale
                 if sums is not None:
                     at = m * (K // WIDTH) + i * (BLOCK_K // WIDTH) + j
