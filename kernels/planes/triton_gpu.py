@@ -5,11 +5,13 @@ A word of a plane holds two neighbouring columns in its halves. One shift and on
 instructions a weight, and the two land in the register of the matrix instruction that wants them side by side. So
 nothing passes through shared memory. Entries of a table are found by the instruction that selects bytes.
 
-Scales then cost more than codes. For few rows they multiply what each group's products add up to, in float32 (W has not
-been rounded), and so do offsets: W = scale * value + offset, so y gets offset times the sum of the group of x. A group's
-results are as many as rows, its weights as many as columns, so this is done while a tile has fewer rows than a group has
-columns. For many rows each weight is scaled in float32 and rounded once, as `dequantize` does.
+Then scales cost more than codes. For few rows, sums are scaled: each group's products are added up by the matrix
+instruction and multiplied in float32, so W is not even rounded. An offset is multiplied by the sum of the group of x.
+That is work for each row, saved for each column, so it is done while a tile has no more rows than a group has columns.
+For many rows, weights are scaled: in float32, then rounded once, which is what `dequantize` gives.
 """
+
+# ruff: noqa: RET505 (Triton compiles the code after a return, whatever the condition)
 
 import math
 from dataclasses import dataclass
@@ -243,7 +245,9 @@ def _group(step: tl.tensor, COLUMN: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def _levels(fine: tl.tensor, coarse: tl.tensor, at: tl.tensor, coarse_at: tl.tensor, mask: tl.tensor, DIVIDES: tl.constexpr):
+def _levels(
+    fine: tl.tensor, coarse: tl.tensor, at: tl.tensor, coarse_at: tl.tensor, mask: tl.tensor, DIVIDES: tl.constexpr
+):
     """One of the `Levels` for each row: float32 `[N, 1]`."""
     levels = tl.load(fine + at, mask=mask, other=0.0).to(tl.float32)
     if coarse is not None:
@@ -297,7 +301,7 @@ def _weights(
     BLOCK_K: tl.constexpr,
 ):
     """Weights of slabs from `slab + FIRST` on: `[N, 16 * SLABS]`, computed in float32 and rounded once."""
-    if 16 * SLABS > CODE.alike:
+    if CODE.alike < 16 * SLABS:
         HALF: tl.constexpr = SLABS // 2
         left = _weights(w, leaves, row, e, mask, table, step, slab, FIRST, HALF, CODE, dtype, K, BLOCK_K)
         right = _weights(w, leaves, row, e, mask, table, step, slab, FIRST + HALF, HALF, CODE, dtype, K, BLOCK_K)
@@ -381,7 +385,9 @@ def _matmul_kernel(
                     if offset is not None:
                         acc += offset * x_sum
             else:
-                weights = _weights(words, leaves, n_of_all, e, w_mask, table, i, slab, 0, WIDTH // 16, CODE, xs.dtype, K, BLOCK_K)
+                weights = _weights(
+                    words, leaves, n_of_all, e, w_mask, table, i, slab, 0, WIDTH // 16, CODE, xs.dtype, K, BLOCK_K
+                )
                 acc = tl.dot(weights, xs.T, acc, input_precision="ieee")
 
     y += (split.to(tl.int64) * ALL_ROWS + m)[None, :] * N + n
