@@ -98,7 +98,7 @@ def compile_report(
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:
     """A compiled kernel's shared memory, registers per thread, spilled bytes, and matrix instructions.
 
-    `from_registers`: whether Hopper's instruction takes its first operand from the registers that it was computed in.
+    `from_registers`: whether the instruction takes its first operand from the registers that it was computed in.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -112,5 +112,5 @@ def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(ptx))),
-        "from_registers": not stored and bool(re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{", ptx)),
+        "from_registers": not stored and bool(re.search(r"mma\.sync|wgmma\.mma_async\S+ \{[^}]*\}, \{", ptx)),
     }
