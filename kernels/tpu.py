@@ -105,12 +105,12 @@ def spread(values: jax.Array, unit: int, start: int, count: int) -> jax.Array:
 
 
 def gather_lanes(values: jax.Array, source: jax.Array) -> jax.Array:
-    """`values[i, source[i, j]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[rows, 128]`;
-    one row of either serves all of the other."""
-    rows = max(len(values), len(source))
+    """`values[:, source[0]]` for a register's width of columns: `values[rows, <= 128]`, int32 `source[1, 128]`."""
+    rows = len(values)
     # JAX simplifies a gather from a single row to one that Mosaic does not support.
-    values, source = (jnp.broadcast_to(x, (8 if rows == 1 else rows, x.shape[1])) for x in (values, source))
-    return jnp.take_along_axis(values, source, axis=1, mode="promise_in_bounds")[:rows]
+    values = jnp.broadcast_to(values, (8, values.shape[1])) if rows == 1 else values
+    index = jnp.broadcast_to(source, (len(values), LANES))
+    return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")[:rows]
 
 
 def chunks(k: int) -> list[tuple[int, int]]:

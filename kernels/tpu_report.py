@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.formats.mxfp4 import BLOCK
+from jaxllm.formats.base import Weight
 from jaxllm.kernels.shapes import Shape, abstract_weight
 from jaxllm.planning.topologies import topology
 
-# The last two prefetch operands to VMEM without changing their layout.
-NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done"}
+# Those that start and are done prefetch operands, or slices of them, to VMEM without changing their layout.
+NO_WORK = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element"}
+NO_WORK |= {"copy-start", "copy-done", "slice-start", "slice-done"}
 INSTRUCTION = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\(")
 
 
@@ -63,7 +64,7 @@ def compile_report(op: str, shape: Shape, chips: str, dtype: str = "bfloat16", g
         "vmem_bytes": size.vmem_bytes,
         "weight_bytes": weight.nbytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "copies": weight_copies(text, shape),
+        "copies": weight_copies(text, weight),
         "kernels": sorted(set(re.findall(rf"%({format}\w+)\S* = .*tpu_custom_call", text))),
         "seconds": seconds,
         "optimal_seconds": cost.get("optimal_seconds"),
@@ -85,10 +86,12 @@ def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtyp
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=format)
 
 
-def weight_copies(text: str, shape: Shape) -> list[str]:
-    """Instructions of a compiled program that make an array of the size of the weight, or of one of its leaves."""
+def weight_copies(text: str, weight: Weight) -> list[str]:
+    """Instructions of a compiled program that make an array of the size of the weight, or of one of its larger leaves.
+    (Scales of entire blocks are a thousandth of it.)"""
     entry = text[text.index("ENTRY") :]
-    sizes = [{str(shape.n), str(columns)} for columns in (shape.k, shape.k // 2, shape.k // BLOCK)]
+    leaves = [leaf.shape for leaf in jax.tree.leaves(weight) if 100 * leaf.size * leaf.dtype.itemsize > weight.nbytes]
+    sizes = [set(map(str, shape[-2:])) for shape in (weight.shape, *leaves)]
     return [
         f"{op} of {dtype}[{dims}]"
         for dtype, dims, op in INSTRUCTION.findall(entry)

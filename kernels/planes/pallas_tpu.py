@@ -13,6 +13,8 @@ Many rows. Then the MXU's work outweighs the decoder's, but rows for each group 
 dequantized once into VMEM, as `dequantize` does it, and serves all tiles.
 
 Scales become float32 once for each block, in VMEM; float16's bits by integer arithmetic, since TPUs have no float16.
+
+An infinite x makes NaNs of its row's results, where the definition has infinities.
 """
 
 import itertools
@@ -31,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxllm.formats.base import Weight
 from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.parts import Levels
-from jaxllm.formats.planes import GROUP, SLAB, Planes, chunk, widths
+from jaxllm.formats.planes import GROUP, SLAB, WORD, Planes, chunk, widths
 from jaxllm.formats.planes_of import planes_of
 from jaxllm.formats.planes_of import refuses as not_planes
 from jaxllm.formats.scaled import quotient
@@ -41,7 +43,7 @@ SEGMENT = 256  # lanes that are multiplied at once: the MXU's width
 TOGETHER = 32  # groups whose scales are converted at once: as many as a register of bytes holds
 ROWS = 128  # rows that the MXU takes in the time that memory needs for the weights they meet, roughly
 UNROLLED = 512  # columns that are multiplied without a branch between
-LONGEST = 1024  # columns of a wide group that are multiplied at once
+LONGEST = 1024  # columns of one product
 BIAS, BIAS_BITS = 128, 0x43004300  # bfloat16's 128, twice in a word; seven bits more make it 128 + code
 
 
@@ -93,7 +95,10 @@ def tile_sizes(m: int, weight: Planes, dtype: jax.typing.DTypeLike) -> tpu.Sizes
     row_bytes = -(-weight.nbytes // math.prod(weight.shape[:-1]))
     levels = 1 + (weight.zeros is not None) + (weight.offsets is not None)
     held = 4 * levels * weight.scales.fine.shape[-2]
-    return tpu.sizes(m, n, k, row_bytes, jnp.dtype(dtype).itemsize, held_bytes=held)
+    itemsize = jnp.dtype(dtype).itemsize
+    # Mosaic loads a row of 128 lanes from arrays of exactly that width alone, and one of 256 from all wider ones.
+    units = [tpu.LANES] if n <= tpu.LANES else [SEGMENT, tpu.LANES]
+    return next(filter(None, (tpu.sizes(m, n, k, row_bytes, itemsize, unit, held) for unit in units)), None)
 
 
 class Held(NamedTuple):
@@ -121,16 +126,20 @@ def _multiply(tiles: jax.Array, stack: Planes, expert: jax.Array, name: str, int
     _, tile, _ = tiles.shape
     if stack.order is not None:
         tiles = jnp.take_along_axis(tiles, stack.order[jnp.maximum(expert, 0)][:, None], axis=-1)
+    if tiles.dtype == jnp.float32:  # as `_dequantize` leaves columns
+        tiles = tiles.reshape(len(tiles), tile, -1, GROUP, 2).swapaxes(-1, -2).reshape(tiles.shape)
     block = tpu.fitting(tile_sizes(tile, stack, tiles.dtype)).block
     stack = replace(
         stack,
         order=None,
         scales=_of_groups(stack.scales, stack, n),
         offsets=None if stack.offsets is None else _of_groups(stack.offsets, stack, n),
-        table=None if stack.table is None else jnp.pad(stack.table, ((0, 0), (0, tpu.LANES - 16)))[:, None],
+        table=None if stack.table is None else jnp.broadcast_to(stack.table[..., None], (experts, 16, tpu.LANES)),
     )
     leaves, structure = jax.tree.flatten(stack)
-    parts = [tpu.whole(leaf) if leaf is stack.table else tpu.columns(leaf, block) for leaf in leaves]
+    parts = [tpu.columns(leaf, block) for leaf in leaves]
+    if stack.table is not None:  # the last leaf
+        parts[-1] = tpu.whole(leaves[-1])
     groups = groups_at_once(tile, stack, tiles.dtype)
 
     def held(rows: int, columns: int = block, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -176,7 +185,10 @@ def _of_groups(levels: Levels, stack: Planes, n: int) -> Levels:
 
 
 def groups_at_once(rows: int, weight: Planes, dtype: jax.typing.DTypeLike) -> int | None:
-    """How many groups a product of few rows sums side by side; None: the weights are dequantized."""
+    """How many groups a product of few rows sums side by side; None: the weights are dequantized.
+
+    Best are 8, as many as a register has rows, and products as wide as the MXU.
+    """
     if dtype != jnp.bfloat16 or isinstance(weight.origin, Codebook):  # whose tables bfloat16 cannot hold
         return None
     for unit, groups in itertools.product((SEGMENT, tpu.LANES), (8, 16, 1)):
@@ -203,9 +215,9 @@ def _widen(weight: Planes, kept: Held) -> None:
 
 def _widen_levels(levels: Levels, wide: jax.Ref, coarse: jax.Ref | None) -> None:
     """`levels.fine[groups, block]` times `levels.coarse[some, block]` -> `wide[groups, block]`."""
-    count, _ = wide.shape
-    if coarse is not None:
-        _each(coarse.shape[0], TOGETHER, lambda at: coarse.__setitem__(at, _float32(levels.coarse[at])))
+    count, held = wide.shape[0], levels.coarse
+    if coarse is not None and held is not None:
+        _each(coarse.shape[0], TOGETHER, lambda at: coarse.__setitem__(at, _float32(held[at])))
     shared = 1 if coarse is None else count // coarse.shape[0]
 
     def some(at: pl.Slice) -> None:
@@ -249,19 +261,17 @@ def _words(codes: jax.Ref, bits: int, part: jax.Array | int, slab: int, lanes: p
     words, begin = None, 0
     for width in widths(bits):
         group, field = divmod(slab, SLAB // width)
-        plane = lax.bitcast_convert_type(
-            codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes], jnp.int32
-        )
-        mask = (2**width - 1) * 0x10001
-        plane = (plane >> width * field if field else plane) & mask
+        plane = codes[part, begin + GROUP * group : begin + GROUP * (group + 1), lanes].astype(jnp.int32)
+        plane = (plane >> width * field if field else plane) & (2**width - 1) * 0x10001
         words = plane if words is None else words << width | plane
-        begin += chunk(bits) * width // 32
+        begin += chunk(bits) * width // WORD
     assert words is not None
     return words
 
 
 def _dequantize(weight: Planes, kept: Held) -> None:
-    """A block's codes `[in / chunk, words, block]` -> `decoded[in, block]`."""
+    """A block's codes `[in / chunk, words, block]` -> `decoded[in, block]`; in float32, of every 16 columns the even
+    ones come first."""
     slabs, (k, block) = chunk(weight.bits) // SLAB, kept.decoded.shape
     segment = math.gcd(block, SEGMENT)
 
@@ -271,14 +281,12 @@ def _dequantize(weight: Planes, kept: Held) -> None:
             row = pl.ds(group, 1), lanes
             words = _words(weight.codes, weight.bits, part, slab, lanes)
             even, odd = (_value(half, weight, kept, row) for half in (words & 0xFFFF, words >> 16))
-            first = part * chunk(weight.bits) + slab * SLAB
             if kept.decoded.dtype == jnp.float32:
-                kept.decoded[pl.ds(first, GROUP, stride=2), lanes] = even
-                kept.decoded[pl.ds(first + 1, GROUP, stride=2), lanes] = odd
+                both = jnp.concatenate([even, odd])
             else:
-                both = pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
-                at = pl.ds(pl.multiple_of(first, SLAB), SLAB)
-                kept.decoded[at, lanes] = pltpu.bitcast(both, jnp.bfloat16)
+                both = pltpu.bitcast(pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16), jnp.bfloat16)
+            first = pl.multiple_of(part * chunk(weight.bits) + slab * SLAB, SLAB)
+            kept.decoded[pl.ds(first, SLAB), lanes] = both
 
     for start in range(0, block, segment):
         lanes = pl.ds(start, segment)
@@ -307,9 +315,13 @@ def _scaled(values: jax.Array, weight: Planes, kept: Held, at: Any, times: jax.A
 
 
 def _looked_up(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """`table[1, 128]` at `codes[8, lanes]`."""
-    starts = range(0, codes.shape[1], tpu.LANES)
-    return jnp.concatenate([tpu.gather_lanes(table, codes[:, i : i + tpu.LANES]) for i in starts], axis=1)
+    """`table[16, 128]`, the same in all lanes, at the low four bits of `codes[8, lanes]`.
+
+    Registers are permuted along their eight rows: four in a cycle, where permuting lanes takes several cycles for one.
+    """
+    low, high = (jnp.concatenate([half] * (codes.shape[1] // tpu.LANES), axis=1) for half in (table[:8], table[8:]))
+    low, high = (jnp.take_along_axis(half, codes & 7, axis=0, mode="promise_in_bounds") for half in (low, high))
+    return jnp.where(codes & 8 != 0, high, low)
 
 
 def _scaled_sums(x: jax.Ref, weight: Planes, kept: Held, groups: int) -> jax.Array:
@@ -360,13 +372,10 @@ def _products(rows: jax.Array, weight: Planes, part: jax.Array, lanes: pl.Slice)
     if weight.table is not None:
         table = lax.bitcast_convert_type(weight.table[...], jnp.int32)
         low = lax.shift_right_logical(table, 16)  # exact: the other bits are zero
-        return times([_looked_up(low, w & 0xFFFF) | _looked_up(table, w >> 16) for w in words]), 0
+        return times([_looked_up(low, w) | _looked_up(table, w >> 16) for w in words]), 0
     if weight.bits < 8:
         return times([w | BIAS_BITS for w in words]), BIAS
-    high, low = (
-        times([w >> 4 & 0x000F000F | BIAS_BITS for w in words]),
-        times([w & 0x000F000F | BIAS_BITS for w in words]),
-    )
+    high, low = (times([w >> shift & 0x000F000F | BIAS_BITS for w in words]) for shift in (4, 0))
     return 16 * high + low, 17 * BIAS
 
 

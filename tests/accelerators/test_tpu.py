@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 V5E, V6E, TPU7X = "v5e:2x2", "v6e:2x4", "tpu7x:2x2x1"
 NAMED = [(op, name, shape) for op, named in shapes.named().items() for name, shape in named.items()]
+ELSEWHERE = "DeepSeek", "gpt-oss", "Qwen3", "gate_proj Q4_K", "gate_proj GPTQ", "gate_proj IQ4_XS"
 TRAINED_AS = ["DeepSeek-V3 q_a_proj x 1", "DeepSeek-V3 kv_a_proj x 16", "DeepSeek-V3 q_b_proj x 4096"]
 
 report = functools.lru_cache(tpu_report.compile_report)  # some shapes are called by two names
@@ -36,7 +37,7 @@ def check(made, shape, kernels):
 @pytest.mark.parametrize(("op", "name", "shape"), NAMED, ids=[f"{op}-{name}" for op, name, _ in NAMED])
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
 def test_real_shapes(op, name, shape, topology):
-    if topology != V6E and "DeepSeek" not in name and "gpt-oss" not in name:
+    if topology != V6E and not any(part in name for part in ELSEWHERE):
         pytest.skip("half of the shapes are compiled for v6e alone")
     check(report(op, shape, topology), shape, [op.replace(".", "_")])
 
@@ -55,18 +56,18 @@ def test_experts_with_activations_in_fp8(topology):
     check(made, shape, ["block_fp8_act_quant", "block_fp8_grouped_matmul"])
 
 
-@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul", "planes.matmul"])
 @pytest.mark.parametrize("rows", [1, 96])
 def test_activations_in_float32(op, rows):
-    shape = shapes.Shape(rows, 1024, 3584)
+    shape = shapes.Shape(rows, 1024, 3584, kind="Q4_K")
     check(report(op, shape, V5E, "float32"), shape, [op.replace(".", "_")])
 
 
 @pytest.mark.parametrize("shape", [(1, 72, 96), (3, 200, 352), (130, 576, 2880)])
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
-@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul", "planes.matmul"])
 def test_odd_shapes(op, shape, topology):
-    shape = shapes.Shape(*shape)
+    shape = shapes.Shape(*shape, kind="Q8_0")
     assert report(op, shape, topology)["kernels"] == [op.replace(".", "_")]
 
 
