@@ -87,16 +87,18 @@ def choose(op: str, x: Any, weight: Weight | type, platform: str | None = None) 
     special = [kernel for kernel in kernels if kernel.platform is not None]
     if named is not None:
         special = [kernel for kernel in special if kernel.backend == named]
-    refused: list[str] = []
+    refused: dict[str, None] = {}  # a backend may have several kernels for a class of weights, with the same reason
     for kernel in special:
         here = None if kernel.platform == platform else f"these are {platform} devices"
         reason = here or kernel.missing() or kernel.refuses(op, x, weight)
         if reason is None:
             return Choice(kernel, "asked for" if named else "; ".join([f"made for {platform}", *refused]))
         if named:
-            raise InputError(f"kernel backend '{named}' cannot do {op} of {_format(weight)}: {reason}")
-        if here is None:
-            refused.append(f"{kernel.backend} cannot: {reason}")
+            refused[reason] = None
+        elif here is None:
+            refused[f"{kernel.backend} cannot: {reason}"] = None
+    if named and refused:
+        raise InputError(f"kernel backend '{named}' cannot do {op} of {_format(weight)}: {'; '.join(refused)}")
     kernel = next(k for k in kernels if k.platform is None and k.refuses(op, x, weight) is None)
     if named and (special or named == REFERENCE):
         why = "asked for"

@@ -29,7 +29,6 @@ from jaxllm.parallel import COLUMN, ROW, make_mesh
 X = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
 WEIGHTS = {"MXFP4": mxfp4(128, 256), "FP8 128x128": block_fp8(128, 256)}
 V3 = Path(__file__).parent / "golden" / "deepseek" / "v3_fp8"
-Q8_0 = GGML.from_dense(numbers(128, 256), "Q8_0")
 
 
 @pytest.fixture
@@ -64,9 +63,21 @@ def test_what_runs_where_and_why(name, calls):
 
 
 def test_a_format_without_kernels_is_decoded():
-    assert (
-        dispatch.explain("matmul", X, Q8_0, "tpu") == "matmul of Q8_0 128x256: reference (there are no kernels for tpu)"
-    )
+    weight = GGML(jax.ShapeDtypeStruct((128, 1, 66), jnp.uint8), "IQ2_XXS")
+    why = "pallas_tpu cannot: IQ2_XXS is not codes with a scale for each group"
+    assert dispatch.explain("matmul", X, weight, "tpu") == f"matmul of IQ2_XXS 128x256: reference ({why})"
+
+
+def test_the_second_kernel_of_a_backend_serves_what_the_first_refuses():
+    weight = Scaled(jax.ShapeDtypeStruct((128, 256), jnp.int8), jax.ShapeDtypeStruct((128, 1), jnp.float32), (1, None))
+    with dispatch.using("pallas_tpu"):
+        assert dispatch.choose("matmul", X, weight, "tpu").backend == "pallas_tpu"
+        with pytest.raises(
+            InputError, match="codes of float8_e5m2, the kernel takes float8_e4m3fn; codes of float8_e5m2"
+        ):
+            dispatch.choose(
+                "matmul", X, replace(weight, values=jax.ShapeDtypeStruct((128, 256), jnp.float8_e5m2)), "tpu"
+            )
 
 
 def test_a_backend_asked_for_by_name_fails_loudly(calls):
