@@ -185,20 +185,23 @@ def _bytes(table: tl.tensor, FIRST: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _entries(table: tl.tensor, words: tl.tensor, SHIFT: tl.constexpr):
-    """A byte of the entries of the four codes in the lower half of each word."""
-    codes = (words & 0x7777).to(tl.int32, bitcast=True)
-    low = libdevice.byte_perm(_bytes(table, 0, SHIFT), _bytes(table, 4, SHIFT), codes)
-    high = libdevice.byte_perm(_bytes(table, 8, SHIFT), _bytes(table, 12, SHIFT), codes)
-    is_high = (words >> 1 & 0x4444 | 0x3210).to(tl.int32, bitcast=True)
-    return libdevice.byte_perm(low, high, is_high)
+def _plane(table: tl.tensor, SHIFT: tl.constexpr):
+    return _bytes(table, 0, SHIFT), _bytes(table, 4, SHIFT), _bytes(table, 8, SHIFT), _bytes(table, 12, SHIFT)
 
 
 @triton.jit
-def _entry(table: tl.tensor, words: tl.tensor, FIELD: tl.constexpr):
+def _looked_up(plane: tl.tuple, words: tl.tensor):
+    """A byte of the entries of the four codes in the lower half of each word."""
+    codes = (words & 0x7777).to(tl.int32, bitcast=True)
+    low, high = libdevice.byte_perm(plane[0], plane[1], codes), libdevice.byte_perm(plane[2], plane[3], codes)
+    return libdevice.byte_perm(low, high, (words >> 1 & 0x4444 | 0x3210).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _entry(table: tl.tuple, words: tl.tensor, FIELD: tl.constexpr):
     """The entry of one of those codes, as bfloat16."""
     TWO: tl.constexpr = 0x7362 if FIELD >= 2 else 0x5140
-    two = libdevice.byte_perm(_entries(table, words, 0), _entries(table, words, 8), TWO)
+    two = libdevice.byte_perm(_looked_up(table[0], words), _looked_up(table[1], words), TWO)
     return (two >> FIELD % 2 * 16 & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
@@ -352,6 +355,8 @@ def _matmul_kernel(
             return
         if table is not None:
             table += e * 16
+    if table is not None and x.dtype.element_ty == tl.bfloat16:
+        table = _plane(table, 0), _plane(table, 8)
     m = tile * ROWS + row
     WIDTH: tl.constexpr = CODE.alike if SCALES_SUMS else BLOCK_K  # of a dot
     k = tl.arange(0, WIDTH)
