@@ -12,7 +12,7 @@ For TPUs the matrix is transposed, so that columns of the words lie along lanes;
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,8 @@ class Planes(Weight):
     def like(self, w: jax.Array) -> Self:
         from jaxllm.formats.planes_of import planes_of
 
-        return planes_of(self.origin.like(w), self.transposed)
+        made: Any = planes_of(self.origin.like(w), self.transposed)
+        return made
 
 
 def _column(leaf: jax.Array, i: jax.Array) -> jax.Array:

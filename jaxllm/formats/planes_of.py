@@ -65,7 +65,7 @@ def planes_of(weight: Any, transposed: bool) -> Planes:
 
 
 def _affine(w: Affine) -> Parts:
-    def of_groups(leaf: jax.Array | None) -> jax.Array | None:
+    def of_groups(leaf: Any) -> Any:
         return leaf if leaf is None or w.in_groups is None else leaf[..., 1:]  # without the group of padding
 
     zeros, biases = of_groups(w.zeros), of_groups(w.biases)

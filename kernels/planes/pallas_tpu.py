@@ -54,21 +54,9 @@ def refuses(op: str, x: jax.Array, weight: Weight) -> str | None:
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"activations of {x.dtype.name}, the kernel multiplies float32 and bfloat16"
     planes = jax.eval_shape(partial(planes_of, transposed=True), weight)
-    if (reason := _uneven(planes)) is not None:
-        return reason
     if tile_sizes(min(x.size // x.shape[-1], tpu.LANES), planes, x.dtype) is None:
         return f"rows of {x.shape[-1]} columns do not fit into the chip's vector memory"
     return None
-
-
-def _uneven(weight: Planes) -> str | None:
-    fine, coarse = weight.scales.fine.shape[-2], weight.scales.coarse
-    if coarse is None or not weight.coarse_group:
-        return None
-    shared = fine // coarse.shape[-2]
-    if coarse.shape[-2] == 1 or shared % TOGETHER == 0 or (shared % 8 == 0 and TOGETHER % shared == 0):
-        return None
-    return f"{shared} scales that share another, the kernel takes 8, 16 and multiples of {TOGETHER}"
 
 
 def matmul(x: jax.Array, weight: Any, *, interpret: tpu.Interpret = False) -> jax.Array:
@@ -224,6 +212,7 @@ def _widen_levels(levels: Levels, wide: jax.Ref, coarse: jax.Ref | None) -> None
         fine = _float32(levels.fine[at])
         if coarse is not None:
             repeats = min(shared, at.size)
+            assert at.size % repeats == 0, "8, 16 or all scales share another, in all formats"
             first = at.start // shared
             over = [coarse[pl.ds(first + i, 1), :] for i in range(at.size // repeats)]
             over = [jnp.broadcast_to(row, (repeats, fine.shape[1])) for row in over]
