@@ -111,8 +111,9 @@ def _matmul(x: jax.Array, weight: Weight, expert: jax.Array | None) -> jax.Array
 
 def _floats(leaf: jax.Array | None) -> jax.Array | None:
     """An array of `Levels` in a dtype that Triton has: the bits of float16 as that."""
-    is_bits = leaf is not None and leaf.dtype == jnp.uint16
-    return lax.bitcast_convert_type(leaf, jnp.float16) if is_bits else leaf
+    if leaf is None or leaf.dtype != jnp.uint16:
+        return leaf
+    return lax.bitcast_convert_type(leaf, jnp.float16)
 
 
 @triton.jit
