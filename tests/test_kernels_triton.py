@@ -272,6 +272,16 @@ class TestPlanes(PlanesCases):
         assert gpu_report.launches(planes.matmul, x, weight)[-1].grid[2] > 1
         self.check_matmul(x, weight)
 
+    @pytest.mark.parametrize("rows", [3, 40])
+    def test_a_row_ends_where_the_next_begins(self, rows):
+        """The last step is ragged; of the next row it would see scales that are not numbers."""
+        weight = PLANES["Q8_0"](24, 352)
+        weight = dataclasses.replace(weight, blocks=weight.blocks.at[1::2, :, :2].set(0x7F))
+        x = numbers(rows, 352).astype(self.dtypes[-1])
+        got, w = self.run(planes.matmul, x, weight), np.asarray(weight.dequantize())
+        assert np.isnan(got[:, 1::2]).all()
+        self.close(got[:, ::2], x, w[::2])
+
     def test_groups_that_are_no_power_of_two(self):
         weight = integers(4, 48, zeros=np.uint8)(24, 192)
         for rows in (3, 20):

@@ -311,6 +311,8 @@ def _weights(
         right = _weights(w, leaves, row, e, mask, table, step, slab, FIRST + HALF, HALF, CODE, dtype, K, BLOCK_K)
         return _beside(left, right)
     else:
+        if K % BLOCK_K != 0:
+            mask &= step * BLOCK_K + 16 * FIRST < K
         values = _values(w, mask, table, slab, FIRST, SLABS, CODE, dtype).to(tl.float32)
         scale, zero, offset = _scaling(leaves, row, e, mask, step, 16 * FIRST, CODE, K, BLOCK_K)
         if zero is not None:
