@@ -163,7 +163,7 @@ class TestManySteps(Quickly, KernelCases):
             (mxfp4, mxfp4_weight(136, 1184)),
             (block_fp8, block_fp8_weight(136, 1184)),
             (block_fp8, block_fp8_weight(136, 672, group=128)),
-            (planes, PLANES["Q4_K"](136, 1280)),
+            (planes, PLANES["Q4_K"](264, 1280)),
         ],
         ids=["mxfp4", "W8A16", "W8A8", "planes"],
     )
@@ -180,7 +180,7 @@ class TestManySteps(Quickly, KernelCases):
         [
             (mxfp4, mxfp4_weight(3, 136, 64)),
             (block_fp8, block_fp8_weight(3, 136, 64, block=(64, 64))),
-            (planes, PLANES["4 bits, offsets"](3, 136, 64)),
+            (planes, PLANES["4 bits, offsets"](3, 264, 64)),
         ],
         ids=["mxfp4", "block_fp8", "planes"],
     )
