@@ -19,16 +19,8 @@ from jaxllm.kernels import gpu
 from jaxllm.kernels.experts import tile_size
 from jaxllm.kernels.shapes import Shape, abstract_weight
 
-TYPE_NAMES = {
-    "float32": "fp32",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "int8": "i8",
-    "uint8": "u8",
-    "int32": "i32",
-    "uint32": "u32",
-}
-TYPE_NAMES |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
+TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "uint8": "u8", "int32": "i32"}
+TYPE_NAMES |= {"uint32": "u32", "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
 
 

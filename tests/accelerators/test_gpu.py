@@ -59,7 +59,7 @@ def kernel_calls():
         yield "planes.matmul", shapes.Shape(1, 1536, 7168, kind=kind), jnp.bfloat16, None, planes.TILES[0]
     for kind in ("GPTQ 4-bit", "Q6_K", "NF4"):
         yield "planes.matmul", shapes.Shape(200, 1536, 7168, kind=kind), jnp.bfloat16, None, planes.TILES[-1]
-    yield "planes.grouped_matmul", shapes.Shape(16, 1536, 4096, 16, "MLX 4-bit"), jnp.bfloat16, None, planes.TILES[0]
+    yield "planes.grouped_matmul", shapes.Shape(16, 1536, 4096, 16, "MLX 4-bit"), jnp.bfloat16, None, planes.TILES[1]
     for tile, m in zip(planes.TILES_FLOAT32, (1, 200), strict=True):
         yield "planes.matmul", shapes.Shape(m, 1536, 7168, kind="NF4"), jnp.float32, None, tile
 
