@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from jaxllm.cli import Parser, execute
 from jaxllm.errors import InputError
+from jaxllm.formats.planes import Planes
+from jaxllm.formats.scaled import Scaled
 from jaxllm.kernels import dispatch, shapes, tpu_report
 from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.experts import tile_size
@@ -53,10 +55,9 @@ PUBLISHED = {
 def bytes_and_flops(op: str, shape: Shape) -> tuple[float, float]:
     """The bytes that an op reads and writes (bfloat16 activations and packed weights), and its FLOPs. Counts as many
     experts as possible: one per row, up to all of them."""
-    matrices = min(shape.m, shape.experts) if shape.experts else 1
-    scales = shape.n * shape.k / 32 if op.startswith("mxfp4") else shape.n * shape.k / 128**2 * 4
-    packed = shape.n * shape.k * (0.5 if op.startswith("mxfp4") else 1) + scales
-    return matrices * packed + 2 * shape.m * shape.k + 4 * shape.m * shape.n, 2.0 * shape.m * shape.n * shape.k
+    used = min(shape.m, shape.experts) / shape.experts if shape.experts else 1
+    packed = shapes.abstract_weight(op.split(".")[0], shape).nbytes
+    return used * packed + 2 * shape.m * shape.k + 4 * shape.m * shape.n, 2.0 * shape.m * shape.n * shape.k
 
 
 def attention_bytes_and_flops(given: Cached, scoring: Scoring) -> tuple[float, float]:
@@ -105,7 +106,8 @@ def compiled_attention(name: str, tokens: int, batch: int, target: str | int) ->
 def measured(op: str, shape: Shape, group: int | None) -> float:
     """The median seconds per run on this machine's first device."""
     kind, name = op.split(".")
-    weight = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.abstract_weight(kind, shape, group))
+    weight = shapes.abstract_weight(kind, shape, group, transposed=jax.default_backend() == "tpu")
+    weight = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), weight)
     f: Callable = getattr(dispatch, name)
     rows = tile_size(shape.m, shape.experts) if shape.experts else shape.m
     tiles = shape.m // rows + min(shape.experts, shape.m) if shape.experts else 1
@@ -138,16 +140,22 @@ def _median_seconds(f: Callable, *args: Any) -> float:
     return statistics.median(times)
 
 
+def bits(op: str, shape: Shape) -> int:
+    """Of a weight's code."""
+    weight = shapes.abstract_weight(op.split(".")[0], shape)
+    return weight.bits if isinstance(weight, Planes) else 8 if isinstance(weight, Scaled) else 4
+
+
 def rows(name: str, measure: bool) -> list[tuple]:
     """A chip's table. FP8 weights are multiplied by activations in bfloat16 (W8A16) and in FP8 (W8A8)."""
     (chip, target), out = CHIPS[name], []
     cases = [
-        (op, kind, group, label, shape)
+        (op, group, label, shape)
         for op, named in shapes.named().items()
-        for kind, group in ([("W8A16", None), ("W8A8", 128)] if op.startswith("block_fp8") else [("W4A16", None)])
+        for group in ([None, 128] if op.startswith("block_fp8") else [None])
         for label, shape in named.items()
     ]
-    for op, kind, group, label, shape in tqdm(cases, name, leave=False, disable=not sys.stderr.isatty()):
+    for op, group, label, shape in tqdm(cases, name, leave=False, disable=not sys.stderr.isatty()):
         nbytes, flops = bytes_and_flops(op, shape)
         reading, multiplying = nbytes / chip.bandwidth, flops / (chip.flops_fp8 if group else chip.flops)
         limit, bound = max((reading, "memory"), (multiplying, "compute"))
@@ -157,7 +165,8 @@ def rows(name: str, measure: bool) -> list[tuple]:
             speed = f"{seconds * 1e6:.1f} us, {limit / seconds:.0%} of the limit"
         published = PUBLISHED.get(label, "") if group and name == "H100" else ""
         sizes = f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{limit * 1e6:.1f} ({bound})"
-        out.append((f"{op} {kind}", label, *sizes, *compiled(op, shape, group, target), published, speed))
+        kind = f"{op} W{bits(op, shape)}A{8 if group else 16}"
+        out.append((kind, label, *sizes, *compiled(op, shape, group, target), published, speed))
     return out + attention_rows(name, measure)
 
 

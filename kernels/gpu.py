@@ -49,15 +49,15 @@ class Work(NamedTuple):
     constants: dict[str, int]
 
     @classmethod
-    def of(cls, rows: int, n: int, k: int, tile: Tile, tiles: int = 1) -> Self:
+    def of(cls, rows: int, n: int, k: int, tile: Tile, tiles: int = 1, programs: int = PROGRAMS) -> Self:
         """Programs for `tiles` times `rows` rows of x against matrices `[n, k]`.
 
-        The sum over k is split if there would be too few programs. The number of tiles in use is not known yet and
+        The sum over k is split if there would be fewer than `programs`. The number of tiles in use is not known yet and
         often small, so they count as one. XLA sums the splits, always in the same order. Atomic additions would save
         a launch but vary from run to run.
         """
         blocks, parts, steps = triton.cdiv(n, tile.n), triton.cdiv(rows, tile.m), triton.cdiv(k, tile.k)
-        splits = min(max(PROGRAMS // (blocks * parts), 1), max(steps // FEWEST_STEPS, 1))
+        splits = min(max(programs // (blocks * parts), 1), max(steps // FEWEST_STEPS, 1))
         per_split = triton.cdiv(steps, splits) if tiles * rows <= FEW_ROWS else steps
         constants = {"ROWS": rows, "ALL_ROWS": tiles * rows, "N": n, "K": k, "PER_SPLIT": per_split}
         constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "STAGES": tile.stages}

@@ -21,7 +21,7 @@ from jaxllm.kernels.flash import triton_gpu as flash
 from jaxllm.kernels.shapes import Shape, abstract_weight
 
 TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "uint8": "u8", "int32": "i32"}
-TYPE_NAMES |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
+TYPE_NAMES |= {"uint32": "u32", "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
 
 
@@ -98,7 +98,7 @@ def attention_launch(name: str, time: int, **options: Any) -> gpu.Launch:
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:
     """A compiled kernel's shared memory, registers per thread, spilled bytes, and matrix instructions.
 
-    `from_registers`: whether Hopper's instruction takes its first operand from the registers that it was computed in.
+    `from_registers`: whether the instruction takes its first operand from the registers that it was computed in.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -112,5 +112,5 @@ def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, Any]:
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(ptx))),
-        "from_registers": not stored and bool(re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{", ptx)),
+        "from_registers": not stored and bool(re.search(r"mma\.sync|wgmma\.mma_async\S+ \{[^}]*\}, \{", ptx)),
     }

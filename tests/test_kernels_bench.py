@@ -18,6 +18,8 @@ README = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
     [
         ("mxfp4.matmul", Shape(1, 32, 64), 32 * 64 // 2 + 32 * 2 + 2 * 64 + 4 * 32, 2 * 32 * 64),
         ("mxfp4.grouped_matmul", Shape(2, 32, 64, 8), 2 * (32 * 64 // 2 + 32 * 2) + 2 * 128 + 4 * 64, 4 * 32 * 64),
+        # Q4_K: codes, a scale and a minimum for 32, and float16 ones for 256
+        ("planes.matmul", Shape(1, 32, 256, kind="Q4_K"), 32 * (128 + 2 * 8 + 2 * 2) + 2 * 256 + 4 * 32, 2 * 32 * 256),
         ("block_fp8.matmul", Shape(16, 128, 256), 128 * 256 + 2 * 4 + 2 * 16 * 256 + 4 * 16 * 128, 2 * 16 * 128 * 256),
     ],
 )
@@ -51,16 +53,23 @@ def test_runs_are_timed(op, monkeypatch):
     times = iter([10, 11, 20, 25, 30, 32])
     monkeypatch.setattr(bench, "REPEATS", 3)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    shape = Shape(2, 128, 128, 4) if "grouped" in op else Shape(2, 128, 128)
+    shape = Shape(2, 128, 128, 4 if "grouped" in op else 0, "MLX 4-bit" if op.startswith("planes") else "")
     assert bench.measured(op, shape, None) == 2
     assert next(times, None) is None
+
+
+def test_a_weights_bits():
+    """Which the table names ops by."""
+    shape = Shape(1, 128, 256)
+    kinds = ("block_fp8.matmul", ""), ("mxfp4.matmul", ""), ("planes.matmul", "Q6_K"), ("planes.matmul", "NF4")
+    assert [bench.bits(op, shape._replace(kind=kind)) for op, kind in kinds] == [8, 4, 6, 4]
 
 
 @pytest.mark.parametrize("chip", bench.CHIPS)
 def test_the_readme_has_every_shape_and_claims_no_measurement(chip):
     table = README.split(f"### {chip}:")[1].split("###")[0]
     assert all(f"| {label} |" in table for shapes in named().values() for label in shapes)
-    rows = [line for line in table.splitlines() if line.startswith(("| block_fp8", "| mxfp4"))]
+    rows = [line for line in table.splitlines() if line.startswith(("| block_fp8", "| mxfp4", "| planes"))]
     assert len(rows) > 50 and all(line.endswith("| not measured |") for line in rows)
 
 

@@ -9,6 +9,7 @@ kernels compile for GPUs is checked in `accelerators/test_gpu.py`.
 import dataclasses
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,21 @@ pytest.importorskip("jax_triton", reason="jax-triton is not installed: pip insta
 import triton.language as tl  # noqa: E402
 from kernel_cases import (  # noqa: E402
     EXPERTS,
+    PLANES,
     AttentionCases,
     BlockFP8Cases,
     MXFP4Cases,
+    PlanesCases,
     act_quant,
     check_refusals_of_attention,
+    integers,
     numbers,
+    plain,
     rounded,
 )
 from kernel_cases import block_fp8 as block_fp8_weight  # noqa: E402
 from kernel_cases import mxfp4 as mxfp4_weight  # noqa: E402
+from triton.language.extra import libdevice  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -41,6 +47,7 @@ from jaxllm.kernels import gpu, gpu_report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.flash import triton_gpu as flash  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
+from jaxllm.kernels.planes import triton_gpu as planes  # noqa: E402
 
 pytestmark = pytest.mark.optimized
 
@@ -81,8 +88,8 @@ def cast(self, source, to, *_):
     return handle_of(np.asarray(numbers_of(source)), to.scalar)
 
 
-def multiply(self, a, b):
-    return handle_of(numbers_of(a) * numbers_of(b), a.dtype.scalar)
+def arithmetic(operation):
+    return lambda self, a, b: handle_of(operation(numbers_of(a), numbers_of(b)), a.dtype.scalar)
 
 
 def dot(self, a, b, acc, *_):
@@ -90,24 +97,38 @@ def dot(self, a, b, acc, *_):
     return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
 
+def byte_perm(low, high, selector):
+    """CUDA's: each of a selector's four lower digits is the number of a byte of two words."""
+    digits = getattr(selector, "handle", None)
+    digits = np.full((1, 1), selector) if digits is None else digits.data
+    assert not (digits & 0x8888).any()  # which would repeat signs
+    both = low.handle.data.view(np.uint32).astype(np.uint64) | high.handle.data.view(np.uint32).astype(np.uint64) << 32
+    picked = sum((both >> 8 * (digits.astype(np.uint64) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+    handle = interpreter.TensorHandle(picked.astype(np.uint32).view(np.int32), tl.int32)
+    return tl.tensor(handle, tl.block_type(tl.int32, list(picked.shape)))
+
+
 MENDED = {
     "create_fp_to_fp": cast,
     "create_fp_ext": cast,
     "create_fp_trunc": cast,
     "create_si_to_fp": cast,
-    "create_fmul": multiply,
+    "create_fadd": arithmetic(np.add),
+    "create_fsub": arithmetic(np.subtract),
+    "create_fmul": arithmetic(np.multiply),
     "create_dot": dot,
     "get_bf16": lambda self, value: handle_of(np.array([value]), tl.bfloat16),
 }
 
 
+@cache
+def rewritten(function):
+    return interpreter.InterpretedFunction(function).rewrite()
+
+
 def call_helper(self, *args, **kwargs):
     """A kernel's call of another `triton.jit` function, which without TRITON_INTERPRET=1 is not interpreted."""
-    scope = interpreter._patch_lang(self.fn)
-    try:
-        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    return rewritten(self.fn)(*args, **kwargs)
 
 
 def interpret(launch):
@@ -124,9 +145,14 @@ def interpret(launch):
         executor = Executor(function.rewrite(), function.arg_names, tuple(launch.grid))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "__call__", call_helper)
+            patch.setattr(libdevice, "byte_perm", byte_perm)
             for name, operation in MENDED.items():
                 patch.setattr(interpreter.InterpreterBuilder, name, operation, raising=False)
-            THREAD.submit(executor, *pointers, **launch.constants).result()
+            scope = interpreter._patch_lang(tl.zeros.fn)  # for functions of the language itself
+            try:
+                THREAD.submit(executor, *pointers, **launch.constants).result()
+            finally:
+                scope.restore()
         return results
 
     flat = jax.pure_callback(run, outputs, *(a for a in launch.args if a is not None))
@@ -219,6 +245,63 @@ class TestBlockFP8(BlockFP8Cases):
 
 class TestAttention(AttentionCases):
     module = flash
+
+
+class TestPlanes(PlanesCases):
+    module = planes
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_every_number_of_bits(self, bits):
+        """In steps of whole chunks (few rows) and of parts of one."""
+        weight = integers(bits, 32, np.float32)(24, 256)
+        for rows in (2, 20):
+            x = np.eye(256, dtype=self.dtypes[-1])[np.random.default_rng(rows).permutation(256)[:rows]]
+            got = self.run(planes.matmul, x, weight)
+            np.testing.assert_array_equal(got, plain(x, weight.dequantize()))  # in float32: sums are scaled
+
+    @pytest.mark.parametrize("tile", planes.TILES[1:])
+    def test_every_tile(self, tile):
+        self.check_matmul(numbers(tile.m, 256).astype(self.dtypes[-1]), PLANES["Q5_K"](24, 256))
+
+    @pytest.mark.parametrize("kind", ["4 bits, zeros", "3 bits", "NF4"])
+    def test_activations_in_float32(self, kind):
+        for rows in (3, 40):
+            x, weight = numbers(rows, 256), PLANES[kind](24, 256)
+            self.close(self.run(planes.matmul, x, weight), x, np.asarray(weight.dequantize()), 1e-6)
+
+    @pytest.mark.parametrize("kind", ["4 bits, offsets", "act-order", "Q2_K", "INT8 per row"])
+    def test_few_rows_scale_unrounded_weights(self, kind):
+        x, weight = numbers(3, 256).astype(self.dtypes[-1]), PLANES[kind](24, 256)
+        self.close(self.run(planes.matmul, x, weight), x, np.asarray(weight.dequantize()), 2e-6)
+
+    def test_matmul_of_split_sums(self):
+        """Few programs share the sum over k, the last one has fewer steps, and the last step is ragged."""
+        x, weight = numbers(3, 544), PLANES["Q8_0"](24, 544)
+        assert gpu_report.launches(planes.matmul, x, weight)[-1].grid[2] > 1
+        self.check_matmul(x, weight)
+
+    @pytest.mark.parametrize("rows", [3, 40])
+    def test_a_row_ends_where_the_next_begins(self, rows):
+        """The last step is ragged; of the next row it would see scales that are not numbers."""
+        weight = PLANES["Q8_0"](24, 352)
+        weight = dataclasses.replace(weight, blocks=weight.blocks.at[1::2, :, :2].set(0x7F))
+        x = numbers(rows, 352).astype(self.dtypes[-1])
+        got, w = self.run(planes.matmul, x, weight), np.asarray(weight.dequantize())
+        assert np.isnan(got[:, 1::2]).all()
+        self.close(got[:, ::2], x, w[::2])
+
+    def test_groups_that_are_no_power_of_two(self):
+        weight = integers(4, 48, zeros=np.uint8)(24, 192)
+        for rows in (3, 20):
+            self.check_matmul(numbers(rows, 192).astype(self.dtypes[-1]), weight)
+
+    def test_each_expert_has_its_order(self):
+        stack = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(integers(4, 32, act_order=True)(24, 256) for _ in range(4))
+        )
+        groups = np.stack([np.random.default_rng(e).permutation(stack.in_groups[0]) for e in range(4)])
+        stack = dataclasses.replace(stack, in_groups=jnp.asarray(groups))
+        self.check_grouped(2, [3, 0, -1], stack, numbers(6, 256).astype(self.dtypes[-1]))
 
 
 def test_what_is_refused():

@@ -27,10 +27,17 @@ from jaxllm.kernels import gpu_report as report  # noqa: E402
 from jaxllm.kernels.block_fp8 import triton_gpu as block_fp8  # noqa: E402
 from jaxllm.kernels.flash import triton_gpu as flash  # noqa: E402
 from jaxllm.kernels.mxfp4 import triton_gpu as mxfp4  # noqa: E402
+from jaxllm.kernels.planes import triton_gpu as planes  # noqa: E402
 
 SHARED = 227 * 1024  # bytes that a program can have on both architectures
 INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
-SHAPES = {f"{op} {name}": (op, shape) for op, table in shapes.named().items() for name, shape in table.items()}
+NAMED = {f"{op} {name}": (op, shape) for op, table in shapes.named().items() for name, shape in table.items()}
+# Of planes a matrix in every kind, few rows and many. (Others make the same kernel, and compiling takes seconds.)
+SHAPES = {
+    name: call
+    for name, call in NAMED.items()
+    if not name.startswith("planes") or ("gate_proj" in name and not name.endswith("x 16"))
+}
 # Rows for each entry of a table; the last k is no multiple of its tiles' k.
 ROWS, MATRICES = (1, 32, 64, 200), ((1536, 7168), (2880, 2880))
 
@@ -47,6 +54,15 @@ def kernel_calls():
     for op, table in (("block_fp8", block_fp8.TILES_FLOAT32), ("mxfp4", mxfp4.TILES_FLOAT32)):
         for tile, m in zip(table, (1, 200), strict=True):
             yield f"{op}.matmul", shapes.Shape(m, 1536, 7168), jnp.float32, None, tile
+    for tile in planes.TILES:
+        yield "planes.matmul", shapes.Shape(tile.m, 1536, 7168, kind="Q4_K"), jnp.bfloat16, None, tile
+    for kind in ("GPTQ 4-bit", "MLX 4-bit", "Q3_K", "Q5_K", "Q6_K", "Q8_0", "NF4", "NVFP4"):
+        yield "planes.matmul", shapes.Shape(1, 1536, 7168, kind=kind), jnp.bfloat16, None, planes.TILES[0]
+    for kind in ("GPTQ 4-bit", "Q6_K", "NF4"):
+        yield "planes.matmul", shapes.Shape(200, 1536, 7168, kind=kind), jnp.bfloat16, None, planes.TILES[-1]
+    yield "planes.grouped_matmul", shapes.Shape(16, 1536, 4096, 16, "MLX 4-bit"), jnp.bfloat16, None, planes.TILES[1]
+    for tile, m in zip(planes.TILES_FLOAT32, (1, 200), strict=True):
+        yield "planes.matmul", shapes.Shape(m, 1536, 7168, kind="NF4"), jnp.float32, None, tile
 
 
 CALLS = {
@@ -75,7 +91,8 @@ def test_matmul_in_machine_code(call, arch):
     if dtype == jnp.float32:
         assert made["instructions"] == []  # none of them multiplies float32
     else:
-        assert all(name.startswith(INSTRUCTION[arch]) for name in made["instructions"]) and made["instructions"]
+        instruction = "mma.sync" if op.startswith("planes") and tile.m <= 16 else INSTRUCTION[arch]
+        assert all(name.startswith(instruction) for name in made["instructions"]) and made["instructions"]
     if arch == 90 and dtype == jnp.bfloat16:
         # What is decoded goes on to the instruction. Nothing is, when codes are multiplied as they are.
         assert made["from_registers"] == (group is None)
@@ -90,11 +107,13 @@ def test_products_of_codes_keep_subnormals(arch):
         assert multiply in ptx and ".ftz" not in ptx
 
 
-@pytest.mark.parametrize("op", ["block_fp8.grouped_matmul", "mxfp4.grouped_matmul"])
+@pytest.mark.parametrize("op", ["block_fp8.grouped_matmul", "mxfp4.grouped_matmul", "planes.grouped_matmul"])
 def test_experts_are_64_bits_apart(op):
     """A stack is larger than 2^31."""
-    (launch,) = report.launches(report.function(op), *report.arguments(op, shapes.Shape(4, 2048, 7168, 256)))
-    assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64", report.compiled(launch, 90).asm["ttir"])
+    shape = shapes.Shape(4, 2048, 7168, 256, "MLX 4-bit")
+    (launch,) = report.launches(report.function(op), *report.arguments(op, shape))
+    ttir = report.compiled(launch, 90).asm["ttir"]
+    assert re.search(r"tt\.addptr %w, %\S+ : !tt\.ptr<\w+>, i64|tt\.addptr %w_\d+, .*tensor<\w+xi64>", ttir)
 
 
 @pytest.mark.parametrize("arch", INSTRUCTION)
@@ -181,10 +200,10 @@ def test_xla_compiles_for_eight_gpus(eight_h100, name):
     assert compiled.memory_analysis().temp_size_in_bytes <= allowed
 
 
-@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul"])
+@pytest.mark.parametrize("op", ["block_fp8.matmul", "mxfp4.matmul", "planes.matmul"])
 def test_results_differ_between_devices(eight_h100, op):
     """`shard_map` knows, and so does not take them for everyone's."""
-    args = report.arguments(op, shapes.Shape(16, 1024, 1024))
+    args = report.arguments(op, shapes.Shape(16, 1024, 1024, kind="Q4_K"))
     f = jax.shard_map(report.function(op), mesh=eight_h100, in_specs=(P(), P("tp")), out_specs=P())
     with pytest.raises(ValueError, match="replicated"):
         jax.eval_shape(f, *args)
