@@ -15,11 +15,15 @@ from jax import lax
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.scaled import Scaled
+from jaxllm.kernels import dense
 from jaxllm.kernels.activations import Quantized, group_of, rounds_int8_blocks
 from jaxllm.kernels.attention import Cached, Scoring
 from jaxllm.kernels.coded import Buffer, Coded
 from jaxllm.kernels.cpu import library
 from jaxllm.kernels.cpu.operands import operands
+from jaxllm.processor import has_bfloat16
+
+ENOUGH = 256  # rows, for which it pays to dequantize a matrix
 
 
 def refuses(op: str, x: Any, weight: Weight | type[Weight]) -> str | None:
@@ -55,6 +59,15 @@ def matmuls(x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
     rows = x.reshape(-1, x.shape[-1])
     sizes = [(len(rows), weight.shape[0]) for weight in weights]
     return tuple(y.reshape(*x.shape[:-1], -1) for y in _call("jaxllm_matmul", sizes, [rows], weights))
+
+
+def trained_matmuls(x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+    """`matmuls` where gradients are computed, and a row may depend, to the last bit, on how many there are. So processors
+    that multiply bfloat16 twice as fast as float32 do so, by matrices that are dequantized one after the other."""
+    if x.dtype != jnp.bfloat16 or rounds_int8_blocks() or x.size < ENOUGH * x.shape[-1] or not has_bfloat16():
+        return matmuls(x, *weights)
+    x, weights = lax.optimization_barrier((x, weights))  # none is dequantized before x is there
+    return tuple(dense.matmul(x, weight) for weight in weights)
 
 
 def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
