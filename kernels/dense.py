@@ -38,7 +38,7 @@ def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
 @jax.custom_vjp
 def tall(w: jax.Array) -> jax.Array:
-    """`w[out, in]` as it is, but with a gradient that is computed as its transpose. Of tall and narrow matrices, such as
+    """`w[out, in]` as it is, but with a gradient that is computed as its transpose. Of tall, narrow matrices, such as
     LoRA's factors, XLA:CPU computes that up to ten times as fast; the barrier keeps it from exchanging the two."""
     return w
 

@@ -179,12 +179,13 @@ def kept(y: jax.Array) -> jax.Array:
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention over a cache on one device's heads, see `attention.attend`."""
     kernel = choose("attention", given, jax.Array).kernel
+    given = alike(given)[0]
     run, definition = partial(kernel.function, scoring=scoring), partial(attend, scoring=scoring)
     if kernel.differentiable:
         return kept(run(given))
     function = jax.custom_vjp(run)
     function.defvjp(lambda given: (run(given), given), lambda given, g: jax.vjp(definition, given)[1](g))
-    return kept(function(*alike(given)))
+    return kept(function(given))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

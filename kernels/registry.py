@@ -150,7 +150,8 @@ KERNELS: list[Kernel] = [
     Kernel("matmul", Weight, None, REFERENCE, dense.matmul, differentiable=True),
     Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
     Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
-    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", "rms_norm", **NATIVE),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", **NATIVE, differentiable=True),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "rms_norm", **NATIVE),
     Kernel("attention", jax.Array, None, REFERENCE, attention.attend, differentiable=True),
     Kernel("rms_norm", jax.Array, None, REFERENCE, norm.rms_norm, differentiable=True),
 ]

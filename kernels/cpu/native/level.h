@@ -40,6 +40,14 @@ struct Attention {
   int64_t window;                // how many positions a query sees, its own included; 0: all
   float score_cap;               // 0: none
   float* y;                      // [batch, time, heads, value_dim]
+  float* logs;                   // [batch, time, heads], the logarithm of the sum of exp(score); or null
+};
+
+// What attention's gradients are computed from, and where they go. Keys and values are float32, of `batch` sequences.
+struct AttentionGradients {
+  Attention forward;             // without y
+  const float *logs, *means, *g; // [batch, time, heads]: what attention gave, and g . y; the gradient of y
+  float *q, *keys, *values;      // like q; [batch, heads, length, dim], of each query head; likewise: zeros, added to
 };
 
 struct Level {
@@ -52,6 +60,7 @@ struct Level {
   // values weighted with exp(score - most), [value_dim / 8][kTokens][8]; most [kTokens]; sums of the weights [kTokens].
   void (*attend)(const Attention&, int64_t batch, int64_t head, const float* q, const int32_t* positions, int64_t rows,
                  int64_t begin, int64_t end, float* found);
+  void (*gradients)(const AttentionGradients&, int64_t batch, int64_t head);  // of one query head
 };
 
 extern const Level portable;
