@@ -1,5 +1,6 @@
-// Gradients of softmax attention, for one instruction set, after FlashAttention's: scores are computed again, a block of
-// keys and some queries at a time, from what the forward pass kept of each query, the logarithm of its sum of exp(score).
+// Gradients of softmax attention, for one instruction set, after FlashAttention-2 (Dao, 2023): scores are computed again,
+// a block of keys and some queries at a time, with what the forward pass kept of each query, the logarithm of its sum of
+// exp(score).
 //
 // With p = exp(score - log), s = p (g . values - mean), where mean is the query's g . y:
 // values get p^T g, queries s keys, and keys s^T q. Five products of small matrices; each stays in the first cache.
@@ -32,7 +33,8 @@ INLINE void add_tile(Strided a, const float* b, int64_t b_row, int64_t depth, fl
 }
 
 template <int N>
-static void add_columns(Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, float* c, int64_t c_row) {
+static void add_columns(Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, float* c,
+                        int64_t c_row) {
   const auto below = [&](int64_t i) { return Strided{a.at + i * a.row, a.row, a.column}; };
   int64_t i = 0;
   for (; i + 6 <= rows; i += 6) add_tile<6, N>(below(i), b, b_row, depth, c + i * c_row, c_row);
@@ -41,8 +43,8 @@ static void add_columns(Strided a, const float* b, int64_t b_row, int64_t rows, 
 }
 
 // c[rows, columns] += a[rows, depth] b[depth, columns]; columns are a multiple of 8.
-static void add_product(Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, int64_t columns, float* c,
-                        int64_t c_row) {
+static void add_product(Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, int64_t columns,
+                        float* c, int64_t c_row) {
   int64_t j = 0;
   for (; j + 16 <= columns; j += 16) add_columns<16>(a, b + j, b_row, rows, depth, c + j, c_row);
   if (j < columns) add_columns<8>(a, b + j, b_row, rows, depth, c + j, c_row);
@@ -56,8 +58,8 @@ INLINE void transposed(const float* rows, int64_t count, int64_t size, float* co
 }
 
 // From scores and products g . values of some queries and keys: p, and s in place of the products.
-INLINE void weigh(const AttentionGradients& a, int64_t query, const int32_t* positions, const int32_t* at, int64_t count,
-                  int64_t rows, float (*scores)[kKeys], float (*products)[kKeys]) {
+INLINE void weigh(const AttentionGradients& a, int64_t query, const int32_t* positions, const int32_t* at,
+                  int64_t count, int64_t rows, float (*scores)[kKeys], float (*products)[kKeys]) {
   const Attention& f = a.forward;
   for (int64_t t = 0; t < rows; t++) {
     const float log = a.logs[query + t * f.heads], mean = a.means[query + t * f.heads];
