@@ -119,7 +119,10 @@ void gradients(const Level& level, const AttentionGradients& a) {
   const int64_t keys = f.batch * f.heads * f.length;
   std::fill_n(a.q, f.batch * f.time * f.heads * f.dim, 0.0f);
   std::fill_n(a.keys, keys * f.dim, 0.0f), std::fill_n(a.values, keys * f.value_dim, 0.0f);
-  in_parallel(f.batch * f.heads, [&](int64_t i) { level.gradients(a, i / f.heads, i % f.heads); });
+  in_parallel(f.batch * f.heads, [&](int64_t i) {
+    std::vector<float> columns(kKeys * (f.dim + f.value_dim));
+    level.gradients(a, i / f.heads, i % f.heads, columns.data());
+  });
 }
 
 }  // namespace jaxllm

@@ -8,8 +8,6 @@
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
 
-constexpr int kKeys = 64;  // keys of a block
-
 // exp(x) for x <= 0, within 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
 INLINE f32x8 exponential(f32x8 x) {
   x = x > -87.0f ? x : broadcast(-87.0f);

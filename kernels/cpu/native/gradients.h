@@ -1,12 +1,10 @@
-// Gradients of softmax attention, for one instruction set, after FlashAttention-2 (Dao, 2023): scores are computed again,
-// a block of keys and some queries at a time, with what the forward pass kept of each query, the logarithm of its sum of
-// exp(score).
+// Gradients of softmax attention, for one instruction set, after FlashAttention-2 (Dao, 2023): scores are computed
+// again, a block of keys and some queries at a time, with what the forward pass kept of each query, the logarithm of
+// its sum of exp(score).
 //
 // With p = exp(score - log), s = p (g . values - mean), where mean is the query's g . y:
 // values get p^T g, queries s keys, and keys s^T q. Five products of small matrices; each stays in the first cache.
 #pragma once
-#include <vector>
-
 #include "attention.h"
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
@@ -84,7 +82,7 @@ INLINE void weigh(const AttentionGradients& a, int64_t query, const int32_t* pos
 }
 
 // See Level.
-static void gradients(const AttentionGradients& a, int64_t batch, int64_t head) {
+static void gradients(const AttentionGradients& a, int64_t batch, int64_t head, float* columns) {
   const Attention& f = a.forward;
   const int64_t slot = batch * f.kv_heads + head / (f.heads / f.kv_heads), own = batch * f.heads + head;
   const float* keys = (const float*)f.keys + slot * f.length * f.dim;
@@ -92,8 +90,7 @@ static void gradients(const AttentionGradients& a, int64_t batch, int64_t head) 
   const int32_t* positions = f.positions + batch * f.time;
   const int32_t* key_positions = f.key_positions + batch % f.key_batches * f.length;
   const int64_t q_row = f.heads * f.dim, g_row = f.heads * f.value_dim;  // from one query of the head to the next
-  std::vector<float> columns(kKeys * (f.dim + f.value_dim));
-  float *key_columns = columns.data(), *value_columns = key_columns + kKeys * f.dim;
+  float *key_columns = columns, *value_columns = columns + kKeys * f.dim;
   alignas(32) float scores[kTokens][kKeys], products[kTokens][kKeys];
   for (int64_t first = 0; first < f.length; first += kKeys) {
     const int64_t count = least(kKeys, f.length - first);
