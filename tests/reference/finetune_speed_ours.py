@@ -36,11 +36,8 @@ def main() -> None:
         del model.adapters[done.name]
     of_processors = args.rows * 256 * args.steps / (busy[args.steps + 1] - busy[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"{args.dtype}: {done.tokens_per_second:.0f} tokens/s, {of_processors:.0f} by CPU-second, {peak:.0f} MiB",
-        end="",
-    )
-    print(f"; losses {done.losses[0]:.2f} to {done.losses[-1]:.2f}")
+    rates = f"{done.tokens_per_second:.0f} tokens/s, {of_processors:.0f} by CPU-second"
+    print(f"{args.dtype}: {rates}, {peak:.0f} MiB; losses {done.losses[0]:.2f} to {done.losses[-1]:.2f}")
 
 
 if __name__ == "__main__":
