@@ -7,8 +7,9 @@ import jax
 from jaxllm.formats.adapted import Adapted, base_of
 from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
+from jaxllm.kernels import dense
 from jaxllm.kernels.activations import Peak, each_row, rounded, rounded_tiles, unchanged
-from jaxllm.kernels.dispatch import grouped_matmul, kept, matmul, matmuls
+from jaxllm.kernels.dispatch import alike, grouped_matmul, kept, matmul, matmuls
 
 
 def products(x: jax.Array, weights: Sequence[Weight], peak: Peak = unchanged) -> tuple[jax.Array, ...]:
@@ -24,7 +25,8 @@ def products(x: jax.Array, weights: Sequence[Weight], peak: Peak = unchanged) ->
 
 def _term(x: jax.Array, weight: Adapted) -> jax.Array:
     delta = weight.delta
-    return matmul(matmul(x, Dense(delta.a)) * delta.scale, Dense(delta.b))
+    inner, b = alike(kept(matmul(x, Dense(delta.a))) * delta.scale, delta.b)
+    return matmul(inner, Dense(dense.tall(b)))
 
 
 def grouped_product(rows: jax.Array, stack: Weight, expert: jax.Array, peak: Peak, real: jax.Array) -> jax.Array:

@@ -172,7 +172,8 @@ def matmuls(rows: Sequence[Rows], weights: Sequence[Weight]) -> tuple[jax.Array,
     kernels = [choose("matmul", x, weight).kernel for x, weight in given]
     together, x = kernels[0].together, given[0][0]
     if together and all(k.together is together for k in kernels) and all(other is x for other, _ in given):
-        return _frozen(together, _matmuls_vjp)(*_alike(x, *(weight for _, weight in given)))
+        trained = kernels[0].trained or together
+        return _frozen(together, _matmuls_vjp, forward=trained)(*alike(x, *(weight for _, weight in given)))
     return tuple(_matmul(kernel, *operands) for kernel, operands in zip(kernels, given, strict=True))
 
 
@@ -180,14 +181,14 @@ def _matmul(kernel: Kernel, x: Any, weight: Weight) -> jax.Array:
     if kernel.differentiable and isinstance(weight, Dense) and weight.values.dtype == x.dtype:
         return kernel.function(x, weight)
     # Otherwise the dequantized matrix would be kept for the backward pass: of a model, all of them.
-    return _frozen(kernel.function, _matmul_vjp)(*_alike(x, weight))
+    return _frozen(kernel.function, _matmul_vjp)(*alike(x, weight))
 
 
 def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
     """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`; rounds like `matmul`."""
     x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
     kernel = choose("grouped_matmul", x, stack).kernel
-    return _frozen(kernel.function, _grouped_vjp, _stack_gradients)(*_alike(x, stack, expert))
+    return _frozen(kernel.function, _grouped_vjp, _stack_gradients)(*alike(x, stack, expert))
 
 
 def few_rows(x: Rows, stack: Weight) -> int:
@@ -203,12 +204,13 @@ def kept(y: jax.Array) -> jax.Array:
 def attention(given: Cached, scoring: Scoring) -> jax.Array:
     """Softmax attention over a cache on one device's heads, see `attention.attend`."""
     kernel = choose("attention", given, jax.Array).kernel
+    given = alike(given)[0]
     run, definition = partial(kernel.function, scoring=scoring), partial(attend, scoring=scoring)
     if kernel.differentiable:
         return kept(run(given))
     function = jax.custom_vjp(run)
     function.defvjp(lambda given: (run(given), given), lambda given, g: jax.vjp(definition, given)[1](g))
-    return kept(function(*_alike(given)))
+    return kept(function(given))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
@@ -249,7 +251,7 @@ def _operands(x: Rows, weight: Weight, round_rows: Callable[[jax.Array, Weight],
     return (x.values, not_rounding(weight)) if isinstance(x, Rounded) else (x, weight)
 
 
-def _alike(*trees: object) -> tuple:
+def alike(*trees: object) -> tuple:
     """The same values, each marked as varying over all mesh axes that any of them varies over, as gradients will."""
     axes = frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(trees)))
 
@@ -260,9 +262,11 @@ def _alike(*trees: object) -> tuple:
     return jax.tree.map(vary, trees)
 
 
-def _frozen(f: Callable, backward: Callable, plain: Callable | None = None) -> Callable:
+def _frozen(
+    f: Callable, backward: Callable, plain: Callable | None = None, forward: Callable | None = None
+) -> Callable:
     """`f(x, weight, ...)` with gradients for x, `backward(g, x, weight, ...)`, and plain weights (`plain`, likewise).
-    Codes have none."""
+    Codes have none. Where gradients are computed, `forward` replaces f."""
 
     def guarded(x: Any, *rest: Any) -> jax.Array:
         differentiable: Callable = f if isinstance(x, Quantized) else function
@@ -270,7 +274,7 @@ def _frozen(f: Callable, backward: Callable, plain: Callable | None = None) -> C
 
     function = jax.custom_vjp(f)
     function.defvjp(
-        lambda x, *rest: (f(x, *rest), (x, *rest)),
+        lambda x, *rest: ((forward or f)(x, *rest), (x, *rest)),
         lambda kept, g: (backward(g, *kept).astype(kept[0].dtype), *(plain or _plain_gradients)(g, *kept)),
     )
     return guarded

@@ -94,6 +94,7 @@ class Kernel:
         missing: why it cannot run on this machine, or None.
         few_rows: of `grouped_matmul`, how many rows of a tile cost hardly more than one, which reads the expert too.
         together: the op `matmul` with several weights that take the same x, `f(x, *weights)`, if it has that.
+        trained: the same as `together` where gradients are computed, if it does that in another way.
     """
 
     op: str
@@ -106,6 +107,7 @@ class Kernel:
     missing: Callable[[], str | None] = nothing
     few_rows: int = 16
     together: Callable | None = None
+    trained: Callable | None = None
     differentiable: bool = False
 
     def takes(self, op: str, weight: Weight | type[Weight]) -> bool:
@@ -137,9 +139,10 @@ TRANSPOSED, UPRIGHT = (Layout(repack=partial(planes_of, transposed=transposed)) 
 REORDERED = Layout(repack=MXFP4.from_ggml)  # puts the codes of a block in order, on all platforms
 FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
 NATIVE = {"missing": _late("cpu.library", "missing")}
+MATMUL = {"together": _late("cpu.native_cpu", "matmuls"), "trained": _late("cpu.native_cpu", "trained_matmuls")}
 PACKED = GGML, Affine, Scaled, Codebook, MXFP4, NVFP4, Dense
 KERNELS: list[Kernel] = [
-    *_kernels("cpu.native_cpu", PACKED, "cpu", "matmul", **NATIVE, together=_late("cpu.native_cpu", "matmuls")),
+    *_kernels("cpu.native_cpu", PACKED, "cpu", "matmul", **NATIVE, **MATMUL),
     *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE, few_rows=1),
     *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
     *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, missing=TRITON),
@@ -156,7 +159,8 @@ KERNELS: list[Kernel] = [
     Kernel("matmul", Weight, None, REFERENCE, dense.matmul, differentiable=True),
     Kernel("grouped_matmul", Weight, None, REFERENCE, dense.grouped_matmul),
     Kernel("weight_dequant", Weight, None, REFERENCE, dense.weight_dequant),
-    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", "rms_norm", **NATIVE),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "attention", **NATIVE, differentiable=True),
+    *_kernels("cpu.native_cpu", jax.Array, "cpu", "rms_norm", **NATIVE),
     *_kernels("flash.pallas_tpu", jax.Array, "tpu", "attention"),
     *_kernels("flash.triton_gpu", jax.Array, "gpu", "attention", missing=TRITON),
     Kernel("attention", jax.Array, None, REFERENCE, attention.attend, differentiable=True),

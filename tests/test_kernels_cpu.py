@@ -17,7 +17,7 @@ from jaxllm import parallel
 from jaxllm.errors import InputError
 from jaxllm.kernels import dense, dispatch
 from jaxllm.kernels.activations import rounding
-from jaxllm.kernels.attention import Cached, Scoring, attend
+from jaxllm.kernels.attention import Cached, Scoring, apart, attend
 from jaxllm.kernels.coded import Coded, stored
 from jaxllm.kernels.cpu import library, native_cpu
 from jaxllm.kernels.norm import rms_norm
@@ -171,6 +171,55 @@ def test_attention(name, ring):
     picked = Cached(q, *(numbers(x)[::-1][:-1] for x in (keys, values)), positions, key_positions, sinks)
     for got in (native_cpu.attention(given, scoring), attend(given, scoring)):
         np.testing.assert_allclose(got, attend(picked, scoring), rtol=0, atol=3e-5)
+
+
+# batch, time, heads, kv_heads, dim, value_dim, dtype, window, cap, sinks
+GRADIENTS = {
+    "plain": (1, 130, 6, 2, 64, 64, "float32", None, None, False),
+    "everything": (2, 75, 4, 2, 24, 8, "float32", 16, 5.0, True),
+    "bfloat16": (2, 66, 3, 1, 40, 16, "bfloat16", None, None, True),
+    "not in vectors": (1, 20, 2, 1, 20, 8, "float32", None, None, False),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_attention(name):
+    """They are those of the definition in float32, for rows of one text and of two."""
+    batch, time, heads, kv_heads, dim, value_dim, dtype, window, cap, has_sinks = GRADIENTS[name]
+    segments = jnp.asarray(np.arange(time) >= np.array([[time], [time // 3]])[:batch], jnp.int32)
+    at = apart(jnp.arange(time, dtype=jnp.int32)[None], segments)
+    q = floats(batch, time, heads, dim) * 3 * dim**-0.5
+    keys, values = floats(batch, kv_heads, time, dim, seed=1), floats(batch, kv_heads, time, value_dim, seed=2)
+    q, keys, values, g = (x.astype(dtype) for x in (q, keys, values, floats(batch, time, heads, value_dim, seed=3)))
+    sinks, scoring = floats(heads, seed=4) if has_sinks else None, Scoring(time, min(window or time, time), cap)
+
+    def gradients(attention, wide):
+        given = [x.astype(jnp.float32) if wide else x for x in (q, keys, values)]
+        run = lambda q, k, v, s: attention(Cached(q, k, v, at, at, s), scoring)  # noqa: E731
+        y, backward = jax.vjp(run, *given, sinks)
+        return backward(g.astype(y.dtype))
+
+    for got, expected in zip(
+        jax.tree.leaves(gradients(dispatch.attention, False)), jax.tree.leaves(gradients(attend, True)), strict=True
+    ):
+        near = (4e-6 if dtype == "float32" else 1e-2) * float(jnp.max(jnp.abs(expected)))
+        np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if not name.startswith("bfloat16")])
+def test_training_in_bfloat16(name, monkeypatch):
+    """On processors that multiply bfloat16, rows of it are multiplied by matrices that are rounded to it, both ways;
+    only sums are wider."""
+    monkeypatch.setattr(native_cpu, "has_bfloat16", lambda: True)
+    weight = WEIGHTS[name]()
+    matrix = np.asarray(weight.dequantize().astype(jnp.bfloat16), np.float64)
+    x, g = floats(native_cpu.ENOUGH, matrix.shape[1]).astype(jnp.bfloat16), floats(native_cpu.ENOUGH, len(matrix))
+    y, backward = jax.vjp(lambda x: dispatch.matmul(x, weight), x)
+    expected = np.asarray(x, np.float64) @ matrix.T
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    expected = np.asarray(g.astype(jnp.bfloat16), np.float64) @ matrix
+    got = np.asarray(backward(g)[0], np.float64)
+    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -14,6 +14,7 @@ LAYERS = (
     "entries",
     "formats",
     "encodings",
+    "processor",
     "kernels",
     "parallel",
     "declaration",

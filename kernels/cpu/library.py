@@ -23,7 +23,13 @@ from jaxllm.errors import InputError
 from jaxllm.formats.ggml_grids import grid
 
 GRIDS = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-TARGETS = ("jaxllm_matmul", "jaxllm_grouped_matmul", "jaxllm_attention", "jaxllm_rms_norm")
+TARGETS = (
+    "jaxllm_matmul",
+    "jaxllm_grouped_matmul",
+    "jaxllm_attention",
+    "jaxllm_attention_gradients",
+    "jaxllm_rms_norm",
+)
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,40 @@ static void check_attention(const Level& level, int64_t time, int64_t heads, int
   for (int64_t k = 0; k < length; k++) at.push_back(int32_t((k * 7 + 3) % length) - 1);
   Attention a{q.data(), keys.data(), values.data(), key_scales.data(), value_scales.data(), positions.data(),
               ring ? at.data() : nullptr, sinks.data(), rows.data(), batch, time, heads, kv_heads, length, dim,
-              value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr};
+              value_dim, 1, type, window, ring ? 5.0f : 0.0f, nullptr, nullptr};
   a.y = got.data(), attend(level, a);
   a.y = expected.data(), attend(portable, a);
   compare("attention", ring ? "ring" : "buffer", got, expected);
+}
+
+static void check_gradients(const Level& level, int64_t time, int64_t heads, int64_t kv_heads, int64_t dim,
+                            int64_t value_dim, int64_t window, float score_cap) {
+  const int64_t batch = 2;
+  const auto numbers = [&](int64_t count) {
+    std::vector<float> all(count);
+    for (float& x : all) x = real() / 4;
+    return all;
+  };
+  const auto q = numbers(batch * time * heads * dim), g = numbers(batch * time * heads * value_dim);
+  const auto keys = numbers(batch * kv_heads * time * dim), values = numbers(batch * kv_heads * time * value_dim);
+  const auto logs = numbers(batch * time * heads), means = numbers(batch * time * heads);
+  std::vector<int32_t> positions;
+  for (int64_t i = 0; i < batch * time; i++) positions.push_back(int32_t(i % time + (i % time > time / 3 ? 500 : 0)));
+  AttentionGradients a{};
+  Attention& f = a.forward;
+  f.q = q.data(), f.positions = f.key_positions = positions.data();
+  f.keys = reinterpret_cast<const uint8_t*>(keys.data()), f.values = reinterpret_cast<const uint8_t*>(values.data());
+  f.batch = f.key_batches = batch, f.time = f.length = time, f.heads = heads, f.kv_heads = kv_heads;
+  f.dim = dim, f.value_dim = value_dim, f.window = window, f.score_cap = score_cap;
+  a.logs = logs.data(), a.means = means.data(), a.g = g.data();
+  std::vector<float> got[3], expected[3];
+  for (auto* all : {got, expected}) {
+    all[0].resize(q.size()), all[1].resize(batch * heads * time * dim), all[2].resize(batch * heads * time * value_dim);
+    a.q = all[0].data(), a.keys = all[1].data(), a.values = all[2].data();
+    gradients(all == got ? level : portable, a);
+  }
+  const char* names[] = {"q", "keys", "values"};
+  for (int i = 0; i < 3; i++) compare("gradients of attention", names[i], got[i], expected[i]);
 }
 
 int main(int argc, char** argv) {
@@ -159,6 +189,8 @@ int main(int argc, char** argv) {
       check_attention(*level, 70, 6, 2, 20, 24, 130, type, 16, true);
       check_attention(*level, 5, 100, 1, 40, 8, 30, type, 4, false);
     }
+    check_gradients(*level, 70, 4, 2, 24, 8, 16, 5.0f);
+    check_gradients(*level, 131, 3, 1, 64, 40, 0, 0.0f);
     std::printf("%s: %d failures\n", level->name, failures);
   }
   return failures != 0;

@@ -107,10 +107,22 @@ void attend(const Level& level, const Attention& a) {
         for (int64_t k = 0; k < a.value_dim; k++) y[k] += shrunk * sums[(k / 8 * kTokens + row) * 8 + k % 8];
       }
       for (int64_t k = 0; k < a.value_dim; k++) y[k] /= weight;
+      if (a.logs) a.logs[tile.query(a, row)] = most + std::log(weight);
     }
   };
   if (a.time > 1) return in_parallel(tiles.size(), join);
   for (size_t i = 0; i < tiles.size(); i++) join(i);
+}
+
+void gradients(const Level& level, const AttentionGradients& a) {
+  const Attention& f = a.forward;
+  const int64_t keys = f.batch * f.heads * f.length;
+  std::fill_n(a.q, f.batch * f.time * f.heads * f.dim, 0.0f);
+  std::fill_n(a.keys, keys * f.dim, 0.0f), std::fill_n(a.values, keys * f.value_dim, 0.0f);
+  in_parallel(f.batch * f.heads, [&](int64_t i) {
+    std::vector<float> columns(kKeys * (f.dim + f.value_dim));
+    level.gradients(a, i / f.heads, i % f.heads, columns.data());
+  });
 }
 
 }  // namespace jaxllm

@@ -8,8 +8,6 @@
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
 
-constexpr int kKeys = 64;  // keys of a block
-
 // exp(x) for x <= 0, within 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
 INLINE f32x8 exponential(f32x8 x) {
   x = x > -87.0f ? x : broadcast(-87.0f);
@@ -74,6 +72,18 @@ INLINE void scales_of(const uint8_t* scales, int64_t first, int64_t end, f32x8* 
   for (int i = 0; i < kKeys; i += 8) found[i / 8] = eight<kBF16>((const uint8_t*)(bits + i));
 }
 
+// Whether queries at these positions see none of these keys.
+INLINE bool unseen(const int32_t* positions, int64_t rows, const int32_t* keys, int64_t count, int64_t window) {
+  int32_t low = positions[0], high = low;
+  for (int64_t t = 1; t < rows; t++) {
+    low = positions[t] < low ? positions[t] : low, high = positions[t] > high ? positions[t] : high;
+  }
+  for (int64_t k = 0; k < count; k++) {
+    if (keys[k] >= 0 && keys[k] <= high && (window == 0 || low - keys[k] < window)) return false;
+  }
+  return true;
+}
+
 // Adds keys [begin, end) of a head to the state of `rows` queries at `positions`.
 template <int kType>
 static void attend(const Attention& a, int64_t batch, int64_t head, const float* q, const int32_t* positions,
@@ -88,6 +98,7 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
   const s32x8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   for (int64_t first = begin; first < end; first += kKeys) {
     const int64_t count = least(kKeys, end - first);
+    if (key_positions && unseen(positions, rows, key_positions + first, count, a.window)) continue;
     score<kType>(a, keys, q, rows, first, end, scores);
     if (coded) {
       scales_of(a.key_scales + 2 * slot, first, end, key_scales);

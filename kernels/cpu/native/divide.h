@@ -12,6 +12,8 @@ void multiply(const Level& level, const std::vector<Product>& products, const fl
 
 void attend(const Level& level, const Attention& attention);
 
+void gradients(const Level& level, const AttentionGradients& attention);
+
 // y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; without a weight if it is null.
 struct Norm {
   const float *x, *weight;

@@ -96,14 +96,16 @@ int64_t type_of(ffi::DataType type) {
   }
 }
 
-// See Attention in level.h. Scales, `key_positions` and `sinks` are empty where there are none.
+// See Attention in level.h. Scales, `key_positions`, `sinks` and `logs` are empty where there are none.
 ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::BF16> key_scales, ffi::Buffer<ffi::BF16> value_scales,
                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> key_positions, ffi::Buffer<ffi::F32> sinks,
-                     ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> y, int64_t window, float score_cap) {
+                     ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> logs,
+                     int64_t window, float score_cap) {
   const auto queries = q.dimensions(), held = keys.dimensions();
   Attention a{};
   a.q = q.typed_data(), a.positions = positions.typed_data(), a.y = y->typed_data();
+  a.logs = logs->element_count() ? logs->typed_data() : nullptr;
   a.keys = static_cast<const uint8_t*>(keys.untyped_data());
   a.values = static_cast<const uint8_t*>(values.untyped_data());
   a.key_scales = static_cast<const uint8_t*>(key_scales.untyped_data());
@@ -117,6 +119,28 @@ ffi::Error attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffe
   a.type = type_of(keys.element_type());
   a.window = window, a.score_cap = score_cap;
   attend(*level, a);
+  return ffi::Error::Success();
+}
+
+// See AttentionGradients in level.h.
+ffi::Error attention_gradients(ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values,
+                               ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> key_positions,
+                               ffi::Buffer<ffi::F32> logs, ffi::Buffer<ffi::F32> means, ffi::Buffer<ffi::F32> g,
+                               ffi::ResultBuffer<ffi::F32> to_q, ffi::ResultBuffer<ffi::F32> to_keys,
+                               ffi::ResultBuffer<ffi::F32> to_values, int64_t window, float score_cap) {
+  const auto queries = q.dimensions(), held = keys.dimensions();
+  AttentionGradients a{};
+  Attention& f = a.forward;
+  f.q = q.typed_data(), f.positions = positions.typed_data(), f.key_positions = key_positions.typed_data();
+  f.keys = static_cast<const uint8_t*>(keys.untyped_data());
+  f.values = static_cast<const uint8_t*>(values.untyped_data());
+  f.batch = queries[0], f.time = queries[1], f.heads = queries[2], f.dim = queries[3];
+  f.kv_heads = held[1], f.length = held[2], f.value_dim = values.dimensions()[3];
+  f.key_batches = key_positions.dimensions()[0];
+  f.window = window, f.score_cap = score_cap;
+  a.logs = logs.typed_data(), a.means = means.typed_data(), a.g = g.typed_data();
+  a.q = to_q->typed_data(), a.keys = to_keys->typed_data(), a.values = to_values->typed_data();
+  gradients(*level, a);
   return ffi::Error::Success();
 }
 
@@ -149,8 +173,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxllm_attention, jaxllm::attention,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-        .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+        .Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>()
+        .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllm_attention_gradients, jaxllm::attention_gradients,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("window").Attr<float>("score_cap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxllm_rms_norm, jaxllm::rms_norm,

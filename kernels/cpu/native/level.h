@@ -12,6 +12,7 @@ struct Product {
 };
 
 constexpr int kSlice = 256;  // columns that are worked on at once: a multiple of every format's blocks
+constexpr int kKeys = 64;    // keys that are attended to at once
 constexpr int kTokens = 64;  // rows of x that are worked on at once; as integers they stay in the first cache
 
 // kSlice columns of a row of x as integers, with a scale for every 32, and the scale times the sum over 16 and over 32.
@@ -40,6 +41,14 @@ struct Attention {
   int64_t window;                // how many positions a query sees, its own included; 0: all
   float score_cap;               // 0: none
   float* y;                      // [batch, time, heads, value_dim]
+  float* logs;                   // [batch, time, heads], the logarithm of the sum of exp(score); or null
+};
+
+// What attention's gradients are computed from, and where they go. Keys and values are float32, of `batch` sequences.
+struct AttentionGradients {
+  Attention forward;             // without y
+  const float *logs, *means, *g; // [batch, time, heads]: what attention gave, and g . y; the gradient of y
+  float *q, *keys, *values;      // like q; [batch, heads, length, dim], of each query head; likewise: zeros, added to
 };
 
 struct Level {
@@ -52,6 +61,8 @@ struct Level {
   // values weighted with exp(score - most), [value_dim / 8][kTokens][8]; most [kTokens]; sums of the weights [kTokens].
   void (*attend)(const Attention&, int64_t batch, int64_t head, const float* q, const int32_t* positions, int64_t rows,
                  int64_t begin, int64_t end, float* found);
+  // Of one query head. `columns` is memory for a block of its keys and values, [dim + value_dim][kKeys].
+  void (*gradients)(const AttentionGradients&, int64_t batch, int64_t head, float* columns);
 };
 
 extern const Level portable;

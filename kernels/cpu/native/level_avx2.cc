@@ -1,7 +1,7 @@
 #define JAXLLM_LEVEL avx2_level
-#include "attention.h"
+#include "gradients.h"
 
 namespace jaxllm {
 using namespace avx2_level;
-const Level avx2 = {"avx2", rounds, round_rows, multiply, attend};
+const Level avx2 = {"avx2", rounds, round_rows, multiply, attend, gradients};
 }  // namespace jaxllm

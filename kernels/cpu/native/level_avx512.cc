@@ -1,7 +1,7 @@
 #define JAXLLM_LEVEL avx512_level
-#include "attention.h"
+#include "gradients.h"
 
 namespace jaxllm {
 using namespace avx512_level;
-const Level avx512 = {"avx512", rounds, round_rows, multiply, attend};
+const Level avx512 = {"avx512", rounds, round_rows, multiply, attend, gradients};
 }  // namespace jaxllm

@@ -1,7 +1,7 @@
 #define JAXLLM_LEVEL dotprod_level
-#include "attention.h"
+#include "gradients.h"
 
 namespace jaxllm {
 using namespace dotprod_level;
-const Level dotprod = {"dotprod", rounds, round_rows, multiply, attend};
+const Level dotprod = {"dotprod", rounds, round_rows, multiply, attend, gradients};
 }  // namespace jaxllm
