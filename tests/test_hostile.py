@@ -1,5 +1,6 @@
 """What strangers may put into files, and what the harness (tests/fuzz) found: each is an answer or one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,16 +15,23 @@ import test_demo_layout
 import tiny_hf
 from quantized_writers import quantized_checkpoint, read_safetensors, write_safetensors
 from test_tokenizer import HELLO, render
+from tiny_tokenizer import tokenizer as tiny_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import jaxllm
+from jaxllm.checkpoint.adapter_files import read_adapter
+from jaxllm.checkpoint.adapter_pairs import low_rank
+from jaxllm.checkpoint.adapting import adapter
 from jaxllm.checkpoint.gguf import MOST_ENTRIES, MOST_ITEMS, open_gguf
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.confined import ask
 from jaxllm.errors import InputError
 from jaxllm.files import MOST_TEXT, part_of, read_small
+from jaxllm.finetuning.data import read_examples
 from jaxllm.importance import read_importance
+from jaxllm.layers.parameter import parameters
+from jaxllm.parallel import make_mesh
 from jaxllm.patterns import matches, occurs
 from jaxllm.placing import FileArray
 from jaxllm.tokenizer import Tokenizer
@@ -291,6 +299,12 @@ def test_padding_and_truncation_are_of_training(tmp_path):
     assert tokenizer_with(tmp_path, padding=padding, truncation=truncation).encode("a") == [1]
 
 
+@pytest.mark.parametrize("record", [{"text": "a \ud800"}, {"prompt": "a", "completion": "\udc00"}])
+def test_half_a_character_is_no_text(record):
+    with pytest.raises(InputError, match=r"record 1: the text has half a character, '\\u(d800|dc00)'"):
+        read_examples([record], tiny_tokenizer())
+
+
 # ---- topologies -----------------------------------------------------------------------------------------------------
 
 LAUGHS = "0: {isq: &a [x,x,x,x,x,x,x,x]}\n" + "".join(
@@ -316,6 +330,23 @@ def test_a_topology_is_only_text(text, message):
     with pytest.raises(InputError, match=message) as error:
         Topology.parse(text)
     assert len(str(error.value)) < 1600
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_experts_are_of_one_shape():
+    base = open_checkpoint(TESTS / "golden" / "checkpoints" / "mixtral")
+    model = base.family.model(base.config, make_mesh(), 1)
+    declared = {name: param.get_value() for name, param in parameters(model).items()}
+    file = read_adapter(TESTS / "golden" / "adapters" / "each_expert")
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    turned = file.changes[name.format(2)]
+    turned = low_rank("", turned.b.T.copy(), turned.a.T.copy(), turned.rank, 1.0)
+    damaged = dataclasses.replace(file, changes=file.changes | {name.format(2): turned})
+    message = f"'{name.format(2)}' and '{name.format(0)}' are for matrices of different shapes"
+    with pytest.raises(InputError, match=re.escape(message)):
+        adapter(damaged, base.config, declared)
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ BAD = {
     "no JSON": raw("Invalid JSON", b'{"model": "tiny", '),
     "no text": raw("Invalid JSON", b"\xff\xfe\x00"),
     "half a character": raw("Invalid JSON", b'{"model": "\\ud800"}'),
-    "deep": raw("Invalid JSON", b"[" * 100_000),
+    "deep": raw("Invalid JSON", b"[" * 90_000),
     "nothing": raw("Invalid JSON", b""),
     "a list": raw("should be an object", b"[]"),
     "infinity": raw("temperature: ", b'{"temperature": 1e999, "model": "tiny", "messages": [{"role": "user"}]}'),
@@ -102,6 +102,9 @@ BAD = {
     "a schema that explodes": schema("too long to compile", type="integer", multipleOf=1_000_003),
     "a variable with a field": chat("'tools' has a field of its own", chat_template_kwargs={"tools": []}),
     "no prompt": text("prompt: Field required", prompt=None),
+    "very many choices": chat(f"{10**30} answers to one request", n=10**30),
+    "very many prompts": text("12000 answers to one request", prompt=["x"] * 6000, n=2),
+    "an id that no token has": text("prompt", prompt=[2**62], echo=True),
     "an empty prompt": text("empty", prompt=""),
     "no prompts": text("empty", prompt=[]),
     "ids outside the vocabulary": text("999999", prompt=[1, 999_999]),
@@ -163,6 +166,9 @@ def test_large_bodies_are_not_read(live):
     assert connection.getresponse().status == 413
     connection.close()
     assert MAX_BODY < 5 * 2**20
+    more = 32 * 1024 + 2**16  # than this, where the context has 1024 tokens
+    assert live.request(body=b" " * more)[0] == 400
+    assert live.request(body=b" " * (more + 1))[0] == 413
     assert live.request()[0] == 200
 
 

@@ -25,7 +25,7 @@ from jaxllm.serving.page import PAGE, PAGE_HEADERS
 from jaxllm.serving.responses import ResponseReply
 from jaxllm.serving.worker import Worker
 
-MAX_BODY = 4 * 2**20  # bytes; 128k tokens are about half a megabyte of text
+MAX_BODY = 4 * 2**20  # bytes
 
 
 def application(model: LanguageModel, worker: Worker, name: str, key: str | None = None) -> Starlette:
@@ -58,6 +58,8 @@ class Service:
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
         assert model.tokenizer
         capacity = min(model.max_seq_len, worker.engine.capacity)
+        # A token is four or five bytes of text, in JSON with escapes a dozen. Longer texts only cost time.
+        self._max_body = min(MAX_BODY, 2**16 + 32 * capacity)
         self._worker, self._served = worker, Served(name, model.tokenizer, capacity, model.sampling)
         self._model = {
             "id": name,
@@ -92,8 +94,9 @@ class Service:
         self, request: Request, kind: type[B], reply: Callable[[Served, B], Reply]
     ) -> Answering:
         self._worker.check_room()  # before anything is read or computed
-        body = kind.model_validate_json(await _read(request))
+        body = kind.model_validate_json(await _read(request, self._max_body))
         self._check_name(body.model)
+        self._worker.check_room(body.answers)
         made = await asyncio.to_thread(reply, self._served, body)  # texts can be long, and schemas large
         return Answering(self._worker, made, bool(body.stream), self.metrics)
 
@@ -120,17 +123,17 @@ class Service:
             raise RequestError(404, message, code="model_not_found", param="model")
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, most: int) -> bytes:
     """The body, unless it is too large or too slow."""
-    too_large = RequestError(413, f"a request may have {MAX_BODY:,} bytes", code="request_too_large")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY:  # h11 has checked that it is a number
+    too_large = RequestError(413, f"a request may have {most:,} bytes", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > most:  # h11 has checked that it is a number
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY:
+                if len(body) > most:
                     raise too_large
     except TimeoutError:
         raise RequestError(408, f"the body did not come within {PATIENCE:.0f} s") from None

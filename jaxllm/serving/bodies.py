@@ -5,8 +5,8 @@ refused. Fields that do not change an answer are listed in `Idle`. Ranges of sam
 """
 
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import from_json
@@ -55,6 +55,11 @@ class Options(Idle):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return 1
+
     def asked(self) -> dict[str, Any]:
         """The arguments of `Engine.add` that these fields are. Without a seed, one is drawn."""
         options = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
@@ -77,6 +82,10 @@ class Sampled(Options):
     stop: str | list[str] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def answers(self) -> int:
+        return self.n or 1
 
     def asked(self) -> dict[str, Any]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -223,16 +232,27 @@ class Chat(Sampled):
     modalities: list[Literal["text"]] | None = None
 
 
-Prompts = str | list[str] | list[int] | list[list[int]]
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class Text(Sampled):
     """The body of /v1/completions."""
 
-    prompt: Prompts
+    prompt: str | list[str] | Ids | list[Ids]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | Ids]:
+        """Prompts as a list of them: a text, or a list of ids, is one."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [cast(str | Ids, self.prompt)]
+        return cast(Sequence[str | Ids], self.prompt)
+
+    @property
+    def answers(self) -> int:
+        return super().answers * len(self.prompts)
 
 
 # /v1/responses writes most of this in other words.
