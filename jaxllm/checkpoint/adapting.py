@@ -119,9 +119,8 @@ def _changes(
             continue
         shape, numbers = declared[target].shape, [slot for slot in slots if slot is not None]
         source = source_of(config, tensors, list(slots.values()), bool(numbers))
-        differing = [
-            slot for slot, part in zip(slots, source.parts, strict=True) if part.shape != source.parts[0].shape
-        ]
+        one = source.parts[0].shape
+        differing = [slot for slot, part in zip(slots, source.parts, strict=True) if part.shape != one]
         if source.shape[bool(numbers) :] != shape[bool(numbers) :]:
             complaints.append(_misfit(first, source.shape[bool(numbers) :], shape[bool(numbers) :]))
         elif differing:

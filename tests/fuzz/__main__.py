@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -126,18 +127,20 @@ def main() -> None:
     if options.number is not None:
         again(options.seed, options.number)
         return
-    with tempfile.TemporaryDirectory() as root:
-        found: list[Outcome] = []
+    found: list[Outcome] = []
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as root, suppress(KeyboardInterrupt):
         for each in outcomes(options.seed, options.seconds, options.jobs, Path(root)):
             found.append(each)
             if each.came == "failed":
                 print(f"FAILED {each.number} ({each.kind}) {each.what}: {each.says}", flush=True)
+            if len(found) % 5000 == 0:
+                print(f"{len(found)} inputs", flush=True)
+    seconds = time.monotonic() - begun
     print(table(found))
     if options.table:
         kept = options.table.read_text().partition(MARK)[0]
-        options.table.write_text(
-            f"{kept}{MARK}\nSeed {options.seed}, {options.seconds:.0f} seconds.\n\n{table(found)}\n"
-        )
+        options.table.write_text(f"{kept}{MARK}\nSeed {options.seed}, {seconds:.0f} seconds.\n\n{table(found)}\n")
     sys.exit(any(each.came == "failed" for each in found))
 
 
