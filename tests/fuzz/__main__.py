@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -127,6 +128,8 @@ def main() -> None:
     if options.number is not None:
         again(options.seed, options.number)
         return
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell that started this ignores the first
+        signal.signal(number, signal.default_int_handler)
     found: list[Outcome] = []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as root, suppress(KeyboardInterrupt):
