@@ -13,7 +13,7 @@ from test_cli import start
 from tiny_chat import write_chat
 
 from jaxllm.cli import main
-from jaxllm.serving import front
+from jaxllm.serving import connection
 from jaxllm.serving.app import MAX_BODY
 
 
@@ -262,7 +262,7 @@ def test_openai_s_client_closes_a_stream(slow):
 
 
 def test_a_client_that_does_not_read(live, monkeypatch, caplog):
-    monkeypatch.setattr(front, "PATIENCE", 0.3)
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
     caplog.set_level("INFO")
     readers = [live.open(max_tokens=300, stream=True, logprobs=True, top_logprobs=20) for _ in range(SLOTS)]
     assert live.request()[0] == 200

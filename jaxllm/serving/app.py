@@ -18,8 +18,9 @@ from jaxllm.serving.answering import Answering
 from jaxllm.serving.answers import Reply, Served
 from jaxllm.serving.chat import ChatReply
 from jaxllm.serving.completions import TextReply
+from jaxllm.serving.connection import PATIENCE
 from jaxllm.serving.errors import RequestError
-from jaxllm.serving.front import PATIENCE, Front
+from jaxllm.serving.front import Front
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.page import PAGE, PAGE_HEADERS
 from jaxllm.serving.responses import ResponseReply

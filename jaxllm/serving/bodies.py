@@ -8,8 +8,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 from pydantic_core import from_json
+
+# Only the first mistake is described: very many would take very much memory.
+type Several[T] = Annotated[list[T], FailFast()]
 
 SAMPLING = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
 
@@ -79,7 +82,7 @@ class Sampled(Options):
     """
 
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Several[str] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
 
@@ -108,7 +111,7 @@ class TextPart(Body):
     logprobs: Any = None
 
 
-Content = str | list[TextPart] | None
+Content = str | Several[TextPart] | None
 
 
 def text_of(content: Content) -> str:
@@ -140,7 +143,7 @@ class Message(Body):
     content: Content = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Several[Call] | None = None
     tool_call_id: str | None = None
     refusal: Any = None
     annotations: Any = None
@@ -219,26 +222,26 @@ class Chat(Sampled):
         chat_template_kwargs: not of OpenAI's, named as in vLLM: more variables for the chat template.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: AnyFormat | SchemaFormat | None = Field(None, discriminator="type")
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
 
 
-Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Ids = Several[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class Text(Sampled):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | Several[str] | Ids | Several[Ids]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -274,7 +277,7 @@ class ReasoningPart(Body):
 
 class InputReasoning(Body):
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
+    content: Several[ReasoningPart] | None = None
     summary: Any = None
     id: Any = None
     status: Any = None
@@ -293,7 +296,7 @@ class InputCall(Body):
 class InputResult(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Several[TextPart]
     id: Any = None
     status: Any = None
 
@@ -338,13 +341,13 @@ Item = Annotated[
 class Response(Options):
     """The body of /v1/responses. Nothing is stored here, so a conversation is sent as a whole each time."""
 
-    input: str | list[Item]
+    input: str | Several[Item]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Several[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: Several[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None

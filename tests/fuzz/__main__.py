@@ -25,6 +25,7 @@ from fuzz import seeds, trial
 from fuzz.trial import Outcome
 
 STUCK = trial.SECONDS + 2  # CPU seconds after which a worker is ended
+IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where folders are made and removed quickly
 MARK = "<!-- what follows is written by make fuzz -->\n"
 
 
@@ -44,7 +45,7 @@ class Worker:
         self.number, self.doing = None, ("", "")
 
     def give(self, number: int) -> None:
-        self.number, self.doing, self.begun = number, ("", ""), self.seconds()
+        self.number, self.doing, self.begun = number, ("", ""), None
         self.connection.send(number)
 
     def seconds(self) -> float:
@@ -67,7 +68,9 @@ class Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             return self._lost(f"the process died ({self.process.exitcode})")
-        if self.number is not None and self.doing[0] and self.seconds() - self.begun > STUCK:
+        if self.doing[0] and self.begun is None:
+            self.begun = self.seconds()  # only now: most inputs take less time than to ask for it
+        elif self.doing[0] and self.seconds() - self.begun > STUCK:
             for process in (*psutil.Process(self.process.pid).children(), self.process):
                 process.kill()
             self.process.join()
@@ -132,7 +135,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     found: list[Outcome] = []
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as root, suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as root, suppress(KeyboardInterrupt):
         for each in outcomes(options.seed, options.seconds, options.jobs, Path(root)):
             found.append(each)
             if each.came == "failed":

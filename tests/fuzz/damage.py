@@ -280,7 +280,7 @@ def _json(rng: random.Random, data: bytes) -> bytes:
     if "added_tokens" in document and rng.random() < 0.3:
         document[rng.choice(list(document))] = rng.choice(TOKENIZING)
         return json.dumps(document).encode()
-    if "top_p" in document and rng.random() < 0.1:
+    if "top_p" in document and rng.random() < 0.05:
         return _written(_asking_for_much(rng, document, holders))
     holder = rng.choice(holders)
     key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))

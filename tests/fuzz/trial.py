@@ -49,7 +49,7 @@ from jaxllm.tokenizer.chat import ChatTemplate
 from jaxllm.topology import Topology
 
 SECONDS, MEMORY = 10, 1 << 30  # the promise: no input takes longer, or more memory beside its own size
-LOADED = 0.03  # of the inputs that are checkpoints, the share that is loaded and asked for logits
+LOADED = 0.01  # of the inputs that are checkpoints, the share that is loaded and asked for logits
 TREE = Path(__file__).resolve().parents[2]
 KNOWN = [
     str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, TREE, "/proc", "/sys", "/usr", "/lib", "/dev/null")
