@@ -26,7 +26,14 @@ from jaxllm.serving.page import PAGE, PAGE_HEADERS
 from jaxllm.serving.responses import ResponseReply
 from jaxllm.serving.worker import Worker
 
-MAX_BODY = 4 * 2**20  # bytes
+
+def most_bytes(capacity: int) -> int:
+    """How large a body may be, for a context of so many tokens.
+
+    A token is four or five bytes of text, in JSON with escapes about a dozen. More only costs time, and memory: text
+    becomes hundreds of bytes a character while it is made into tokens.
+    """
+    return min(2**22, 2**16 + 16 * capacity)
 
 
 def application(model: LanguageModel, worker: Worker, name: str, key: str | None = None) -> Starlette:
@@ -59,8 +66,7 @@ class Service:
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
         assert model.tokenizer
         capacity = min(model.max_seq_len, worker.engine.capacity)
-        # A token is four or five bytes of text, in JSON with escapes a dozen. Longer texts only cost time.
-        self._max_body = min(MAX_BODY, 2**16 + 32 * capacity)
+        self._most_bytes = most_bytes(capacity)
         self._worker, self._served = worker, Served(name, model.tokenizer, capacity, model.sampling)
         self._model = {
             "id": name,
@@ -95,7 +101,7 @@ class Service:
         self, request: Request, kind: type[B], reply: Callable[[Served, B], Reply]
     ) -> Answering:
         self._worker.check_room()  # before anything is read or computed
-        body = kind.model_validate_json(await _read(request, self._max_body))
+        body = kind.model_validate_json(await _read(request, self._most_bytes))
         self._check_name(body.model)
         self._worker.check_room(body.answers)
         made = await asyncio.to_thread(reply, self._served, body)  # texts can be long, and schemas large

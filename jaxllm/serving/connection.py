@@ -5,6 +5,7 @@ that does not take what it was sent; and where connections are many it refuses w
 """
 
 import asyncio
+import time
 
 import uvicorn
 from starlette.applications import Starlette
@@ -57,7 +58,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _expect_request(self) -> None:
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         self._set("headers", HEADERS)
 
     def _set(self, name: str, seconds: float) -> None:

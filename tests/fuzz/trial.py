@@ -39,7 +39,7 @@ from jaxllm.layers.parameter import parameters
 from jaxllm.parallel import make_mesh
 from jaxllm.serving import bodies
 from jaxllm.serving.answers import Served
-from jaxllm.serving.app import MAX_BODY, application
+from jaxllm.serving.app import application, most_bytes
 from jaxllm.serving.chat import ChatReply
 from jaxllm.serving.completions import TextReply
 from jaxllm.serving.errors import RequestError, as_request_error
@@ -128,7 +128,7 @@ def request(path: Path, seed: Seed, load: bool) -> None:
     try:
         if load:
             answered(model, f"/v1/{where}", data)
-        elif len(data) > MAX_BODY or (parsed := body.model_validate_json(data)).answers > 4:
+        elif len(data) > most_bytes(2**17) or (parsed := body.model_validate_json(data)).answers > 4:
             raise InputError("the server refuses it before it does more")
         else:
             reply(Served("tiny", model.tokenizer, CONTEXT, model.sampling), parsed)

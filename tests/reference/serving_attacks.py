@@ -152,7 +152,7 @@ class Attacks:
                 head(CHAT, "Content-Length: 99999999999999999999999999999999999999"),
                 head(CHAT, "Transfer-Encoding: chunked") + b"ffffffffffffffffff\r\n" + b"x" * 100_000,
                 head(CHAT, "Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 100_000,
-                post(b"[" * 90_000),
+                post(b"[" * 80_000),
                 post(b'{"model":' * 9_000),
                 post(self.body(messages=messages * 100_000)),
                 post(self.body(messages=messages * 2_000)),
@@ -164,7 +164,7 @@ class Attacks:
                 post(self.body(n=10**30)),
                 post(self.body(max_tokens=10**30)),
                 post({"model": self.model, "prompt": ["x"] * 10_000, "max_tokens": 10}, "/v1/completions"),
-                post({"model": self.model, "input": "x" * 90_000}, "/v1/responses"),
+                post({"model": self.model, "input": "x" * 80_000}, "/v1/responses"),
             )
         )
         return await self.send(data, self.status)
