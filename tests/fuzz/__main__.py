@@ -140,7 +140,7 @@ def main() -> None:
             found.append(each)
             if each.came == "failed":
                 print(f"FAILED {each.number} ({each.kind}) {each.what}: {each.says}", flush=True)
-            if len(found) % 5000 == 0:
+            if len(found) % 1000 == 0:
                 print(f"{len(found)} inputs", flush=True)
     seconds = time.monotonic() - begun
     print(table(found))
