@@ -280,6 +280,11 @@ def _json(rng: random.Random, data: bytes) -> bytes:
     if "added_tokens" in document and rng.random() < 0.3:
         document[rng.choice(list(document))] = rng.choice(TOKENIZING)
         return json.dumps(document).encode()
+    names = document.get("weight_map") if isinstance(document, dict) else None
+    if isinstance(names, dict) and names and rng.random() < 0.3:
+        name = rng.choice(list(names))
+        names[name] = f"../{SECRET}/{names[name]}"
+        return _written(document)
     if "top_p" in document and rng.random() < 0.05:
         return _written(_asking_for_much(rng, document, holders))
     holder = rng.choice(holders)
