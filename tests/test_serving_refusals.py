@@ -101,7 +101,6 @@ BAD = {
     "a schema that explodes": schema("too long to compile", type="integer", multipleOf=1_000_003),
     "a variable with a field": chat("'tools' has a field of its own", chat_template_kwargs={"tools": []}),
     "no prompt": text("prompt: Field required", prompt=None),
-    "very many choices": chat(f"{10**30} answers to one request", n=10**30),
     "very many prompts": text("12000 answers to one request", prompt=["x"] * 6000, n=2),
     "an id that no token has": text("prompt", prompt=[2**62], echo=True),
     "an empty prompt": text("empty", prompt=""),
@@ -168,6 +167,16 @@ def test_large_bodies_are_not_read(live):
     assert live.request(body=b" " * most)[0] == 400
     assert live.request(body=b" " * (most + 1))[0] == 413
     assert live.request()[0] == 200
+
+
+def test_answers_are_counted_before_they_are_prepared(live, monkeypatch):
+    """10^30 of them would fill memory; so many are not tried here, lest a mistake fills this machine's."""
+    made = []
+    monkeypatch.setattr("jaxllm.serving.chat.splitter_for", lambda *given: made.append(given))
+    monkeypatch.setattr("jaxllm.serving.completions.Unsplit", lambda: made.append(None))
+    for path, body in ((PATHS["chat"], CHAT), (PATHS["text"], {"model": "tiny", "prompt": ["x"] * 100})):
+        status, _, content = live.request(path=path, body=body | {"n": 1000})
+        assert (status, made) == (400, []) and b"answers to one request: there is room for 8" in content
 
 
 def test_a_body_that_does_not_come(live, monkeypatch):

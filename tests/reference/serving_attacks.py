@@ -161,7 +161,7 @@ class Attacks:
                 post(self.body(logit_bias={str(10**40): 1})),
                 post(self.body(tools=[tool])),
                 post(self.body(response_format=form)),
-                post(self.body(n=10**30)),
+                post(self.body(n=10**5)),
                 post(self.body(max_tokens=10**30)),
                 post({"model": self.model, "prompt": ["x"] * 10_000, "max_tokens": 10}, "/v1/completions"),
                 post({"model": self.model, "input": "x" * 80_000}, "/v1/responses"),
