@@ -3,8 +3,8 @@
     python tests/reference/soak.py                                   # 2,000 with a tiny model of random weights
     python tests/reference/soak.py --model demo --conversations 100
 
-Prints twenty times what the process has. Exit code 1: after the first quarter, in which nearly all sizes of prompts have
-had their programs compiled, memory or mappings grew by more than 5 %, or a file was left open.
+Prints twenty times what the process has. Exit code 1: after the first quarter, by which nearly all sizes of prompts
+have their programs, memory or mappings grew by more than 5 %, or a file was left open.
 """
 
 import argparse
