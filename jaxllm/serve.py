@@ -17,7 +17,6 @@ from jaxllm.generate import add_loading, emulate_devices, loading
 from jaxllm.loading import load
 
 KEY = "JAXLLM_API_KEY"
-CONNECTIONS = 512  # above, uvicorn itself answers 503
 
 
 def parser() -> Parser:
@@ -45,9 +44,8 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Load the model, and serve it until a signal comes."""
     try:
-        import uvicorn
-
         from jaxllm.serving.app import application
+        from jaxllm.serving.connection import server
         from jaxllm.serving.worker import Worker
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'jaxllm[serve]'") from error
@@ -64,15 +62,7 @@ def run(args: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _exit)  # which uvicorn raises once more after it has ended
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=args.grace,
-        )
-        uvicorn.Server(config).run([listener])
+        server(app, args.grace).run([listener])
 
 
 def _check(args: argparse.Namespace, key: str | None) -> None:

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 
 import openai
-import uvicorn
 from tiny_chat import TOKENS
 
 from jaxllm.engine.engine import Engine
+from jaxllm.serving import connection
 from jaxllm.serving.app import application
 from jaxllm.serving.worker import Worker
 
@@ -70,7 +70,7 @@ class Live:
 def serving(model, make=Engine, timeout=60, key=None):
     worker = Worker(make(model, SLOTS), SLOTS + QUEUE, timeout)
     app = application(model, worker, "tiny", key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = connection.server(app, grace=5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that who does not read is noticed soon
         thread = threading.Thread(target=server.run, args=([listener],))

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 GENERATION = "tests/test_generation.py"
-FUZZ = ("tests/test_fuzz.py", "--full", "-k", "new_damage")  # the harness, for a minute
+FUZZ = ("tests/test_fuzz.py", "--full", "-k", "damage_is")  # the harness, for a minute
 MUTANTS = [
     Mutant(
         "the same random key at every step",
@@ -193,10 +193,10 @@ MUTANTS = [
         FUZZ,
     ),
     Mutant(
-        "an index leads out of its directory",
-        "jaxllm/checkpoint/safetensors.py",
-        "if not isinstance(name, str) or Path(name).name != name:",
-        "if not isinstance(name, str):",
+        "a link leads out of its checkpoint",
+        "jaxllm/files.py",
+        "if not (real.is_relative_to(folder) or real.is_relative_to(blobs)):",
+        "if False:",
         FUZZ,
     ),
     Mutant(
@@ -205,6 +205,27 @@ MUTANTS = [
         "resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))",
         "del limit",
         FUZZ,
+    ),
+    Mutant(
+        "a request's answers are not counted before they are made",
+        "jaxllm/serving/app.py",
+        "        self._worker.check_room(body.answers)\n",
+        "",
+        ("tests/test_serving_refusals.py", "-k", "counted_before"),
+    ),
+    Mutant(
+        "a client may take for ever over its headers",
+        "jaxllm/serving/connection.py",
+        '        self._set("headers", HEADERS)\n',
+        "",
+        ("tests/test_serving_attacks.py", "-k", "holds_no_connection"),
+    ),
+    Mutant(
+        "where connections are many, nobody makes room",
+        "jaxllm/serving/connection.py",
+        "if len(self.connections) > MOST:",
+        "if False:",
+        ("tests/test_serving_attacks.py", "-k", "makes_room"),
     ),
     Mutant(
         "a grammar that explodes is compiled without a limit of time",

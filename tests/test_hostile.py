@@ -1,5 +1,6 @@
 """What strangers may put into files, and what the harness (tests/fuzz) found: each is an answer or one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,16 +15,23 @@ import test_demo_layout
 import tiny_hf
 from quantized_writers import quantized_checkpoint, read_safetensors, write_safetensors
 from test_tokenizer import HELLO, render
+from tiny_tokenizer import tokenizer as tiny_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import jaxllm
+from jaxllm.checkpoint.adapter_files import read_adapter
+from jaxllm.checkpoint.adapter_pairs import low_rank
+from jaxllm.checkpoint.adapting import adapter
 from jaxllm.checkpoint.gguf import MOST_ENTRIES, MOST_ITEMS, open_gguf
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.confined import ask
 from jaxllm.errors import InputError
 from jaxllm.files import MOST_TEXT, part_of, read_small
+from jaxllm.finetuning.data import read_examples
 from jaxllm.importance import read_importance
+from jaxllm.layers.parameter import parameters
+from jaxllm.parallel import make_mesh
 from jaxllm.patterns import matches, occurs
 from jaxllm.placing import FileArray
 from jaxllm.tokenizer import Tokenizer
@@ -191,6 +199,18 @@ def test_scales_that_are_not_finite_are_named(tmp_path, format, suffix):
         jaxllm.load(folder, progress=False)
 
 
+def test_bytes_of_four_bit_codes_are_counted(tmp_path):
+    """16 * 16 * 4 bytes are right for 64 x 32 codes, but a tensor with one axis of 16 has 64."""
+    plain = tiny_hf.write(tmp_path / "source", "llama")
+    folder, _ = quantized_checkpoint(plain, tmp_path, "bnb-nf4", np.random.default_rng(0))
+    file = next(folder.glob("*.safetensors"))
+    tensors = dict(read_safetensors(file)[0])
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros(16, np.float32)
+    write_safetensors(file, tensors)
+    with pytest.raises(InputError, match="weight has 16 entries of float32, but its quant_state says 32 x 64"):
+        open_checkpoint(folder)
+
+
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
 NAME = "model.layers.10.self_attn.q_proj"
@@ -291,6 +311,12 @@ def test_padding_and_truncation_are_of_training(tmp_path):
     assert tokenizer_with(tmp_path, padding=padding, truncation=truncation).encode("a") == [1]
 
 
+@pytest.mark.parametrize("record", [{"text": "a \ud800"}, {"prompt": "a", "completion": "\udc00"}])
+def test_half_a_character_is_no_text(record):
+    with pytest.raises(InputError, match=r"record 1: the text has half a character, '\\u(d800|dc00)'"):
+        read_examples([record], tiny_tokenizer())
+
+
 # ---- topologies -----------------------------------------------------------------------------------------------------
 
 LAUGHS = "0: {isq: &a [x,x,x,x,x,x,x,x]}\n" + "".join(
@@ -316,6 +342,23 @@ def test_a_topology_is_only_text(text, message):
     with pytest.raises(InputError, match=message) as error:
         Topology.parse(text)
     assert len(str(error.value)) < 1600
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_experts_are_of_one_shape():
+    base = open_checkpoint(TESTS / "golden" / "checkpoints" / "mixtral")
+    model = base.family.model(base.config, make_mesh(), 1)
+    declared = {name: param.get_value() for name, param in parameters(model).items()}
+    file = read_adapter(TESTS / "golden" / "adapters" / "each_expert")
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    turned = file.changes[name.format(2)]
+    turned = low_rank("", turned.b.T.copy(), turned.a.T.copy(), turned.rank, 1.0)
+    damaged = dataclasses.replace(file, changes=file.changes | {name.format(2): turned})
+    message = f"'{name.format(2)}' and '{name.format(0)}' are for matrices of different shapes"
+    with pytest.raises(InputError, match=re.escape(message)):
+        adapter(damaged, base.config, declared)
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from native_cases import COLS, ROWS, WEIGHTS, check, floats, ggml
+from native_cases import COLS, ROWS, WEIGHTS, affine, check, floats, ggml
 
 import jaxllm
 from jaxllm import parallel
@@ -285,3 +285,40 @@ def test_what_it_leaves_to_others():
     assert "native_cpu (made for cpu)" in said
     with dispatch.using("native_cpu"), pytest.raises(InputError, match="XLA multiplies"):
         dispatch.matmul(floats(1, COLS).astype(jnp.bfloat16), WEIGHTS["bfloat16"]())
+
+
+# What no buffer has: an error, not what lies beside it in memory.
+
+
+def refused(call):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="jaxllm's kernels refuse"):
+        jax.block_until_ready(call())
+
+
+@pytest.mark.parametrize("expert", [4, 2**31 - 1])
+def test_an_expert_that_is_not_there(expert):
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), ggml("Q4_0"))
+    experts = jnp.array([0, expert, -1], jnp.int32)
+    refused(lambda: native_cpu.grouped_matmul(floats(6, COLS), stack, experts))
+
+
+def test_tiles_without_an_expert_are_zero():
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), ggml("Q4_0"))
+    y = np.asarray(native_cpu.grouped_matmul(floats(6, COLS), stack, jnp.array([3, -1, -(2**31)], jnp.int32)))
+    assert (y[:2] != 0).any(1).all() and (y[2:] == 0).all()
+
+
+@pytest.mark.parametrize("index", [-1, COLS // 32, -(2**31), 2**31 - 1])
+def test_a_group_that_is_not_there(index):
+    groups = np.arange(COLS, dtype=np.int32) // 32
+    groups[7] = index
+    weight = affine(4, in_groups=lambda rng: groups)
+    refused(lambda: native_cpu.matmul(floats(2, COLS), weight))
+
+
+@pytest.mark.parametrize("row", [-1, 2, 2**31 - 1])
+def test_a_sequence_that_is_not_there(row):
+    cache = floats(2, 1, 8, 16)
+    positions, rows = jnp.zeros((1, 1), jnp.int32), jnp.array([row], jnp.int32)
+    given = Cached(floats(1, 1, 2, 16), cache, cache, positions, None, None, rows)
+    refused(lambda: native_cpu.attention(given, Scoring(8)))

@@ -13,8 +13,7 @@ from test_cli import start
 from tiny_chat import write_chat
 
 from jaxllm.cli import main
-from jaxllm.serving import front
-from jaxllm.serving.app import MAX_BODY
+from jaxllm.serving import connection
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ BAD = {
     "no JSON": raw("Invalid JSON", b'{"model": "tiny", '),
     "no text": raw("Invalid JSON", b"\xff\xfe\x00"),
     "half a character": raw("Invalid JSON", b'{"model": "\\ud800"}'),
-    "deep": raw("Invalid JSON", b"[" * 100_000),
+    "deep": raw("Invalid JSON", b"[" * 80_000),
     "nothing": raw("Invalid JSON", b""),
     "a list": raw("should be an object", b"[]"),
     "infinity": raw("temperature: ", b'{"temperature": 1e999, "model": "tiny", "messages": [{"role": "user"}]}'),
@@ -102,6 +101,8 @@ BAD = {
     "a schema that explodes": schema("too long to compile", type="integer", multipleOf=1_000_003),
     "a variable with a field": chat("'tools' has a field of its own", chat_template_kwargs={"tools": []}),
     "no prompt": text("prompt: Field required", prompt=None),
+    "very many prompts": text("12000 answers to one request", prompt=["x"] * 6000, n=2),
+    "an id that no token has": text("prompt", prompt=[2**62], echo=True),
     "an empty prompt": text("empty", prompt=""),
     "no prompts": text("empty", prompt=[]),
     "ids outside the vocabulary": text("999999", prompt=[1, 999_999]),
@@ -162,8 +163,20 @@ def test_large_bodies_are_not_read(live):
     )
     assert connection.getresponse().status == 413
     connection.close()
-    assert MAX_BODY < 5 * 2**20
+    most = 16 * 1024 + 2**16  # as the context has 1024 tokens
+    assert live.request(body=b" " * most)[0] == 400
+    assert live.request(body=b" " * (most + 1))[0] == 413
     assert live.request()[0] == 200
+
+
+def test_answers_are_counted_before_they_are_prepared(live, monkeypatch):
+    """10^30 of them would fill memory; so many are not tried here, lest a mistake fills this machine's."""
+    made = []
+    monkeypatch.setattr("jaxllm.serving.chat.splitter_for", lambda *given: made.append(given))
+    monkeypatch.setattr("jaxllm.serving.completions.Unsplit", lambda: made.append(None))
+    for path, body in ((PATHS["chat"], CHAT), (PATHS["text"], {"model": "tiny", "prompt": ["x"] * 100})):
+        status, _, content = live.request(path=path, body=body | {"n": 1000})
+        assert (status, made) == (400, []) and b"answers to one request: there is room for 8" in content
 
 
 def test_a_body_that_does_not_come(live, monkeypatch):
@@ -256,7 +269,7 @@ def test_openai_s_client_closes_a_stream(slow):
 
 
 def test_a_client_that_does_not_read(live, monkeypatch, caplog):
-    monkeypatch.setattr(front, "PATIENCE", 0.3)
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
     caplog.set_level("INFO")
     readers = [live.open(max_tokens=300, stream=True, logprobs=True, top_logprobs=20) for _ in range(SLOTS)]
     assert live.request()[0] == 200

@@ -399,6 +399,8 @@ DAMAGES = [
     (number("uqff.version.minor", 3), r"UQFF version 1\.3\.0 is not supported"),
     (lambda t: t.pop("uqff.version.major"), "the version is missing"),
     (number(f"{Q}.format", 7, np.uint8), "has the unknown format 7"),
+    (lambda t: t.update({f"{Q}.format": np.zeros(0, np.uint8)}), r"is uint8 of shape \[0\], not one byte"),
+    (number(f"{Q}.format", np.nan, np.float32), r"is float32 of shape \[\], not one byte"),
     (number(f"{Q}.dtype", 99), "the type of number 99 is not supported"),
     (lambda t: t.pop(f"{Q}.shape"), r"'.*q_proj\.weight\.shape' is missing"),
     (lambda t: t.update({f"{Q}.shape": np.array([64, 65], np.uint32)}), "impossible for Q4_0"),

@@ -119,8 +119,12 @@ def _changes(
             continue
         shape, numbers = declared[target].shape, [slot for slot in slots if slot is not None]
         source = source_of(config, tensors, list(slots.values()), bool(numbers))
+        one = source.parts[0].shape
+        differing = [slot for slot, part in zip(slots, source.parts, strict=True) if part.shape != one]
         if source.shape[bool(numbers) :] != shape[bool(numbers) :]:
             complaints.append(_misfit(first, source.shape[bool(numbers) :], shape[bool(numbers) :]))
+        elif differing:
+            complaints.append(f"'{slots[differing[0]][0]}' and '{first}' are for matrices of different shapes")
         elif numbers and max(numbers) >= shape[0]:
             complaints.append(f"'{slots[max(numbers)][0]}': the model has {shape[0]} experts")
         else:

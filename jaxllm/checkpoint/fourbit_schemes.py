@@ -116,10 +116,8 @@ def _bnb_4bit(
         whole,
     )
     count = -(-out * in_ // block)
-    if weight.shape[0] * weight.shape[-1] * weight.dtype.itemsize != -(-out * in_ // 2):
-        raise InputError(
-            f"weight has {weight.shape[0]} entries of {weight.dtype}, but its quant_state says {out} x {in_}"
-        )
+    if (entries := math.prod(weight.shape)) * weight.dtype.itemsize != -(-out * in_ // 2):
+        raise InputError(f"weight has {entries} entries of {weight.dtype}, but its quant_state says {out} x {in_}")
     expect("absmax", absmax, count)
     expect("quant_map", quant_map, 16)
     if absmax.dtype == np.uint8 and (nested_absmax is None or nested_quant_map is None):

@@ -123,7 +123,9 @@ def joined(arrays: Mapping[str, HostArray]) -> dict[str, Weight]:
     def scheme(module: str) -> Sequence[Scheme]:
         if (found := arrays.get(module + FORMAT.suffix)) is None:
             return ()
-        code = int(np.asarray(found).reshape(-1)[0])
+        if found.dtype != np.uint8 or found.shape not in ((), (1,)):
+            raise InputError(f"'{module}{FORMAT.suffix}' is {found.dtype} of shape {[*found.shape]}, not one byte")
+        code = int(np.asarray(found).reshape(()))
         if code >= len(SCHEMES):
             raise InputError(f"'{module}' has the unknown format {code}; known are 0 to {len(SCHEMES) - 1}")
         return (SCHEMES[code],)

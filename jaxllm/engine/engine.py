@@ -276,7 +276,7 @@ class Engine:
         budget = PIECE_BESIDE_ANSWERS if self._decoding() else CHUNK
         time = min(bucket(waiting[0].prompt_left, SMALLEST), budget)
         if waiting[0].length + time > sequences.capacity:  # XLA would shift a write that extends past the end
-            time = waiting[0].prompt_left
+            time = 1 << (waiting[0].prompt_left.bit_length() - 1)  # not all that is left: that has any length
         group = [slot for slot in waiting if slot.length + time <= sequences.capacity][: max(1, budget // time)]
         group = group[: 1 << (len(group).bit_length() - 1)]  # few sizes, few programs
 

@@ -18,14 +18,22 @@ from jaxllm.serving.answering import Answering
 from jaxllm.serving.answers import Reply, Served
 from jaxllm.serving.chat import ChatReply
 from jaxllm.serving.completions import TextReply
+from jaxllm.serving.connection import PATIENCE
 from jaxllm.serving.errors import RequestError
-from jaxllm.serving.front import PATIENCE, Front
+from jaxllm.serving.front import Front
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.page import PAGE, PAGE_HEADERS
 from jaxllm.serving.responses import ResponseReply
 from jaxllm.serving.worker import Worker
 
-MAX_BODY = 4 * 2**20  # bytes; 128k tokens are about half a megabyte of text
+
+def most_bytes(capacity: int) -> int:
+    """How large a body may be, for a context of so many tokens.
+
+    A token is four or five bytes of text, in JSON with escapes about a dozen. More only costs time, and memory: text
+    becomes hundreds of bytes a character while it is made into tokens.
+    """
+    return min(2**22, 2**16 + 16 * capacity)
 
 
 def application(model: LanguageModel, worker: Worker, name: str, key: str | None = None) -> Starlette:
@@ -58,6 +66,7 @@ class Service:
     def __init__(self, model: LanguageModel, worker: Worker, name: str) -> None:
         assert model.tokenizer
         capacity = min(model.max_seq_len, worker.engine.capacity)
+        self._most_bytes = most_bytes(capacity)
         self._worker, self._served = worker, Served(name, model.tokenizer, capacity, model.sampling)
         self._model = {
             "id": name,
@@ -92,8 +101,9 @@ class Service:
         self, request: Request, kind: type[B], reply: Callable[[Served, B], Reply]
     ) -> Answering:
         self._worker.check_room()  # before anything is read or computed
-        body = kind.model_validate_json(await _read(request))
+        body = kind.model_validate_json(await _read(request, self._most_bytes))
         self._check_name(body.model)
+        self._worker.check_room(body.answers)
         made = await asyncio.to_thread(reply, self._served, body)  # texts can be long, and schemas large
         return Answering(self._worker, made, bool(body.stream), self.metrics)
 
@@ -120,17 +130,17 @@ class Service:
             raise RequestError(404, message, code="model_not_found", param="model")
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, most: int) -> bytes:
     """The body, unless it is too large or too slow."""
-    too_large = RequestError(413, f"a request may have {MAX_BODY:,} bytes", code="request_too_large")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY:  # h11 has checked that it is a number
+    too_large = RequestError(413, f"a request may have {most:,} bytes", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > most:  # h11 has checked that it is a number
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY:
+                if len(body) > most:
                     raise too_large
     except TimeoutError:
         raise RequestError(408, f"the body did not come within {PATIENCE:.0f} s") from None

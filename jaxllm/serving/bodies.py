@@ -5,11 +5,14 @@ refused. Fields that do not change an answer are listed in `Idle`. Ranges of sam
 """
 
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 from pydantic_core import from_json
+
+# Only the first mistake is described: very many would take very much memory.
+type Several[T] = Annotated[list[T], FailFast()]
 
 SAMPLING = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
 
@@ -55,6 +58,11 @@ class Options(Idle):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return 1
+
     def asked(self) -> dict[str, Any]:
         """The arguments of `Engine.add` that these fields are. Without a seed, one is drawn."""
         options = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
@@ -74,9 +82,13 @@ class Sampled(Options):
     """
 
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Several[str] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def answers(self) -> int:
+        return self.n or 1
 
     def asked(self) -> dict[str, Any]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -99,7 +111,7 @@ class TextPart(Body):
     logprobs: Any = None
 
 
-Content = str | list[TextPart] | None
+Content = str | Several[TextPart] | None
 
 
 def text_of(content: Content) -> str:
@@ -131,7 +143,7 @@ class Message(Body):
     content: Content = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Several[Call] | None = None
     tool_call_id: str | None = None
     refusal: Any = None
     annotations: Any = None
@@ -210,29 +222,40 @@ class Chat(Sampled):
         chat_template_kwargs: not of OpenAI's, named as in vLLM: more variables for the chat template.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: AnyFormat | SchemaFormat | None = Field(None, discriminator="type")
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
 
 
-Prompts = str | list[str] | list[int] | list[list[int]]
+Ids = Several[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class Text(Sampled):
     """The body of /v1/completions."""
 
-    prompt: Prompts
+    prompt: str | Several[str] | Ids | Several[Ids]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | Ids]:
+        """Prompts as a list of them: a text, or a list of ids, is one."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [cast(str | Ids, self.prompt)]
+        return cast(Sequence[str | Ids], self.prompt)
+
+    @property
+    def answers(self) -> int:
+        return super().answers * len(self.prompts)
 
 
 # /v1/responses writes most of this in other words.
@@ -254,7 +277,7 @@ class ReasoningPart(Body):
 
 class InputReasoning(Body):
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
+    content: Several[ReasoningPart] | None = None
     summary: Any = None
     id: Any = None
     status: Any = None
@@ -273,7 +296,7 @@ class InputCall(Body):
 class InputResult(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Several[TextPart]
     id: Any = None
     status: Any = None
 
@@ -318,13 +341,13 @@ Item = Annotated[
 class Response(Options):
     """The body of /v1/responses. Nothing is stored here, so a conversation is sent as a whole each time."""
 
-    input: str | list[Item]
+    input: str | Several[Item]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Several[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: Several[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None

@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from jaxllm.engine.answer import TokenLogprob
 from jaxllm.serving.answers import DONE, Choice, Served, counts_usage, new_id, usage
-from jaxllm.serving.bodies import Prompts, Text
+from jaxllm.serving.bodies import Text
 from jaxllm.serving.errors import RequestError
 from jaxllm.serving.logprobs import text_logprobs
 from jaxllm.serving.parts import Content, Part
@@ -34,7 +34,7 @@ class TextReply:
         if body.echo and body.logprobs is not None:
             raise RequestError(400, "log-probabilities of a prompt are not computed: echo or logprobs", param="echo")
         tokenizer = served.tokenizer
-        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in _listed(body.prompt)]
+        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts]
         self._each = body.n or 1
         ask = body.asked() | {"max_new_tokens": body.max_tokens or MAX_TOKENS, "logprobs": body.logprobs}
         self.asks = [ask | {"prompt": ids, "stream": stream} for ids in prompts for stream in range(self._each)]
@@ -93,10 +93,3 @@ class TextReply:
     ) -> dict[str, Any]:
         found = text_logprobs(self._tokenizer, logprobs, offset) if logprobs else None
         return {"index": index, "text": text, "logprobs": found, "finish_reason": finish_reason}
-
-
-def _listed(prompt: Prompts) -> Sequence[str | list[int]]:
-    """Prompts as a list of them: a text, or a list of ids, is one."""
-    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
-        return cast(Sequence[str | list[int]], [prompt])
-    return cast(Sequence[str | list[int]], prompt)

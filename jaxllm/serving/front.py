@@ -1,6 +1,5 @@
 """What every request passes on its way in, and every answer on its way out."""
 
-import asyncio
 import hmac
 import logging
 import re
@@ -17,7 +16,6 @@ from jaxllm.serving.errors import RequestError, as_request_error
 
 LOG = logging.getLogger("jaxllm.serving")
 
-PATIENCE = 30.0  # seconds that a client may take to send a body, or to take what it is sent
 OPEN = {"/", "/health"}  # what needs no key
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -53,11 +51,7 @@ class Front:
                 begun = True
                 MutableHeaders(scope=message).update({"x-request-id": id, "x-content-type-options": "nosniff"})
                 self._count(scope["path"], message["status"])
-            try:
-                async with asyncio.timeout(PATIENCE):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect from None  # or as good as gone
+            await send(message)
 
         try:
             self._admit(scope["path"], headers)

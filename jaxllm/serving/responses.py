@@ -94,7 +94,8 @@ def _turns(body: Response) -> Iterator[Message]:
     for item in items:
         if isinstance(item, InputCall):
             call = Call(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
-            turn.tool_calls = [*(turn.tool_calls or ()), call]
+            turn.tool_calls = turn.tool_calls or []
+            turn.tool_calls.append(call)
             continue
         is_answer = isinstance(item, InputMessage) and item.role == "assistant"
         if turn.content or turn.tool_calls or (turn.reasoning_content and not is_answer):

@@ -132,7 +132,7 @@ class Tokenizer:
     def encode_with_offsets(self, text: str, written_by_template: bool) -> tuple[list[int], np.ndarray]:
         """Ids of a text as `encode` or `encode_chat` give them, and where in the text each of them begins and ends: int
         `[ids, 2]`, in characters; both are the same for a token that does not come from the text."""
-        encoded = self.backend.encode(text, add_special_tokens=not written_by_template)
+        encoded = self._encoded(text, add_special_tokens=not written_by_template)
         ids, offsets = self._with_bos(encoded.ids), encoded.offsets
         return ids, np.array([(0, 0)] * (len(ids) - len(offsets)) + offsets).reshape(-1, 2)
 
@@ -144,9 +144,16 @@ class Tokenizer:
         """What turns ids into text one after the other."""
         return TextStream(self)
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encoded(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text has half a character, {text[error.start]!a}: it is not Unicode") from error
         with _refused():
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._encoded(text, add_special_tokens).ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or not self._add_bos or ids[:1] == [self.bos_id]:

@@ -10,10 +10,12 @@ import itertools
 import multiprocessing
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from fuzz import seeds, trial
 from fuzz.trial import Outcome
 
 STUCK = trial.SECONDS + 2  # CPU seconds after which a worker is ended
+IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where folders are made and removed quickly
 MARK = "<!-- what follows is written by make fuzz -->\n"
 
 
@@ -42,7 +45,7 @@ class Worker:
         self.number, self.doing = None, ("", "")
 
     def give(self, number: int) -> None:
-        self.number, self.doing, self.begun = number, ("", ""), self.seconds()
+        self.number, self.doing, self.begun = number, ("", ""), None
         self.connection.send(number)
 
     def seconds(self) -> float:
@@ -65,7 +68,9 @@ class Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             return self._lost(f"the process died ({self.process.exitcode})")
-        if self.number is not None and self.doing[0] and self.seconds() - self.begun > STUCK:
+        if self.doing[0] and self.begun is None:
+            self.begun = self.seconds()  # only now: most inputs take less time than to ask for it
+        elif self.doing[0] and self.seconds() - self.begun > STUCK:
             for process in (*psutil.Process(self.process.pid).children(), self.process):
                 process.kill()
             self.process.join()
@@ -126,18 +131,22 @@ def main() -> None:
     if options.number is not None:
         again(options.seed, options.number)
         return
-    with tempfile.TemporaryDirectory() as root:
-        found: list[Outcome] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell that started this ignores the first
+        signal.signal(number, signal.default_int_handler)
+    found: list[Outcome] = []
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as root, suppress(KeyboardInterrupt):
         for each in outcomes(options.seed, options.seconds, options.jobs, Path(root)):
             found.append(each)
             if each.came == "failed":
                 print(f"FAILED {each.number} ({each.kind}) {each.what}: {each.says}", flush=True)
+            if len(found) % 1000 == 0:
+                print(f"{len(found)} inputs", flush=True)
+    seconds = time.monotonic() - begun
     print(table(found))
     if options.table:
         kept = options.table.read_text().partition(MARK)[0]
-        options.table.write_text(
-            f"{kept}{MARK}\nSeed {options.seed}, {options.seconds:.0f} seconds.\n\n{table(found)}\n"
-        )
+        options.table.write_text(f"{kept}{MARK}\nSeed {options.seed}, {seconds:.0f} seconds.\n\n{table(found)}\n")
     sys.exit(any(each.came == "failed" for each in found))
 
 

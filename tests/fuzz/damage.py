@@ -123,6 +123,41 @@ TOKENIZING: tuple[Any, ...] = (  # parts of a tokenizer.json
     {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": [["a", "b"]]},
     {"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "?"},
 )
+SCHEMAS: tuple[Any, ...] = (  # of answers, and of the arguments of tools
+    {"$ref": "#"},
+    {"anyOf": [{"$ref": "#"}] * 1000},
+    {"type": "object", "properties": {str(i): {"type": "string"} for i in range(20_000)}},
+    {"enum": [str(i) for i in range(100_000)]},
+    {"type": "string", "pattern": "((a|b)*c){1000}d{1000}"},
+    {"type": "string", "pattern": "(?=x)y"},
+    {"type": "string", "minLength": 10**9},
+    {"type": "array", "minItems": 10**6, "items": {"$ref": "#"}},
+    {"type": "integer", "multipleOf": 1_000_003, "minimum": -(10**300)},
+    {"allOf": [{"type": "string"}, {"type": "null"}]},
+    {"x-guidance": {"whitespace_pattern": ".*"}, "type": "object"},
+    NESTED,
+)
+REQUESTS: dict[str, tuple[Any, ...]] = {  # fields of the server's bodies that ask for much
+    "stop": (["a"] * 100_000, "b" * 1_000_000, [""], ["x\0"], ["\ud83d"]),
+    "logit_bias": ({str(i): 1 for i in range(50_000)}, {"-1": 1}, {"9" * 30: 1}, {"1e3": 1}, {" 1": 1}),
+    "n": (8, 2**31, 10**30),
+    "max_tokens": (2**63, 10**30, 1),
+    "messages": (
+        [{"role": "user", "content": "a"}] * 100_000,
+        [{"role": "user", "content": "x " * 1_000_000}],
+        [{"role": "user", "content": [{"type": "text", "text": ""}] * 50_000}],
+        [{"role": "assistant", "tool_calls": [{"id": "", "function": {"name": "", "arguments": "{}"}}] * 20_000}],
+    ),
+    "prompt": ("x " * 1_000_000, [1] * 1_000_000, [[1]] * 100_000, [""] * 100_000, [[]], [2**62], [-1]),
+    "input": (
+        [{"role": "user", "content": "a"}] * 100_000,
+        [{"type": "function_call", "call_id": "", "name": "", "arguments": "{}"}] * 50_000,
+        [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": ""}] * 50_000}],
+    ),
+    "tools": ([{"type": "function", "function": {"name": "a"}}] * 50_000, [{"type": "function", "name": "a"}] * 50_000),
+    "chat_template_kwargs": ({"messages": []}, {"add_generation_prompt": 1}, {str(i): 0 for i in range(100_000)}),
+    "metadata": ({str(i): "x" for i in range(100_000)}, NESTED),
+}
 JSON_BOMBS: tuple[Callable[[], bytes], ...] = (
     lambda: b'{"a":' * 200_000,
     lambda: b"[" * 1_000_000,
@@ -175,6 +210,10 @@ def _content(rng: random.Random, suffix: str, data: bytes) -> tuple[bytes, str]:
         return rng.choice(JSON_BOMBS)(), "a bomb"
     if suffix == ".json" and rng.random() < 0.85:
         return _json(rng, data), "other JSON"
+    if suffix == ".jsonl" and rng.random() < 0.85:
+        lines = data.split(b"\n")
+        i = rng.randrange(len(lines))
+        return b"\n".join([*lines[:i], _json(rng, lines[i]), *lines[i + 1 :]]), "other JSON in a line"
     if suffix in SNIPPETS and rng.random() < 0.9:
         return _text(rng, data.decode(errors="replace"), SNIPPETS[suffix]).encode(errors="replace"), "other text"
     way = rng.random()
@@ -241,6 +280,13 @@ def _json(rng: random.Random, data: bytes) -> bytes:
     if "added_tokens" in document and rng.random() < 0.3:
         document[rng.choice(list(document))] = rng.choice(TOKENIZING)
         return json.dumps(document).encode()
+    names = document.get("weight_map") if isinstance(document, dict) else None
+    if isinstance(names, dict) and names and rng.random() < 0.3:
+        name = rng.choice(list(names))
+        names[name] = f"../{SECRET}/{names[name]}"
+        return _written(document)
+    if "top_p" in document and rng.random() < 0.05:
+        return _written(_asking_for_much(rng, document, holders))
     holder = rng.choice(holders)
     key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     old, way = holder[key], rng.random()
@@ -261,6 +307,22 @@ def _json(rng: random.Random, data: bytes) -> bytes:
         holder[key + rng.choice(("", "2", ".weight"))] = rng.choice(VALUES)
     else:
         holder.insert(key, old)
+    return _written(document)
+
+
+def _asking_for_much(rng: random.Random, document: dict, holders: list[Any]) -> dict:
+    """A request with one field, or one schema, that asks for very much."""
+    schemas = [(holder, key) for holder in holders for key in ("schema", "parameters") if key in holder]
+    if schemas and rng.random() < 0.3:
+        holder, key = rng.choice(schemas)
+        holder[key] = rng.choice(SCHEMAS)
+    else:
+        name = rng.choice([name for name in REQUESTS if name in document] or ["n"])
+        document[name] = rng.choice(REQUESTS[name])
+    return document
+
+
+def _written(document: Any) -> bytes:
     text = json.dumps(document)
     text = text.replace(f'"{NESTED}"', "[" * 100_000 + "]" * 100_000)
     return text.replace(f'"{LONG}"', "9" * 5000).encode()

@@ -24,6 +24,51 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 TEMPLATE = """{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim }}
 {%- if tools is defined and loop.first %}{{ tools | tojson(indent=2) }}{% endif %}{{ '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+TRAINING = (
+    {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello, world!"}]},
+    {"prompt": "1 + 1 =", "completion": " 2"},
+    {"text": "Once upon a time \u00e9\u4e2d."},
+)
+# A body of each endpoint of the server, with most of the fields that there are.
+COMMON = {"model": "tiny", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stream": False}
+COMMON |= {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1, "metadata": {"a": "b"}}
+SAMPLED = COMMON | {"n": 2, "stop": ["x", "yy"], "logit_bias": {"3": -1, "5": 2.5}, "max_tokens": 3}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"]}
+FUNCTION = {"name": "look", "description": "Looks.", "parameters": SCHEMA, "strict": True}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}}
+TALK: list[dict] = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": [{"type": "text", "text": "Look."}], "name": "ann"},
+    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "tool_call_id": "1"},
+]
+ITEMS: list[dict] = [
+    {"role": "user", "content": [{"type": "input_text", "text": "Look."}]},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+    {"type": "function_call", "call_id": "1", "name": "look", "arguments": '{"a": 1}'},
+    {"type": "function_call_output", "call_id": "1", "output": "2"},
+]
+TOOLS = [{"type": "function", "function": FUNCTION}]
+FORM = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+BODIES: dict[str, list[dict]] = {
+    "chat": [
+        SAMPLED | {"messages": TALK[:1], "response_format": FORM},
+        SAMPLED | {"messages": TALK, "tools": TOOLS, "tool_choice": "auto", "logprobs": True, "top_logprobs": 2},
+        SAMPLED
+        | {"messages": TALK[:2], "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}}},
+        COMMON | {"messages": TALK[:2], "max_completion_tokens": 2, "chat_template_kwargs": {"x": [1]}, "stream": True},
+    ],
+    "completions": [
+        SAMPLED | {"prompt": ["Hello", "world"], "echo": True},
+        SAMPLED | {"prompt": [1, 2, 3], "logprobs": 2, "stream": True, "stream_options": {"include_usage": True}},
+    ],
+    "responses": [
+        COMMON | {"input": ITEMS, "tools": [{"type": "function", **FUNCTION}], "max_output_tokens": 2},
+        COMMON
+        | {"input": "Hello", "instructions": "Be kind.", "reasoning": {"effort": "low"}, "truncation": "disabled"},
+        COMMON | {"input": "Hello", "text": {"format": {"type": "json_schema", **FORM["json_schema"]}}, "stream": True},
+    ],
+}
 TOPOLOGY = "0-8: {isq: q3_k}\n8:\n  isq: q8_0\n'/attn\\.q_proj/': {isq: q6_k, device: 'cuda[0]'}\n9-12:\n"
 
 
@@ -56,7 +101,7 @@ class Seed:
     folder: its files.
     name: which of them is opened; "" for the folder.
     kind: how it is tried, see `trial.TRIALS`.
-    base: for an adapter and what else belongs to a model, the model's golden.
+    base: for an adapter and what else belongs to a model, the model's golden; for a request, the endpoint.
     """
 
     folder: Path
@@ -127,6 +172,13 @@ def make(root: Path) -> dict[str, list[Seed]]:
         GOLDEN / "gpt_oss" / "harmony" / "chat_template.jinja",
         add("chat templates", "harmony", "chat_template.jinja", "template"),
     )
+    for number, record in enumerate(TRAINING):
+        lines = [json.dumps(each) for each in (record, *TRAINING)]
+        (add("training data", str(number), "data.jsonl", "training") / "data.jsonl").write_text("\n".join(lines))
+    for endpoint, several in BODIES.items():
+        for number, body in enumerate(several):
+            folder = add(f"requests, {endpoint}", str(number), "body.json", "request", base=endpoint)
+            (folder / "body.json").write_text(json.dumps(body))
     return made
 
 

@@ -4,11 +4,13 @@ This runs in a process of its own, which the harness replaces when it dies. Time
 keep it busy.
 """
 
+import functools
 import os
 import random
 import resource
 import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from pydantic import ValidationError
+from starlette.testclient import TestClient
+from tiny_chat import write_chat
 
 import jaxllm
 from fuzz import damage
@@ -26,23 +31,40 @@ from jaxllm.checkpoint.adapter_files import read_adapter
 from jaxllm.checkpoint.adapting import adapter as adapted
 from jaxllm.checkpoint.matformer import sliced
 from jaxllm.checkpoint.opening import open_checkpoint
+from jaxllm.engine.engine import Engine
 from jaxllm.errors import InputError
+from jaxllm.finetuning.data import fitted, read_examples
 from jaxllm.imatrix import importance_for
 from jaxllm.layers.parameter import parameters
 from jaxllm.parallel import make_mesh
+from jaxllm.serving import bodies
+from jaxllm.serving.answers import Served
+from jaxllm.serving.app import application, most_bytes
+from jaxllm.serving.chat import ChatReply
+from jaxllm.serving.completions import TextReply
+from jaxllm.serving.errors import RequestError, as_request_error
+from jaxllm.serving.responses import ResponseReply
+from jaxllm.serving.worker import Worker
 from jaxllm.tokenizer.chat import ChatTemplate
 from jaxllm.topology import Topology
 
 SECONDS, MEMORY = 10, 1 << 30  # the promise: no input takes longer, or more memory beside its own size
-LOADED = 0.03  # of the inputs that are checkpoints, the share that is loaded and asked for logits
+LOADED = 0.01  # of the inputs that are checkpoints, the share that is loaded and asked for logits
 TREE = Path(__file__).resolve().parents[2]
 KNOWN = [
     str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, TREE, "/proc", "/sys", "/usr", "/lib", "/dev/null")
 ]
 FORBIDDEN = ("pickle.find_class", "socket.connect", "os.system", "os.exec", "os.fork")
+PROGRAMS = ("jaxllm/confined_process.py", "jaxllm/structured_trial.py")  # what may be started
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 
 
+CONTEXT = 128
+ENDPOINTS: dict[str, tuple[str, type[bodies.Options], Callable]] = {
+    "chat": ("chat/completions", bodies.Chat, ChatReply),
+    "completions": ("completions", bodies.Text, TextReply),
+    "responses": ("responses", bodies.Response, ResponseReply),
+}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"properties": {}}}}]
 
 
@@ -95,14 +117,51 @@ def matformer(path: Path, seed: Seed, load: bool) -> None:
     sliced(open_checkpoint(GOLDEN / "checkpoints" / "gemma3n"), path, "small")
 
 
+def training(path: Path, seed: Seed, load: bool) -> None:
+    fitted(read_examples(path, talker().tokenizer), 64, "cut")
+
+
+def request(path: Path, seed: Seed, load: bool) -> None:
+    """A body, as the server parses it; or sent to a server in this process."""
+    model, data = talker(), path.read_bytes()
+    where, body, reply = ENDPOINTS[seed.base]
+    try:
+        if load:
+            answered(model, f"/v1/{where}", data)
+        elif len(data) > most_bytes(2**17) or (parsed := body.model_validate_json(data)).answers > 4:
+            raise InputError("the server refuses it before it does more")
+        else:
+            reply(Served("tiny", model.tokenizer, CONTEXT, model.sampling), parsed)
+    except (RequestError, ValidationError) as error:
+        if (told := as_request_error(error)).status >= 500:
+            raise
+        raise InputError(str(told)) from error
+
+
+def answered(model: jaxllm.LanguageModel, path: str, data: bytes) -> None:
+    """Raises RequestError if a server does not answer with what was asked for, and ends it."""
+    app = application(model, Worker(Engine(model, 2), 4, 5), "tiny")
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+        answer = client.post(path, content=data)
+    if answer.status_code != 200:
+        raise RequestError(answer.status_code, answer.json()["error"]["message"])
+
+
 def template(path: Path, seed: Seed, load: bool) -> None:
     text = path.read_text(errors="replace")
     ChatTemplate(text, {"bos_token": "<s>"}).render([{"role": "user", "content": "Hello"}], tools=TOOLS)
 
 
 TRIALS: dict[str, Callable[[Path, Seed, bool], None]] = {
-    f.__name__: f for f in (checkpoint, adapter, importance, topology, matformer, template)
+    f.__name__: f for f in (checkpoint, adapter, importance, topology, matformer, template, training, request)
 }
+
+
+@functools.cache
+def talker() -> jaxllm.LanguageModel:
+    """The model that requests are for."""
+    with tempfile.TemporaryDirectory() as folder:
+        return jaxllm.load(write_chat(Path(folder, "tiny.gguf"), CONTEXT), progress=False)
 
 
 class Watch:
@@ -120,7 +179,7 @@ class Watch:
         elif event in CHANGES:
             self._path(os.fsdecode(args[0]), event)
         elif event in FORBIDDEN or (
-            event == "subprocess.Popen" and not str(args[1][-1]).endswith("confined_process.py")
+            event == "subprocess.Popen" and not any(str(arg).endswith(PROGRAMS) for arg in args[1])
         ):
             self.seen.append(f"{event} {args[:2]}")
 
@@ -140,6 +199,7 @@ def work(connection: Connection, made: dict[str, list[Seed]], root: Path, seed: 
     watch = Watch()
     place = Path(root, f"worker-{os.getpid()}")
     seed_of_all = Seed(GOLDEN / "checkpoints" / "llama")
+    talker()
     checkpoint(seed_of_all.folder, seed_of_all, True)  # what is imported and started once is there
     while (number := connection.recv()) is not None:
         shutil.rmtree(place, ignore_errors=True)

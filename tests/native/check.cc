@@ -1,5 +1,6 @@
 // Every format, exact and rounded, on another instruction set (LEVELS): equal to the portable one. Buffers have
 // exactly the size that they need, so that sanitizers see what reads beyond them. `make test-native` runs it with those.
+// Then hostile ones: any bytes as a checkpoint may have them, and sizes and indices of which each has to be refused.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 
 #include "divide.h"
 #include "pool.h"
+#include "refuse.h"
 
 namespace jaxllm {
 Grids grids;
@@ -35,21 +37,22 @@ struct Case {
 
 constexpr int64_t kRowsOf = 37;
 
-static Case block(const char* name, Format format, int64_t size, int64_t bytes) {
-  return {name, format, 512, {{512 / size * bytes, kRowsOf, false, 0}}, {}};
+static Case block(const char* name, Format format) {
+  const BlockSize block = kBlocks[format - kQ1_0];
+  return {name, format, 512, {{512 / block.cols * block.bytes, kRowsOf, false, 0}}, {}};
 }
 
 static std::vector<Case> cases() {
   std::vector<Case> all = {
-      block("Q1_0", kQ1_0, 128, 18), block("Q4_0", kQ4_0, 32, 18), block("Q4_1", kQ4_1, 32, 20),
-      block("Q5_0", kQ5_0, 32, 22), block("Q5_1", kQ5_1, 32, 24), block("Q8_0", kQ8_0, 32, 34),
-      block("Q8_1", kQ8_1, 32, 36), block("Q2_K", kQ2_K, 256, 84), block("Q3_K", kQ3_K, 256, 110),
-      block("Q4_K", kQ4_K, 256, 144), block("Q5_K", kQ5_K, 256, 176), block("Q6_K", kQ6_K, 256, 210),
-      block("Q8_K", kQ8_K, 256, 292), block("TQ1_0", kTQ1_0, 256, 54), block("TQ2_0", kTQ2_0, 256, 66),
-      block("MXFP4", kGGML_MXFP4, 32, 17), block("NVFP4", kGGML_NVFP4, 64, 36), block("IQ1_S", kIQ1_S, 256, 50),
-      block("IQ1_M", kIQ1_M, 256, 56), block("IQ2_XXS", kIQ2_XXS, 256, 66), block("IQ2_XS", kIQ2_XS, 256, 74),
-      block("IQ2_S", kIQ2_S, 256, 82), block("IQ3_XXS", kIQ3_XXS, 256, 98), block("IQ3_S", kIQ3_S, 256, 110),
-      block("IQ4_NL", kIQ4_NL, 32, 18), block("IQ4_XS", kIQ4_XS, 256, 136),
+      block("Q1_0", kQ1_0), block("Q4_0", kQ4_0), block("Q4_1", kQ4_1),
+      block("Q5_0", kQ5_0), block("Q5_1", kQ5_1), block("Q8_0", kQ8_0),
+      block("Q8_1", kQ8_1), block("Q2_K", kQ2_K), block("Q3_K", kQ3_K),
+      block("Q4_K", kQ4_K), block("Q5_K", kQ5_K), block("Q6_K", kQ6_K),
+      block("Q8_K", kQ8_K), block("TQ1_0", kTQ1_0), block("TQ2_0", kTQ2_0),
+      block("MXFP4", kGGML_MXFP4), block("NVFP4", kGGML_NVFP4), block("IQ1_S", kIQ1_S),
+      block("IQ1_M", kIQ1_M), block("IQ2_XXS", kIQ2_XXS), block("IQ2_XS", kIQ2_XS),
+      block("IQ2_S", kIQ2_S), block("IQ3_XXS", kIQ3_XXS), block("IQ3_S", kIQ3_S),
+      block("IQ4_NL", kIQ4_NL), block("IQ4_XS", kIQ4_XS),
       {"MXFP4 in order", kMXFP4, 96, {{48, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
       {"NVFP4 in order", kNVFP4, 48, {{24, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
       {"codebook", kCodebook, 62, {{31, kRowsOf, false, 0}, {124, kRowsOf, false, 1}, {64, 1, true, 1}}, {2}},
@@ -86,24 +89,36 @@ static void compare(const char* name, const char* what, const std::vector<float>
   std::printf("%s, %s: off by %g of %g\n", name, what, error, largest), failures++;
 }
 
-static void check_products(const Level& level, const Case& c) {
+// A matrix, and how many bytes its leaves have. Hostile: of any bytes, but of indices in their range.
+struct Made {
+  Matrix m;
+  int64_t bytes[kLeaves] = {};
   std::vector<std::unique_ptr<uint8_t[]>> held;
-  Matrix m{c.format, kRowsOf, c.cols, {}, {}, {}};
-  for (size_t i = 0; i < c.leaves.size(); i++) {
-    const Leaf& leaf = c.leaves[i];
-    const int64_t size = leaf.row_bytes * leaf.rows;
-    if (!size) continue;
-    held.emplace_back(new uint8_t[size]);
-    uint8_t* p = held.back().get();
-    for (int64_t k = 0; k < size; k++) p[k] = draw() & 0x3b;
-    for (int64_t k = 0; k + 4 <= size && leaf.kind; k += 4) {
-      const float number = real();
-      const int32_t index = draw() % 4;
-      std::memcpy(p + k, leaf.kind == 1 ? (const void*)&number : &index, 4);
+
+  explicit Made(const Case& c, bool hostile = false) : m{c.format, kRowsOf, c.cols, {}, {}, {}} {
+    for (size_t i = 0; i < c.leaves.size(); i++) {
+      const Leaf& leaf = c.leaves[i];
+      const int64_t size = leaf.row_bytes * leaf.rows;
+      if (!size) continue;
+      held.emplace_back(new uint8_t[size]);
+      uint8_t* p = held.back().get();
+      const int kind = hostile && leaf.kind == 1 ? 0 : leaf.kind;
+      for (int64_t k = 0; k < size; k++) p[k] = uint8_t(hostile ? draw() | -int(draw() % 4 == 0) : draw() & 0x3b);
+      for (int64_t k = 0; k + 4 <= size && kind; k += 4) {
+        const float number = real();
+        const int32_t index = draw() % (c.leaves.size() == 5 ? 2 : 4);
+        std::memcpy(p + k, kind == 1 ? (const void*)&number : &index, 4);
+      }
+      m.leaf[i] = p, m.row_bytes[i] = leaf.shared ? 0 : leaf.row_bytes, bytes[i] = size;
     }
-    m.leaf[i] = p, m.row_bytes[i] = leaf.shared ? 0 : leaf.row_bytes;
+    for (size_t i = 0; i < c.params.size(); i++) m.param[i] = c.params[i];
   }
-  for (size_t i = 0; i < c.params.size(); i++) m.param[i] = c.params[i];
+};
+
+static void check_products(const Level& level, const Case& c) {
+  const Made made(c);
+  const Matrix& m = made.m;
+  if (const char* why = wrong_matrix(m, made.bytes)) std::printf("%s: refused (%s)\n", c.name, why), failures++;
   for (int64_t count : {1, 2, 3, 7, 70}) {
     std::vector<float> x(count * c.cols), got(count * kRowsOf), expected(count * kRowsOf);
     for (float& value : x) value = real();
@@ -177,13 +192,94 @@ static void check_gradients(const Level& level, int64_t time, int64_t heads, int
   for (int i = 0; i < 3; i++) compare("gradients of attention", names[i], got[i], expected[i]);
 }
 
+static void expect_refused(const char* name, const char* what, const char* why) {
+  if (!why) std::printf("%s: %s is not refused\n", name, what), failures++;
+}
+
+// Any bytes as weights, scales and x: what comes of them may be anything, but nothing else is read or written.
+static void check_hostile_bytes(const Level& level, const Case& c) {
+  const Made made(c, true);
+  std::vector<float> x(3 * c.cols), y(3 * kRowsOf);
+  for (float& value : x) {
+    const uint32_t bits = draw() << 1 ^ draw();
+    std::memcpy(&value, &bits, 4);
+  }
+  for (bool exact : {false, true}) multiply(level, {{made.m, 0, 3, y.data()}}, x.data(), 3, exact);
+}
+
+// Each number of a matrix, one at a time, is such that it would read beyond its leaves.
+static void check_hostile_sizes(const Case& c) {
+  constexpr int64_t huge[] = {-1, INT64_MIN, INT64_MAX, int64_t{1} << 62, (int64_t{1} << 61) + 1};
+  const auto check = [&](const char* what, auto change) {
+    Made made(c);
+    change(made);
+    expect_refused(c.name, what, wrong_matrix(made.m, made.bytes));
+  };
+  for (int64_t n : huge) {
+    check("a number of rows", [n](Made& made) { made.m.rows = n; });
+    check("a number of columns", [n](Made& made) { made.m.cols = n; });
+    check("a format", [n](Made& made) { made.m.format = Format(n); });
+    for (size_t i = 0; i < c.leaves.size(); i++) {
+      if (c.leaves[i].shared || !c.leaves[i].row_bytes) continue;
+      check("a row's size", [n, i](Made& made) { made.m.row_bytes[i] = n; });
+    }
+  }
+  check("a row more", [](Made& made) { made.m.rows++; });
+  check("256 columns more", [](Made& made) { made.m.cols += 256; });
+  for (size_t i = 0; i < c.leaves.size(); i++) {
+    if (!c.leaves[i].row_bytes) continue;
+    check("a byte less", [i](Made& made) { made.bytes[i]--; });
+    if (c.format != kAffine && c.format != kNVFP4) check("no leaf", [i](Made& made) { made.m.leaf[i] = nullptr; });
+    if (c.leaves[i].kind != 2) continue;
+    for (int32_t index : {-1, INT32_MIN, INT32_MAX, 4}) {
+      check("an index", [i, index](Made& made) { std::memcpy(const_cast<uint8_t*>(made.m.leaf[i]) + 8, &index, 4); });
+    }
+  }
+  if (c.format == kAffine || c.format == kScaled || c.format == kCodebook) {
+    const int group = c.format == kAffine ? 1 : 0;
+    for (int64_t n : {int64_t{0}, int64_t{-1}, INT64_MIN}) {
+      check("a group", [n, group](Made& made) { made.m.param[group] = n; });
+    }
+  }
+}
+
+// Positions of any size, and a cache that is shorter: defined, whatever it means. Rows of no sequence are refused.
+static void check_hostile_attention(const Level& level) {
+  constexpr int32_t numbers[] = {INT32_MIN, INT32_MIN + 1, -1, 0, 5, 29, 30, 1000, INT32_MAX - 1, INT32_MAX};
+  const int64_t length = 30, dim = 24;
+  std::vector<float> q(2 * dim, 0.5f), held(length * dim, 0.25f), y(2 * dim);
+  std::vector<int32_t> at(length), rows{0};
+  for (int64_t k = 0; k < length; k++) at[k] = numbers[k % 10];
+  for (int64_t window : {int64_t{0}, int64_t{3}, INT64_MAX, INT64_MIN}) {
+    for (bool ring : {false, true}) {
+      for (int32_t position : numbers) {
+        const std::vector<int32_t> positions{position, numbers[draw() % 10]};
+        const auto bytes = reinterpret_cast<const uint8_t*>(held.data());
+        Attention a{q.data(), bytes, bytes, nullptr, nullptr, positions.data(), ring ? at.data() : nullptr, nullptr,
+                    rows.data(), 1, 2, 1, 1, length, dim, dim, 1, kF32, window, 0, y.data()};
+        if (window < 0) expect_refused("attention", "a window", wrong_attention(a, 1));
+        else attend(level, a);
+        for (int32_t row : {-1, INT32_MIN, INT32_MAX, 1}) {
+          rows[0] = row;
+          expect_refused("attention", "a row", wrong_attention(a, 1));
+        }
+        rows[0] = 0, a.kv_heads = 0, expect_refused("attention", "no key head", wrong_attention(a, 1));
+      }
+    }
+  }
+}
+
 int main(int argc, char** argv) {
-  std::vector<int8_t> grid(8 * 2048);
-  for (int8_t& value : grid) value = int8_t(1 + draw() % 60);
-  grids = {grid.data(), grid.data(), grid.data(), grid.data(), grid.data(), grid.data()};
+  std::vector<std::vector<int8_t>> tables;
+  for (int size : {8 * 2048, 8 * 256, 8 * 512, 8 * 1024, 4 * 256, 4 * 512}) {
+    tables.emplace_back(size);
+    for (int8_t& value : tables.back()) value = int8_t(1 + draw() % 60);
+  }
+  grids = {tables[0].data(), tables[1].data(), tables[2].data(), tables[3].data(), tables[4].data(), tables[5].data()};
   use_threads(argc > 1 ? std::atoi(argv[1]) : 3);
   for (const Level* level : {&portable, LEVELS}) {
-    for (const Case& c : cases()) check_products(*level, c);
+    for (const Case& c : cases()) check_products(*level, c), check_hostile_bytes(*level, c), check_hostile_sizes(c);
+    check_hostile_attention(*level);
     for (int64_t type : {kF32, kF16, kBF16, kS8, kE4M3}) {
       check_attention(*level, 1, 9, 3, 64, 64, 700, type, 0, false);
       check_attention(*level, 70, 6, 2, 20, 24, 130, type, 16, true);

@@ -41,8 +41,8 @@ std::vector<Tile> tiles_of(const Attention& a) {
         if (!a.key_positions) {
           const int32_t* at = a.positions + batch * a.time + time;
           const auto [low, high] = std::minmax_element(at, at + tile.times);
-          tile.end = std::min<int64_t>(a.length, *high + 1);
-          if (a.window) tile.begin = std::max<int64_t>(0, *low + 1 - a.window);
+          tile.end = std::min<int64_t>(a.length, int64_t{*high} + 1);
+          if (a.window) tile.begin = std::max<int64_t>(0, *low - std::min<int64_t>(a.window - 1, INT32_MAX));
         }
         tiles.push_back(tile);
       }

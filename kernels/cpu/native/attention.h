@@ -119,9 +119,9 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
           memcpy(&given, key_positions + first + i, 4 * least(8, end - first - i));
           at = given, visible &= at >= 0;
         }
-        const s32x8 back = positions[t] - at;
-        visible &= back >= 0;
-        if (a.window > 0) visible &= back < int32_t(a.window);
+        const s32x8 back = (s32x8)(u32x8(s32x8{} + positions[t]) - (u32x8)at);
+        visible &= at <= positions[t];
+        if (a.window > 0) visible &= back < int32_t(least(a.window, INT32_MAX));
         s = visible ? s : broadcast(-__builtin_inff());
         store(scores[t] + i, s);
         most = s > most ? s : most;
