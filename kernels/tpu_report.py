@@ -101,13 +101,14 @@ def attention_report(name: str, time: int, chips: str, **options: Any) -> dict:
     seconds, text = perf_counter() - start, compiled.as_text() or ""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None and cost is not None  # TPU compilers have both
-    size, held = flash.sizes(given), re.escape(",".join(map(str, given.keys.shape[1:3])))
+    size, (heads, length) = flash.sizes(given), given.keys.shape[1:3]
+    held = rf"\w+\[\d+,{heads},(?:{length},(?!1\])\d+|(?!1,)\d+,{length})\]"  # but not of scales
     return {
         "tile": size.tile,
         "block": size.block,
         "vmem_bytes": size.vmem_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "copies": re.findall(rf"= (\w+\[\d+,{held},(?!1\])\d+\]\S* (?:copy|transpose|fusion))\(", text),
+        "copies": re.findall(rf"= ({held}\S* (?:copy|transpose|fusion))\(", text),
         "kernels": sorted(set(re.findall(r"%(\w+)\S* = .*tpu_custom_call", text))),
         "seconds": seconds,
         "optimal_seconds": cost.get("optimal_seconds"),

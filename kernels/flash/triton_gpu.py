@@ -35,8 +35,8 @@ def refuses(op: str, given: Cached, weight: Any) -> str | None:
         return problem
     if problem := cache_refused(given):
         return problem
-    if given.keys.shape[3] > LARGEST:
-        return f"heads of {given.keys.shape[3]} numbers: the GPU kernels take up to {LARGEST}"
+    if (largest := max(given.keys.shape[3], given.weighted.shape[3])) > LARGEST:
+        return f"heads of {largest} numbers: the GPU kernels take up to {LARGEST}"
     return None
 
 
