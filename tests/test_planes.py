@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from native_cases import COLS, ROWS, WEIGHTS, affine, floats
+from native_cases import COLS, ROWS, WEIGHTS, affine, floats, ggml
 
 from jaxllm.formats.base import Weight
-from jaxllm.formats.planes import chunk, pack, unpack, widths
+from jaxllm.formats.planes import FEW, chunk, pack, unpack, widths
 from jaxllm.formats.planes_of import PARTS, planes_of, refuses
 from jaxllm.formats.scaled import Scaled
 from jaxllm.parallel import make_mesh
@@ -65,6 +65,18 @@ def test_the_same_numbers(name):
         np.testing.assert_array_equal(np.asarray(jax.jit(lambda w: w.dequantize())(made)), expected)
         ids = jnp.asarray([[3, 0, 36]])
         np.testing.assert_array_equal(np.asarray(made.take(ids).dequantize()), expected[np.asarray(ids)])
+
+
+@pytest.mark.parametrize("rows", [3, 37, 300])
+@pytest.mark.parametrize("count", [2, FEW + 1])
+def test_rows_that_lie_along_lanes(rows, count):
+    """One by one, of the lanes around each, or all at once."""
+    weight = ggml("Q4_K", rows, 256)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, rows, count))
+    ids = ids.at[0].set(rows - 1)
+    taken = jax.jit(lambda w, ids: w.take(ids))(planes_of(weight, True), ids)
+    assert not taken.transposed
+    np.testing.assert_array_equal(np.asarray(taken.dequantize()), np.asarray(weight.dequantize())[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"])
