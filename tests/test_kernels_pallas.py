@@ -113,6 +113,18 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
         seen = rounded(x, 128)
         self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight)
 
+    @pytest.mark.parametrize("block", [(1, None), (None, None), (64, None)])
+    def test_one_scale_for_rows(self, block):
+        """Results are scaled, so that only x is rounded."""
+        values = jnp.asarray(numbers(3, 136, 160, seed=1)).astype(jnp.float8_e4m3fn)
+        counts = -(-136 // (block[0] or 136)), 1
+        stack = Scaled(values, jnp.exp(jnp.asarray(numbers(3, *counts, seed=2))).astype(jnp.bfloat16), block)
+        x = numbers(4, 160).astype(BF16)
+        weight = jax.tree.map(lambda leaf: leaf[1], stack)
+        assert block_fp8.refuses("matmul", x, weight) is None
+        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+        self.check_grouped(2, [2, 0], stack, x)
+
     def test_small_blocks(self):
         weight, x = block_fp8_weight(72, 160, block=(8, 16)), numbers(4, 160).astype(BF16)
         self.check_matmul(x, weight)
@@ -236,6 +248,7 @@ def fp8(*shape, block=(128, 128), group=None):
         (fp8(256, 256, block=(16, 32), group=128), None),
         (fp8(256, 256, block=(256, 256)), None),
         (fp8(256, 256, block=(4, 128)), "blocks of 4 rows"),
+        (fp8(256, 256, block=(None, 128)), "one scale for a whole row or column"),
         (fp8(256, 256, block=(96, 128)), "blocks of 96 rows"),
         (fp8(256, 256, block=(640, 128)), "blocks of 640 rows"),
         (fp8(256, 256, block=(128, 48)), "blocks of 48 columns"),

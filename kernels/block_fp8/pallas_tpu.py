@@ -7,6 +7,7 @@ multiplies e4m3 directly.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxllm.formats.scaled import E4M3_MAX, Scaled, quotient, scale_for
 from jaxllm.kernels import tpu
-from jaxllm.kernels.activations import Quantized, group_of, rounds_to_powers
+from jaxllm.kernels.activations import Quantized, each_row, group_of, rounds_to_powers
 
 GROUP = 32  # rows that are dequantized together: as many as a register of bytes holds
 QUANTIZED = 1 << 21  # values of x that are rounded in one step
@@ -25,10 +26,25 @@ LARGEST_UNIT = 512  # rows of the weight that a step must hold together, at most
 
 
 def blocks(weight: Scaled) -> tuple[int, int]:
-    """Rows and columns of a block; matrices with one scale per row or per matrix are refused."""
+    """Rows and columns of a block, for a weight that has blocks."""
     rows, columns = weight.block
     assert rows is not None and columns is not None
     return rows, columns
+
+
+def apart(weight: Scaled) -> tuple[Scaled, jax.Array | None]:
+    """A matrix with one scale for each row, or one in all, as blocks of scale 1, and what results are multiplied by,
+    float32 `[*batch, out]`; None for a matrix that has blocks.
+
+    Nothing but x is rounded then, where `dequantize` rounds the products of codes and scales.
+    """
+    rows, columns = weight.block
+    if columns is not None:
+        return weight, None
+    *batch, n, k = weight.shape
+    scales = jnp.repeat(weight.scales[..., 0].astype(jnp.float32), rows or n, axis=-1)[..., :n]
+    ones = jnp.ones((*batch, -(-n // tpu.LANES), -(-k // tpu.LANES)), jnp.float32)
+    return replace(weight, scales=ones, block=(tpu.LANES, tpu.LANES)), scales
 
 
 def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
@@ -37,8 +53,9 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
         return None
     if weight.values.dtype != jnp.float8_e4m3fn or weight.factor != 1:
         return f"codes of {weight.values.dtype.name}, the kernel takes float8_e4m3fn"
-    if None in weight.block:
+    if None in weight.block and (weight.block[1] is not None or op == "weight_dequant"):
         return "one scale for a whole row or column, the kernel takes blocks"
+    weight = jax.eval_shape(apart, weight)[0]
     rows, columns = blocks(weight)
     if not isinstance(x, Quantized) and x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"activations of {x.dtype.name}, the kernel takes float32 and bfloat16"
@@ -59,21 +76,25 @@ def refuses(op: str, x: jax.Array, weight: Scaled) -> str | None:
 
 def matmul(x: jax.Array | Quantized, weight: Scaled, *, interpret: tpu.Interpret = False) -> jax.Array:
     """`x[..., in] @ weight[out, in].T` -> float32 `[..., out]`."""
+    weight, scales = apart(weight)
     rows = math.prod(x.shape[:-1])
     tile = tpu.fitting(tile_sizes(rows, weight, x.dtype)).tile
     tiles = jax.tree.map(lambda leaf: tpu.tiles_of(leaf.reshape(-1, leaf.shape[-1]), tile), x)
     stack = jax.tree.map(lambda leaf: leaf[None], weight)
     y = _multiply(tiles, stack, jnp.zeros(tiles.shape[0], jnp.int32), "block_fp8_matmul", interpret)
-    return y.reshape(-1, y.shape[-1])[:rows].reshape(*x.shape[:-1], y.shape[-1])
+    y = y.reshape(-1, y.shape[-1])[:rows].reshape(*x.shape[:-1], y.shape[-1])
+    return y if scales is None else y * scales
 
 
 def grouped_matmul(
     x: jax.Array | Quantized, stack: Scaled, expert: jax.Array, *, interpret: tpu.Interpret = False
 ) -> jax.Array:
     """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`."""
+    stack, scales = apart(stack)
     tiles = jax.tree.map(lambda leaf: leaf.reshape(len(expert), -1, leaf.shape[-1]), x)
     y = _multiply(tiles, stack, expert, "block_fp8_grouped_matmul", interpret)
-    return y.reshape(-1, y.shape[-1])
+    y = y.reshape(-1, y.shape[-1])
+    return y if scales is None else y * each_row(scales, expert, len(y))
 
 
 def tile_sizes(m: int, weight: Scaled, dtype: jax.typing.DTypeLike) -> tpu.Sizes | None:

@@ -79,6 +79,16 @@ def compiled_for(topology, f, *arguments):
     return jax.jit(local).lower(*arguments).compile().as_text()
 
 
+@pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
+def test_fp8_with_a_scale_for_each_row(topology):
+    struct = jax.ShapeDtypeStruct
+    weight = Scaled(struct((3584, 8192), jnp.float8_e4m3fn), struct((3584, 1), jnp.float32), (1, None))
+    text = compiled_for(topology, block_fp8.matmul, struct((1, 8192), jnp.bfloat16), weight)
+    assert "block_fp8_matmul" in text
+    assert "f32[3584,8192]" not in text
+    assert "bf16[3584,8192]" not in text
+
+
 @pytest.mark.parametrize("block", [(64, 128), (128, 64), (16, 32), (8, 16), (256, 256)])
 @pytest.mark.parametrize("group", [None, 128])
 @pytest.mark.parametrize("topology", [V6E, V5E, TPU7X])
