@@ -32,11 +32,13 @@ from jaxllm.kernels.planes import triton_gpu as planes  # noqa: E402
 SHARED = 227 * 1024  # bytes that a program can have on both architectures
 INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 NAMED = {f"{op} {name}": (op, shape) for op, table in shapes.named().items() for name, shape in table.items()}
-# Of planes a matrix in every kind, few rows and many. (Others make the same kernel, and compiling takes seconds.)
+# Of planes a matrix in every kind, and many rows in one. (Others make the same kernel, and compiling takes seconds.)
 SHAPES = {
     name: call
     for name, call in NAMED.items()
-    if not name.startswith("planes") or ("gate_proj" in name and not name.endswith("x 16"))
+    if not name.startswith("planes")
+    or "gate_proj Q4_K x 4096" in name
+    or ("gate_proj" in name and name.endswith("x 1"))
 }
 # Rows for each entry of a table; the last k is no multiple of its tiles' k.
 ROWS, MATRICES = (1, 32, 64, 200), ((1536, 7168), (2880, 2880))
