@@ -182,7 +182,7 @@ def test_a_step_on_eight_gpus(name, mesh):
 def test_scores_are_seen_where_there_are_some():
     """The definition of attention makes them, so the tests above would notice."""
     with dispatch.using("reference"):
-        text = compiled("Llama-70B", "tp=8", topology("v5e:2x4").devices).as_text()
+        text = compiled("Llama-70B Q4_K", "tp=8", topology("v5e:2x4").devices).as_text()
     assert (BATCH, FEWEST_HEADS, CAPACITY) in {tuple(n for n in dims if n > 1) for dims in scores(text)}
 
 
