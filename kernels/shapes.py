@@ -168,8 +168,9 @@ def quantized(kind: str, n: int, k: int, batch: tuple[int, ...] = ()) -> Weight:
         size, nbytes = BLOCK_TYPES[kind][:2]
         return GGML(leaf(n, k // size, nbytes), kind)
     words = leaf(n, k // 8, 1, dtype=jnp.uint32)
-    if kind == "GPTQ 4-bit":
-        return Affine(words, leaf(n, k // 128, dtype=jnp.float16), 4, 128, "GPTQ", zeros=leaf(n, k // 128))
+    if kind in ("GPTQ 4-bit", "AWQ 4-bit"):
+        scales = leaf(n, k // 128, dtype=jnp.float16)
+        return Affine(words, scales, 4, 128, kind.split()[0], zeros=leaf(n, k // 128))
     if kind == "MLX 4-bit":
         scales = leaf(n, k // 64, dtype=jnp.bfloat16)
         return Affine(words, scales, 4, 64, "MLX", biases=scales)

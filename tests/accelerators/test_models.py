@@ -104,7 +104,7 @@ CASES = {
     ("DeepSeek-V3 W8A8", "tp=2,ep=4"): ({"block_fp8_grouped_matmul": 3}, {(9216, 7168), (7168, 9216), (1024, 7168)}),
     **{
         (f"Llama-70B {kind}", "tp=8"): ({"planes_matmul": 2 * 7 + 1}, {(1024, 8192), (3584, 8192), (16032, 8192)})
-        for kind in ("Q4_K", "GPTQ 4-bit")
+        for kind in ("Q4_K", "GPTQ 4-bit", "AWQ 4-bit")
     },
     ("Qwen3-235B MLX 4-bit", "tp=1,ep=8"): ({"planes_grouped_matmul": 6, "planes_matmul": 2 * 4 + 1}, {(1536, 4096)}),
     ("Qwen3-235B MLX 4-bit", "tp=8"): ({"planes_grouped_matmul": 6, "planes_matmul": 2 * 4 + 1}, {(192, 4096)}),
