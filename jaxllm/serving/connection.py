@@ -6,9 +6,11 @@ that does not take what it was sent; and where connections are many it refuses w
 
 import asyncio
 import time
+from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 PATIENCE = 30.0  # seconds that a client may take to send a body, or to take some of what it is sent
@@ -72,9 +74,15 @@ class Connection(H11Protocol):
 
 def server(app: Starlette, grace: int) -> uvicorn.Server:
     """What serves an application. `grace`: seconds for what runs, after a signal."""
+
+    async def ended(scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, whose answers that are cut off after that time are no errors with a traceback."""
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
     return uvicorn.Server(
         uvicorn.Config(
-            app,
+            ended,
             http=Connection,
             log_level="error",
             access_log=False,
