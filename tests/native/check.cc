@@ -37,9 +37,9 @@ struct Case {
 
 constexpr int64_t kRowsOf = 37;
 
-static Case block(const char* name, Format format) {
+static Case block(const char* name, Format format, int64_t cols = 512) {
   const BlockSize block = kBlocks[format - kQ1_0];
-  return {name, format, 512, {{512 / block.cols * block.bytes, kRowsOf, false, 0}}, {}};
+  return {name, format, cols, {{cols / block.cols * block.bytes, kRowsOf, false, 0}}, {}};
 }
 
 static std::vector<Case> cases() {
@@ -53,6 +53,7 @@ static std::vector<Case> cases() {
       block("IQ1_M", kIQ1_M), block("IQ2_XXS", kIQ2_XXS), block("IQ2_XS", kIQ2_XS),
       block("IQ2_S", kIQ2_S), block("IQ3_XXS", kIQ3_XXS), block("IQ3_S", kIQ3_S),
       block("IQ4_NL", kIQ4_NL), block("IQ4_XS", kIQ4_XS),
+      block("Q4_1, wide", kQ4_1, 4096 + 96), block("Q2_K, wide", kQ2_K, 8192 + 256),
       {"MXFP4 in order", kMXFP4, 96, {{48, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
       {"NVFP4 in order", kNVFP4, 48, {{24, kRowsOf, false, 0}, {3, kRowsOf, false, 0}}, {}},
       {"codebook", kCodebook, 62, {{31, kRowsOf, false, 0}, {124, kRowsOf, false, 1}, {64, 1, true, 1}}, {2}},
@@ -133,6 +134,14 @@ static void check_products(const Level& level, const Case& c) {
     level.multiply(ours, x.data(), &rounded, 0, kRowsOf);
     portable.multiply(theirs, x.data(), &rounded, 0, kRowsOf);
     compare(c.name, "rounded", got, expected);
+    if (!level.rounds(m)) continue;
+    for (int64_t row = 0; row < count; row++) {  // to the bit what it is among others
+      std::vector<float> alone(kRowsOf);
+      level.multiply({m, row, 1, alone.data()}, x.data(), &rounded, 0, kRowsOf);
+      if (std::memcmp(alone.data(), got.data() + row * kRowsOf, 4 * kRowsOf)) {
+        std::printf("%s: row %d of %d is another one alone\n", c.name, int(row), int(count)), failures++;
+      }
+    }
   }
 }
 
