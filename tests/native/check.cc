@@ -291,6 +291,9 @@ int main(int argc, char** argv) {
     check_hostile_attention(*level);
     for (int64_t type : {kF32, kF16, kBF16, kS8, kE4M3}) {
       check_attention(*level, 1, 9, 3, 64, 64, 700, type, 0, false);
+      check_attention(*level, 3, 16, 2, 24, 40, 130, type, 16, true);
+      check_attention(*level, 2, 6, 1, 72, 8, 90, type, 0, false);
+      check_attention(*level, 1, 5, 5, 16, 80, 33, type, 0, false);
       check_attention(*level, 70, 6, 2, 20, 24, 130, type, 16, true);
       check_attention(*level, 5, 100, 1, 40, 8, 30, type, 4, false);
     }

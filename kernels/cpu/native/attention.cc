@@ -25,12 +25,10 @@ struct Part {
   int64_t begin, end;  // keys
 };
 
-// A token of a decode step gets the same numbers whatever is computed beside it: so it has tiles of its own, divided as
-// its own position says.
-constexpr int64_t kFew = 16;  // tokens of a sequence
-
 std::vector<Tile> tiles_of(const Attention& a) {
   const int64_t group = a.heads / a.kv_heads, heads = std::min<int64_t>(group, kTokens);
+  // A token of a decode step gets the same numbers whatever is computed beside it: so it has tiles of its own, divided as
+  // its own position says.
   const int64_t times = a.time < kFew ? 1 : kTokens / heads;
   std::vector<Tile> tiles;
   for (int64_t batch = 0; batch < a.batch; batch++) {

@@ -4,6 +4,7 @@
 // Keys and values are multiplied as matrices are in products.h: keys are rows of a matrix, eight side by side; values
 // are already side by side. The scale of a key of 8 bits multiplies its scores; that of a value, its weights.
 #pragma once
+#include "few_queries.h"
 #include "products.h"
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
@@ -96,17 +97,24 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
   alignas(32) float scores[kTokens][kKeys];
   f32x8 key_scales[kKeys / 8], value_scales[kKeys / 8];
   const s32x8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const bool few = a.time < kFew && rows <= kFewQueries && a.dim % 8 == 0;  // of all tokens of a step, or of none
   for (int64_t first = begin; first < end; first += kKeys) {
     const int64_t count = least(kKeys, end - first);
     if (key_positions && unseen(positions, rows, key_positions + first, count, a.window)) continue;
-    score<kType>(a, keys, q, rows, first, end, scores);
+    if (few) {
+      in_fours(rows, [&](int64_t t, auto some) {
+        score_few<kType, some()>(keys, a.dim, q + t * a.dim, first, first + count, scores + t);
+      });
+    } else {
+      score<kType>(a, keys, q, rows, first, end, scores);
+    }
     if (coded) {
       scales_of(a.key_scales + 2 * slot, first, end, key_scales);
       scales_of(a.value_scales + 2 * slot, first, end, value_scales);
     }
     for (int64_t t = 0; t < rows; t++) {
       f32x8 most = broadcast(state.most[t]);
-      for (int i = 0; i < kKeys; i += 8) {
+      for (int i = 0; i < count; i += 8) {
         f32x8 s = load<f32x8>(scores[t] + i);
         if (coded) s *= key_scales[i / 8];
         if (a.score_cap > 0) {
@@ -114,7 +122,7 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
         }
         s32x8 at = lanes + int32_t(first + i);
         s32x8 visible = at < int32_t(end);
-        if (key_positions && first + i < end) {
+        if (key_positions) {
           s32x8 given = {};
           memcpy(&given, key_positions + first + i, 4 * least(8, end - first - i));
           at = given, visible &= at >= 0;
@@ -129,7 +137,7 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
       const float largest = largest_of(most);
       const float safe = largest == -__builtin_inff() ? 0 : largest;  // nothing is visible yet
       f32x8 total = {};
-      for (int i = 0; i < kKeys; i += 8) {
+      for (int i = 0; i < count; i += 8) {
         const f32x8 s = load<f32x8>(scores[t] + i);
         f32x8 weight = exponential(s - safe);
         weight = s == -__builtin_inff() ? f32x8{} : s == s ? weight : s;  // NaN stays
@@ -140,6 +148,12 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
       state.most[t] = largest;
       state.weight[t] = state.weight[t] * shrunk + sum_of(total);
       for (int64_t j = 0; j < a.value_dim / 8; j++) state.sums[j * kTokens + t] *= shrunk;
+    }
+    if (few) {
+      in_fours(rows, [&](int64_t t, auto some) {
+        weigh_few<kType, some()>(values + first * a.value_dim * size, a.value_dim, scores + t, count, state.sums + t);
+      });
+      continue;
     }
     Floats panels[2];
     for (int64_t j = 0; j < a.value_dim / 8; j += 2) {
@@ -162,8 +176,10 @@ static void attend(const Attention& a, int64_t batch, int64_t head, const float*
   f32x8* sums = (f32x8*)found;
   float* most = (float*)(sums + a.value_dim / 8 * kTokens);
   State state{sums, most, most + kTokens};
-  for (int64_t i = 0; i < a.value_dim / 8 * kTokens; i++) sums[i] = f32x8{};
-  for (int t = 0; t < kTokens; t++) state.most[t] = -__builtin_inff(), state.weight[t] = 0;
+  for (int64_t t = 0; t < rows; t++) {
+    state.most[t] = -__builtin_inff(), state.weight[t] = 0;
+    for (int64_t j = 0; j < a.value_dim / 8; j++) sums[j * kTokens + t] = f32x8{};
+  }
   switch (a.type) {
     case kF32: return attend<kF32>(a, batch, head, q, positions, rows, begin, end, state);
     case kF16: return attend<kF16>(a, batch, head, q, positions, rows, begin, end, state);

@@ -13,6 +13,7 @@ struct Product {
 
 constexpr int kSlice = 256;  // columns that are worked on at once: a multiple of every format's blocks
 constexpr int kKeys = 64;    // keys that are attended to at once
+constexpr int kFew = 16;     // tokens of a sequence from which on a call is a prompt's, not a decode step's
 constexpr int kTokens = 64;  // rows of x that are worked on at once; as integers they stay in the first cache
 
 // kSlice columns of a row of x as integers, with a scale for every 32, and the scale times the sum over 16 and over 32.

@@ -4,6 +4,8 @@
 // half as much), and codes are multiplied where they stand. Only sums of groups are put side by side, as in a panel.
 // Then they are scaled and added in the same order as there, because a row's sums must not depend on its neighbours.
 #pragma once
+#include <algorithm>
+
 #include "panels.h"
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
@@ -26,13 +28,14 @@ INLINE s32x8 sums_of_fours(const s32x8* v) {
   return (words[0] + words[1]) + (words[2] + words[3]);
 }
 
-// Asks memory for as much of a matrix as is read meanwhile, from some way ahead on, for the second cache: processors look
-// ahead by themselves along one line of addresses, but not along two rows.
+// Asks memory for what is read next, for the second cache: processors look ahead by themselves along one line of
+// addresses, but not along two rows. It begins with what is read at once, and gains on it.
 struct Ahead {
-  const uint8_t *at, *to, *end;
+  const uint8_t *asked, *read, *end;
   inline void step(int64_t bytes) {
-    to += bytes;
-    for (; at < to && at < end; at += 64) __builtin_prefetch(at, 0, 2);
+    read += bytes;
+    const uint8_t* to = std::min({asked + 2 * bytes, read + kAhead, end});
+    for (; asked < to; asked += 64) __builtin_prefetch(asked, 0, 2);
   }
 };
 
@@ -90,8 +93,7 @@ static void rounded_row(const Product& p, const RoundedX& x, int64_t begin, int6
   const Matrix& m = p.matrix;
   const int64_t chunks = (m.cols + F::kChunk - 1) / F::kChunk;
   const int64_t bytes = 2 * some * m.row_bytes[0] / chunks;
-  const uint8_t* start = row_of(m, 0, begin) + kAhead;
-  Ahead ahead{start, start, row_of(m, 0, least(end, m.rows))};
+  Ahead ahead{row_of(m, 0, begin), row_of(m, 0, begin), row_of(m, 0, least(end, m.rows))};
   Stretch<F> stretch;
   for (int64_t row = begin; row < end; row += kRows) {
     f32x8 sums = {};
