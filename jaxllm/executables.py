@@ -1,0 +1,133 @@
+"""Compiled programs that are found on disk without being traced.
+
+JAX's own cache (`compilation_cache.py`) is asked with the text of a program, and to trace and lower one takes longer
+than to read what was compiled. Here the key is all that the text would be made of: the files of this package
+(`sources.py`), the versions of the libraries, options, the model's graph, and the arguments' shapes and shardings.
+What cannot be pickled, such as a function without a name, says nothing that outlives the process: programs with that
+are always traced. So are those of processes that run more than this package, and those of several processes.
+
+Entries are pickles, and the machine code in them is run: like JAX's entries, they are as trusted as the user's folder.
+"""
+
+import copyreg
+import hashlib
+import io
+import os
+import pickle
+import platform
+import tempfile
+import warnings
+import zlib
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import Mesh
+
+from jaxllm import sources
+from jaxllm.compilation_cache import cache_folder
+
+MOST = 1000  # entries, of about 50 KB each; the least recently used ones make room
+VERSIONS = (platform.python_version(), jax.__version__, jaxlib.__version__, flax.__version__, np.__version__)
+VARIABLES = ("JAX", "XLA", "LIBTPU", "TPU", "CUDA")  # what such variables of the environment begin with
+
+
+class Executables:
+    """The compiled programs of one model on one mesh.
+
+    Args:
+        made_of: what all of them are made of, besides sources and settings of the process.
+    """
+
+    def __init__(self, mesh: Mesh, made_of: object) -> None:
+        self._devices = list(mesh.devices.flat)
+        here = sources.remembered()
+        keeps = here is not None and jax.config.jax_enable_compilation_cache and not mesh.is_multi_process
+        self._common = _key(here, self._devices, made_of) if keeps else None
+
+    def get(self, what: object, args: object, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+        """The program `what` for arguments like `args`: read, or else compiled and written."""
+        key = self._common and _key(self._common, what, described(args))
+        if key is None:
+            return compile()
+        file = cache_folder("executables") / key
+        if (program := self._read(file)) is None:
+            with _jax_cache_off():
+                program = compile()
+            if sources.unchanged():
+                _write(file, program)
+        return program
+
+    def _read(self, file: Path) -> jax.stages.Compiled | None:
+        """The entry, if there is one. Damaged entries are removed, with a warning."""
+        try:
+            content = file.read_bytes()
+            os.utime(file)
+        except OSError:
+            return None
+        try:
+            program = pickle.loads(zlib.decompress(content))
+            return deserialize_and_load(*program, self._devices[0].client, self._devices)
+        except Exception as error:  # whatever the contents make these libraries raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warnings.warn(f"{file}: a damaged program was removed and compiled again: {reason}", stacklevel=2)
+            file.unlink(missing_ok=True)
+            return None
+
+
+def described(tree: object) -> tuple[jax.tree_util.PyTreeDef, list[str]]:
+    """What programs are compiled for: all of a tree of arrays but their values."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.format}" for leaf in leaves]
+
+
+@contextmanager
+def _jax_cache_off() -> Iterator[None]:
+    """Programs that JAX's cache has read lack functions when they are serialized once more (jaxlib 0.11 on CPUs)."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # which otherwise asks only once whether it is to be used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        reset_cache()
+
+
+def _write(file: Path, program: jax.stages.Compiled) -> None:
+    """Where that is not possible, the program will be traced the next time too; JAX's cache has said why."""
+    try:
+        content = zlib.compress(pickle.dumps(serialize(program)), level=1)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # not every platform's can be
+        return
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
+            unfinished.write(content)
+        Path(unfinished.name).replace(file)
+        entries = sorted(file.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
+        for entry in entries[:-MOST]:
+            entry.unlink(missing_ok=True)
+
+
+def _key(*parts: object) -> str | None:
+    """A name for what programs are made of, the same in every process; None if there is none."""
+    named = io.BytesIO()
+    pickler = pickle.Pickler(named)
+    pickler.dispatch_table = ChainMap({type(jax.devices()[0]): _device}, copyreg.dispatch_table)
+    variables = sorted(pair for pair in os.environ.items() if pair[0].startswith(VARIABLES))
+    try:
+        pickler.dump((VERSIONS, variables, jax.config.values, *parts))
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
+        return None
+    return hashlib.sha256(named.getbuffer()).hexdigest()
+
+
+def _device(device: jax.Device) -> tuple[Callable, tuple]:
+    return tuple, ((device.id, device.platform, device.device_kind, device.client.platform_version),)
