@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from jaxllm import sources
 from jaxllm.compilation_cache import cache_folder
 
 MOST = 1000  # entries, of about 50 KB each; the least recently used ones make room
+AHEAD = 5  # of a model's, which a thread begins to read at once: those that a first answer needs
 VERSIONS = (platform.python_version(), jax.__version__, jaxlib.__version__, flax.__version__, np.__version__)
 VARIABLES = ("JAX", "XLA", "LIBTPU", "TPU", "CUDA")  # what such variables of the environment begin with
 
@@ -51,25 +53,34 @@ class Executables:
         here = sources.remembered()
         keeps = here is not None and jax.config.jax_enable_compilation_cache and not mesh.is_multi_process
         self._common = _key(here, self._devices, made_of) if keeps else None
+        self._ahead: dict[Path, Future] = {}
+        if self._common is not None:
+            reader = ThreadPoolExecutor(1, "executables")
+            self._ahead = {file: reader.submit(self._read, file) for file in _newest(f"{self._common}-*", AHEAD)}
+            reader.shutdown(wait=False)
 
     def get(self, what: object, args: object, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
         """The program `what` for arguments like `args`: read, or else compiled and written."""
         key = self._common and _key(self._common, what, described(args))
         if key is None:
             return compile()
-        file = cache_folder("executables") / key
-        if (program := self._read(file)) is None:
-            with _jax_cache_off():
-                program = compile()
-            if sources.unchanged():
-                _write(file, program)
+        file = _folder() / f"{self._common}-{key}"
+        ahead = self._ahead.pop(file, None)
+        program = ahead.result() if ahead else self._read(file)
+        if program is not None:
+            with suppress(OSError):
+                os.utime(file)
+            return program
+        with _jax_cache_off():
+            program = compile()
+        if sources.unchanged():
+            _write(file, program)
         return program
 
     def _read(self, file: Path) -> jax.stages.Compiled | None:
         """The entry, if there is one. Damaged entries are removed, with a warning."""
         try:
             content = file.read_bytes()
-            os.utime(file)
         except OSError:
             return None
         try:
@@ -111,9 +122,18 @@ def _write(file: Path, program: jax.stages.Compiled) -> None:
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
             unfinished.write(content)
         Path(unfinished.name).replace(file)
-        entries = sorted(file.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
-        for entry in entries[:-MOST]:
-            entry.unlink(missing_ok=True)
+        for kept in set(file.parent.iterdir()).difference(_newest("*", MOST)):
+            kept.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    return cache_folder("executables")
+
+
+def _newest(pattern: str, count: int) -> list[Path]:
+    """The entries that were used last, in the order of that."""
+    times = [(entry.stat().st_mtime_ns, entry) for entry in _folder().glob(pattern)]
+    return [entry for _, entry in sorted(times)[-count:]]
 
 
 def _key(*parts: object) -> str | None:
@@ -126,7 +146,7 @@ def _key(*parts: object) -> str | None:
         pickler.dump((VERSIONS, variables, jax.config.values, *parts))
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
         return None
-    return hashlib.sha256(named.getbuffer()).hexdigest()
+    return hashlib.sha256(named.getbuffer()).hexdigest()[:40]
 
 
 def _device(device: jax.Device) -> tuple[Callable, tuple]:

@@ -20,7 +20,7 @@ from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.device_memory import device_bytes, room_for
 from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
-from jaxllm.executables import Executables
+from jaxllm.executables import Executables, described
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
@@ -145,7 +145,7 @@ class Programs:
         before, (self.leaves, self._tree) = _kinds(self.leaves), jax.tree.flatten(state)
         if _kinds(self.leaves) != before:
             self.compiled.clear()
-        made_of = self._graph, self._tree, _kinds(self.leaves), self.mesh, self.dtype, self.int8_blocks
+        made_of = self._graph, self.mesh, described(state), self.dtype, self.cache_dtype, self.int8_blocks
         self._executables = Executables(self.mesh, made_of)
         self.version = object()
 
@@ -175,8 +175,9 @@ class Programs:
             return f"use fewer sequences or positions ({most:,} of these would fit), more devices (tp){narrow}"
 
         what = f"a cache of {batch} x {capacity:,} positions"
-        with damaged_entries_removed(), room_for(what, self.mesh, lambda: device_bytes(cache), advise):
-            return cache.zeros()
+        with room_for(what, self.mesh, lambda: device_bytes(cache), advise):
+            key = "zeros", batch, capacity
+            return self._compiled(key, cache.zeros, outputs=lambda: cache.shardings, donated=None)
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
