@@ -88,6 +88,20 @@ def test_processes_that_run_more_than_this_package_keep_nothing(model, kept, mon
     assert kept() == []
 
 
+def test_programs_of_jax_s_cache_are_compiled_again(model, kept, monkeypatch):
+    """What XLA writes of a program that was read lacks some of its functions."""
+    worth = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "_begun", None)
+            answer(model)
+        first, again = answer(model), answer(model)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", worth)
+    assert [a.tokens for a in again] == [a.tokens for a in first]
+
+
 def test_damaged_entries_are_mended(model, kept, traced):
     first = answer(model)
     traced()
