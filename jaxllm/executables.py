@@ -4,7 +4,8 @@ JAX's own cache (`compilation_cache.py`) is asked with the text of a program, an
 than to read what was compiled. Here the key is all that the text would be made of: the files of this package
 (`sources.py`), the versions of the libraries, options, the model's graph, and the arguments' shapes and shardings.
 What cannot be pickled, such as a function without a name, says nothing that outlives the process: programs with that
-are always traced. So are those of processes that run more than this package, and those of several processes.
+are always traced. So are those of processes that run more than this package, those of several processes together, and
+those for accelerators, whose compilers and drivers are more than these versions say.
 
 Entries are pickles, and the machine code in them is run: like JAX's entries, they are as trusted as the user's folder.
 """
@@ -27,6 +28,7 @@ from pathlib import Path
 import flax
 import jax
 import jaxlib
+import ml_dtypes
 import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
@@ -35,10 +37,10 @@ from jax.sharding import Mesh
 from jaxllm import sources
 from jaxllm.compilation_cache import cache_folder
 
-MOST = 1000  # entries, of about 50 KB each; the least recently used ones make room
+MOST = 1000  # entries, of 6 to 160 KB for the demo; the least recently used ones make room
 AHEAD = 5  # of a model's, which a thread begins to read at once: those that a first answer needs
-VERSIONS = (platform.python_version(), jax.__version__, jaxlib.__version__, flax.__version__, np.__version__)
-VARIABLES = ("JAX", "XLA", "LIBTPU", "TPU", "CUDA")  # what such variables of the environment begin with
+VERSIONS = (platform.python_version(), *(m.__version__ for m in (jax, jaxlib, flax, np, ml_dtypes)))
+VARIABLES = ("JAX", "XLA")  # what such variables of the environment begin with
 
 
 class Executables:
@@ -46,13 +48,14 @@ class Executables:
 
     Args:
         made_of: what all of them are made of, besides sources and settings of the process.
+        arrays: which all of them are given.
     """
 
-    def __init__(self, mesh: Mesh, made_of: object) -> None:
-        self._devices = list(mesh.devices.flat)
-        here = sources.remembered()
-        keeps = here is not None and jax.config.jax_enable_compilation_cache and not mesh.is_multi_process
-        self._common = _key(here, self._devices, made_of) if keeps else None
+    def __init__(self, mesh: Mesh, made_of: object, arrays: object) -> None:
+        self._devices, here = list(mesh.devices.flat), sources.remembered()
+        possible = self._devices[0].platform == "cpu" and not mesh.is_multi_process
+        keeps = here is not None and possible and jax.config.jax_enable_compilation_cache
+        self._common = _key(here, self._devices, made_of, _described(arrays)) if keeps else None
         self._ahead: dict[Path, Future] = {}
         if self._common is not None:
             reader = ThreadPoolExecutor(1, "executables")
@@ -61,7 +64,7 @@ class Executables:
 
     def get(self, what: object, args: object, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
         """The program `what` for arguments like `args`: read, or else compiled and written."""
-        key = self._common and _key(self._common, what, described(args))
+        key = self._common and _key(self._common, what, _described(args))
         if key is None:
             return compile()
         file = _folder() / f"{self._common}-{key}"
@@ -89,11 +92,12 @@ class Executables:
         except Exception as error:  # whatever the contents make these libraries raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"{file}: a damaged program was removed and compiled again: {reason}", stacklevel=2)
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
             return None
 
 
-def described(tree: object) -> tuple[jax.tree_util.PyTreeDef, list[str]]:
+def _described(tree: object) -> tuple[jax.tree_util.PyTreeDef, list[str]]:
     """What programs are compiled for: all of a tree of arrays but their values."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.format}" for leaf in leaves]
@@ -122,8 +126,8 @@ def _write(file: Path, program: jax.stages.Compiled) -> None:
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
             unfinished.write(content)
         Path(unfinished.name).replace(file)
-        for kept in set(file.parent.iterdir()).difference(_newest("*", MOST)):
-            kept.unlink(missing_ok=True)
+        for old in set(file.parent.iterdir()).difference(_newest("*", MOST)):
+            old.unlink(missing_ok=True)
 
 
 def _folder() -> Path:
@@ -132,7 +136,10 @@ def _folder() -> Path:
 
 def _newest(pattern: str, count: int) -> list[Path]:
     """The entries that were used last, in the order of that."""
-    times = [(entry.stat().st_mtime_ns, entry) for entry in _folder().glob(pattern)]
+    times = []
+    for entry in _folder().glob(pattern):
+        with suppress(OSError):  # another process may have removed it
+            times.append((entry.stat().st_mtime_ns, entry))
     return [entry for _, entry in sorted(times)[-count:]]
 
 

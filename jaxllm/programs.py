@@ -20,7 +20,7 @@ from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.device_memory import device_bytes, room_for
 from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
-from jaxllm.executables import Executables, described
+from jaxllm.executables import Executables
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
@@ -145,8 +145,8 @@ class Programs:
         before, (self.leaves, self._tree) = _kinds(self.leaves), jax.tree.flatten(state)
         if _kinds(self.leaves) != before:
             self.compiled.clear()
-        made_of = self._graph, self.mesh, described(state), self.dtype, self.cache_dtype, self.int8_blocks
-        self._executables = Executables(self.mesh, made_of)
+        made_of = self._graph, self.mesh, self.dtype, self.cache_dtype, self.int8_blocks
+        self._executables = Executables(self.mesh, made_of, state)
         self.version = object()
 
     def frequencies(self, limit: int) -> Hashable:

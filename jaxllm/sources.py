@@ -7,8 +7,12 @@ put a function of their own in place of one of ours, as in a notebook, nothing i
 import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.machinery import all_suffixes
 
-_begun: list[tuple[str, int, int, int]] | None = None
+IMPORTED = tuple(all_suffixes())  # what the names of such files end with
+
+Files = list[tuple[str, int, int, int]]  # path, size, and the times of the contents and of the entry in the folder
+_begun: Files | None = None
 
 
 def remember() -> None:
@@ -17,8 +21,8 @@ def remember() -> None:
     _begun = _files()
 
 
-def remembered() -> list[tuple[str, int, int, int]] | None:
-    """Path, size and times (of the contents, and of the entry in the folder) of every file, or None."""
+def remembered() -> Files | None:
+    """The files at the beginning; None where they are not known."""
     return _begun
 
 
@@ -27,21 +31,25 @@ def unchanged() -> bool:
     return _begun is not None and _files() == _begun
 
 
-def _files() -> list[tuple[str, int, int, int]]:
+def _files() -> Files | None:
     found = []
-    for name in ("jaxllm", "jaxllm.kernels"):  # the second may lie elsewhere
-        spec = importlib.util.find_spec(name)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            for file in _below(folder):
-                stat = file.stat()
-                found.append((file.path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    try:
+        for name in ("jaxllm", "jaxllm.kernels"):  # the second may lie elsewhere
+            spec = importlib.util.find_spec(name)
+            for folder in (spec and spec.submodule_search_locations) or ():
+                for file in _below(folder):
+                    stat = file.stat()
+                    found.append((file.path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    except OSError:  # one was removed just now, or they are in an archive
+        return None
     return sorted(found)
 
 
 def _below(folder: str) -> Iterator[os.DirEntry]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_dir():
+            if entry.is_dir():
+                if entry.name != "__pycache__" and not entry.is_symlink():
+                    yield from _below(entry.path)
+            elif entry.name.endswith(IMPORTED):
                 yield entry
-            elif entry.name != "__pycache__" and not entry.is_symlink():
-                yield from _below(entry.path)

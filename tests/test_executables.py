@@ -169,7 +169,7 @@ def test_what_has_no_name_is_not_kept(kept):
         return jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
 
     def program(*made_of):
-        return Executables(mesh, made_of).get("add", (jnp.ones(3),), compile)
+        return Executables(mesh, made_of, ()).get("add", (jnp.ones(3),), compile)
 
     assert program(lambda: 1)(jnp.ones(3)).tolist() == [2, 2, 2]
     assert kept() == []
@@ -179,7 +179,7 @@ def test_what_has_no_name_is_not_kept(kept):
 
 def test_the_least_recently_used_make_room(kept, monkeypatch):
     monkeypatch.setattr(executables, "MOST", 2)
-    keeper = Executables(make_mesh("tp=1"), ())
+    keeper = Executables(make_mesh("tp=1"), (), ())
 
     def use(n):
         keeper.get(n, (), lambda: jax.jit(lambda: jnp.int32(n)).lower().compile())
