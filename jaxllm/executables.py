@@ -19,7 +19,6 @@ import platform
 import tempfile
 import warnings
 import zlib
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -87,8 +86,8 @@ class Executables:
         except OSError:
             return None
         try:
-            program = pickle.loads(zlib.decompress(content))
-            return deserialize_and_load(*program, self._devices[0].client, self._devices)
+            code, given, returned = pickle.loads(zlib.decompress(content))
+            return deserialize_and_load(code, given, returned, self._devices[0].client, self._devices)
         except Exception as error:  # whatever the contents make these libraries raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"{file}: a damaged program was removed and compiled again: {reason}", stacklevel=2)
@@ -147,7 +146,7 @@ def _key(*parts: object) -> str | None:
     """A name for what programs are made of, the same in every process; None if there is none."""
     named = io.BytesIO()
     pickler = pickle.Pickler(named)
-    pickler.dispatch_table = ChainMap({type(jax.devices()[0]): _device}, copyreg.dispatch_table)
+    pickler.dispatch_table = {**copyreg.dispatch_table, type(jax.devices()[0]): _device}
     variables = sorted(pair for pair in os.environ.items() if pair[0].startswith(VARIABLES))
     try:
         pickler.dump((VERSIONS, variables, jax.config.values, *parts))

@@ -165,16 +165,18 @@ def test_nothing_is_written_once_a_source_has_changed(model, kept, monkeypatch):
 def test_what_has_no_name_is_not_kept(kept):
     mesh = make_mesh("tp=1")
 
-    def compile():
-        return jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
+    def program(*made_of, size=3):
+        def compile():
+            return jax.jit(lambda x: x + 1).lower(jnp.ones(size)).compile()
 
-    def program(*made_of):
-        return Executables(mesh, made_of, ()).get("add", (jnp.ones(3),), compile)
+        return Executables(mesh, made_of, ()).get("add", (jnp.ones(size),), compile)
 
     assert program(lambda: 1)(jnp.ones(3)).tolist() == [2, 2, 2]
     assert kept() == []
     assert program(1)(jnp.ones(3)).tolist() == program(1)(jnp.ones(3)).tolist() == [2, 2, 2]
     assert len(kept()) == 1
+    assert program(1, size=2)(jnp.ones(2)).tolist() == [2, 2]  # arguments of other shapes
+    assert len(kept()) == 2
 
 
 def test_the_least_recently_used_make_room(kept, monkeypatch):
