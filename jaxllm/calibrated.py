@@ -144,7 +144,8 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
     """Each layer with the statistics of its inputs. The caller may change it; later ones see what it then does."""
     decoder, length = model.model, tokens.shape[1]
     with jax.set_mesh(model.mesh):
-        empty = decoder.cache(1, length, model.dtype, model.mesh).zeros()
+        cache = decoder.cache(1, length, model.dtype, model.mesh)
+        empty = jax.jit(cache.zeros, out_shardings=cache.shardings)()
         empty = replace(empty, limits=empty.limits + length)
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         states = [np.asarray(_embed(decoder.embed_tokens, row[None], model.dtype)) for row in tokens]

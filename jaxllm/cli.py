@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Never
 
+from jaxllm import sources
 from jaxllm.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk is called
@@ -106,6 +107,7 @@ def _adapter(text: str) -> str | tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `jaxllm COMMAND ...` and return the exit code."""
+    ours = argv is None  # the process, which runs nothing else
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv or ["--help"]
 
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "--version":
             print("jaxllm", importlib.metadata.version("jaxllm"))
         elif name in COMMANDS:
+            if ours:
+                sources.remember()
             gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of a second
             module = importlib.import_module(COMMANDS[name][0])
             _collect_again()

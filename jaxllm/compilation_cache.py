@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -28,8 +29,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has set up JAX's cache already. Where they cannot be kept, a
     warning says so; JAX would for every program."""
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = home / "jaxllm" / "xla" / f"jaxlib-{jaxlib.__version__}-{_cpu()}"
+        folder = cache_folder("xla")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -42,6 +42,13 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
 
 
+def cache_folder(kind: str) -> Path:
+    """The user's folder of compiled programs of one kind, for this version of jaxlib and kind of CPU."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "jaxllm" / kind / f"jaxlib-{jaxlib.__version__}-{_cpu()}"
+
+
+@cache
 def _cpu() -> str:
     """A name shared by CPUs that run the same machine code."""
     try:

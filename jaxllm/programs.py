@@ -20,6 +20,7 @@ from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.device_memory import device_bytes, room_for
 from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
+from jaxllm.executables import Executables
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
 from jaxllm.layers.decoder import Decoder
@@ -144,6 +145,8 @@ class Programs:
         before, (self.leaves, self._tree) = _kinds(self.leaves), jax.tree.flatten(state)
         if _kinds(self.leaves) != before:
             self.compiled.clear()
+        made_of = self._graph, self.mesh, self.dtype, self.cache_dtype, self.int8_blocks
+        self._executables = Executables(self.mesh, made_of, state)
         self.version = object()
 
     def frequencies(self, limit: int) -> Hashable:
@@ -172,8 +175,9 @@ class Programs:
             return f"use fewer sequences or positions ({most:,} of these would fit), more devices (tp){narrow}"
 
         what = f"a cache of {batch} x {capacity:,} positions"
-        with damaged_entries_removed(), room_for(what, self.mesh, lambda: device_bytes(cache), advise):
-            return cache.zeros()
+        with room_for(what, self.mesh, lambda: device_bytes(cache), advise):
+            key = "zeros", batch, capacity
+            return self._compiled(key, cache.zeros, outputs=lambda: cache.shardings, donated=None)
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
@@ -264,9 +268,13 @@ class Programs:
             jax.block_until_ready(args)  # what still runs does not count as compiling
             begun = time.perf_counter()
             shardings = self._replicated if outputs is None else outputs()
-            with jax.set_mesh(self.mesh), rounding(self.int8_blocks), damaged_entries_removed():
-                jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
-                program = jitted.lower(*args).compile()
+
+            def compile() -> jax.stages.Compiled:
+                with jax.set_mesh(self.mesh), rounding(self.int8_blocks), damaged_entries_removed():
+                    jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
+                    return jitted.lower(*args).compile()
+
+            program = self._executables.get((key, donated), args, compile)
             self.compile_seconds += time.perf_counter() - begun
         self.compiled[key] = program  # the newest is the last
         if len(self.compiled) > MOST_PROGRAMS:

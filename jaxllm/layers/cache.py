@@ -4,6 +4,7 @@ A layer with a sliding window keeps a ring of about that many positions, whateve
 slot `p mod length` until a later position overwrites it.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -70,6 +71,7 @@ class KVCache:
         """The cache of these layers as shapes with shardings; `zeros` allocates it."""
         sharded, copied = NamedSharding(mesh, of_batch(spec, batch, mesh)), NamedSharding(mesh, PartitionSpec())
 
+        @functools.cache  # most layers' are alike
         def buffer(shape: CacheShape, dim: int) -> Any:
             numbers = jax.ShapeDtypeStruct((batch, shape.heads, shape.length(capacity), dim), jnp.float32)
             held = jax.eval_shape(lambda x: stored(x, dtype), numbers)
@@ -81,12 +83,8 @@ class KVCache:
         return cls(**arrays, shapes=shapes, capacity=capacity)
 
     def zeros(self) -> Self:
-        """An empty cache of these shapes."""
-
-        def zeros(leaf: jax.Array) -> jax.Array:
-            return jnp.zeros(leaf.shape, leaf.dtype)
-
-        return jax.jit(lambda: jax.tree.map(zeros, self), out_shardings=self.shardings)()
+        """An empty cache of these shapes; compiled with `shardings`, it lies there."""
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)
 
     @property
     def shardings(self) -> Self:

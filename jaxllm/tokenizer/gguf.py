@@ -121,17 +121,18 @@ def _derive_merges(vocabulary: _Vocabulary, scores: np.ndarray) -> list[tuple[st
 
 
 def _read_merges(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    merges: dict[tuple[str, str], None] = {}
-    for line in _strings(metadata, "merges"):
-        cut = line.find(" ", 1)
-        left, right = line[:cut], line[cut + 1 :]
-        if cut < 0:
-            raise InputError(f"{_PREFIX}merges: {line!r} is not two tokens with a space between them")
-        for token in (left, right, left + right):
-            if token not in vocabulary.ids:
-                raise InputError(f"{_PREFIX}merges: {line!r} needs {token!r}, which is not in {_PREFIX}tokens")
-        merges.setdefault((left, right), None)  # of duplicates, the first one counts
-    return list(merges)
+    lines, ids = _strings(metadata, "merges"), vocabulary.ids
+    cuts = [line.find(" ", 1) for line in lines]
+    if -1 in cuts:
+        raise InputError(f"{_PREFIX}merges: {lines[cuts.index(-1)]!r} is not two tokens with a space between them")
+    pairs = [(line[:cut], line[cut + 1 :]) for line, cut in zip(lines, cuts, strict=True)]
+    for left, right in pairs:
+        if not (left in ids and right in ids and left + right in ids):
+            lacking = next(token for token in (left, right, left + right) if token not in ids)
+            raise InputError(
+                f"{_PREFIX}merges: {f'{left} {right}'!r} needs {lacking!r}, which is not in {_PREFIX}tokens"
+            )
+    return list(dict.fromkeys(pairs))  # of duplicates, the first one counts
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, name: str) -> None:

@@ -1,0 +1,220 @@
+"""Programs that are found on disk without being traced: the same answers, never those of other sources or models."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_gguf import Tiny, write
+
+import jaxllm
+from jaxllm import executables, sources
+from jaxllm.executables import Executables
+from jaxllm.parallel import make_mesh
+
+ROOT = Path(__file__).parent.parent
+TINY = Tiny(layers=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write(path, TINY)
+    return path
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Lets this process keep programs, as a command line does, in an empty folder; returns the entries."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sources.remember()
+    yield lambda: sorted((tmp_path / "jaxllm" / "executables").glob("*/*"))
+    monkeypatch.setattr(sources, "_begun", None)
+
+
+@pytest.fixture(scope="module")
+def listening():
+    """The names of functions that are traced, as a list that grows. A listener cannot be removed again."""
+    names: list[str] = []
+
+    def hear(event: str, seconds: float, **more: str) -> None:
+        if event.endswith("jaxpr_trace_duration"):
+            names.append(more["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    return names
+
+
+@pytest.fixture
+def traced(listening):
+    """Of the last answer: which of the model's programs were traced."""
+
+    def names():
+        found = {"extend", "advance", "draw", "begin", "zeros"}.intersection(listening)
+        listening.clear()
+        return found
+
+    return names
+
+
+def answer(path, **options):
+    """Of a new process, as far as JAX can tell."""
+    jax.clear_caches()
+    model = jaxllm.load(path, progress=False, **options)
+    return model.generate([[1, 2, 3], [4, 5]], 4, logprobs=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"mesh": "tp=2,dp=2", "dtype": "float32"}], ids=["one", "four"])
+def test_nothing_is_traced_the_second_time(model, kept, traced, options):
+    first = answer(model, **options)
+    assert traced() == {"advance", "draw", "begin", "zeros"}
+    entries = {file: file.stat().st_ino for file in kept()}
+    assert len(entries) >= 5  # prompts and steps are two programs
+    again = answer(model, **options)
+    assert traced() == set()
+    assert [a.tokens for a in again] == [a.tokens for a in first]
+    assert [a.logprobs for a in again] == [a.logprobs for a in first]  # the very same code ran
+    assert {file: file.stat().st_ino for file in kept()} == entries
+
+
+def test_processes_that_run_more_than_this_package_keep_nothing(model, kept, monkeypatch):
+    monkeypatch.setattr(sources, "_begun", None)
+    answer(model)
+    assert kept() == []
+
+
+def test_programs_of_jax_s_cache_are_compiled_again(model, kept, monkeypatch):
+    """What XLA writes of a program that was read lacks some of its functions."""
+    worth = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "_begun", None)
+            answer(model)
+        first, again = answer(model), answer(model)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", worth)
+    assert [a.tokens for a in again] == [a.tokens for a in first]
+
+
+def test_damaged_entries_are_mended(model, kept, traced):
+    first = answer(model)
+    traced()
+    entries = {file: file.read_bytes() for file in kept()}
+    cut, scribbled, other, *_ = entries
+    cut.write_bytes(entries[cut][:100])
+    scribbled.write_bytes(b"no program")
+    other.write_bytes(zlib.compress(b"no program either"))
+    with pytest.warns(UserWarning, match="a damaged program was removed and compiled again") as warned:
+        assert [a.tokens for a in answer(model)] == [a.tokens for a in first]
+    assert {file for file in entries for w in warned if str(file) in str(w.message)} == {cut, scribbled, other}
+    assert all("\n" not in str(w.message) for w in warned)
+    assert len(traced()) >= 1
+    answer(model)
+    assert traced() == set()
+
+
+def test_another_constant_is_another_program(model, kept, traced, tmp_path):
+    """Shapes are the same; what differs is a number in the programs."""
+    key, content = b"attention.layer_norm_rms_epsilon", model.read_bytes()
+    where = content.index(key) + len(key) + 4
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content[:where] + jnp.float32(0.5).tobytes() + content[where + 4 :])
+    first, entries = answer(model), kept()
+    traced()
+    assert [a.logprobs for a in answer(other)] != [a.logprobs for a in first]
+    assert traced() >= {"advance"}
+    assert len(kept()) >= len(entries) + 2
+
+
+def test_other_settings_are_other_programs(model, kept, monkeypatch):
+    def name(**options):
+        return jaxllm.load(model, progress=False, **options).programs._executables._common
+
+    usual = name()
+    assert name() == usual is not None
+    others = [name(matmul="dequant"), name(dtype="bfloat16"), name(cache_dtype="int8"), name(mesh="tp=2")]
+    others += [name(quantize="q4_k"), name(weights="float32")]
+    with jax.default_matmul_precision("highest"):
+        others.append(name())
+    with monkeypatch.context() as patch:
+        patch.setenv("JAXLLM_THREADS", "1")
+        others.append(name())
+    with monkeypatch.context() as patch:
+        patch.setattr(executables, "VERSIONS", (*executables.VERSIONS[:-1], "another numpy"))
+        others.append(name())
+    files = sources.remembered()
+    for changed in ((*files[0][:3], files[0][3] + 1), (files[0][0], files[0][1] + 1, *files[0][2:])):
+        monkeypatch.setattr(sources, "_begun", [changed, *files[1:]])
+        others.append(name())
+    assert len({usual, *others}) == 1 + len(others)
+
+
+def test_nothing_is_written_once_a_source_has_changed(model, kept, monkeypatch):
+    files = sources.remembered()
+    monkeypatch.setattr(sources, "_files", lambda: [*files[:-1], (*files[-1][:3], files[-1][3] + 1)])
+    answer(model)
+    assert kept() == []
+
+
+def test_what_has_no_name_is_not_kept(kept):
+    mesh = make_mesh("tp=1")
+
+    def program(*made_of, size=3):
+        def compile():
+            return jax.jit(lambda x: x + 1).lower(jnp.ones(size)).compile()
+
+        return Executables(mesh, made_of, ()).get("add", (jnp.ones(size),), compile)
+
+    assert program(lambda: 1)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert kept() == []
+    assert program(1)(jnp.ones(3)).tolist() == program(1)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert len(kept()) == 1
+    assert program(1, size=2)(jnp.ones(2)).tolist() == [2, 2]  # arguments of other shapes
+    assert len(kept()) == 2
+
+
+def test_the_least_recently_used_make_room(kept, monkeypatch):
+    monkeypatch.setattr(executables, "MOST", 2)
+    keeper = Executables(make_mesh("tp=1"), (), ())
+
+    def use(n):
+        keeper.get(n, (), lambda: jax.jit(lambda: jnp.int32(n)).lower().compile())
+        return {file.name for file in kept()}
+
+    [first] = use(1)
+    [second] = use(2) - {first}
+    use(1)
+    assert first in use(3)
+    assert second not in use(3)
+
+
+def test_the_command_line_runs_its_sources_as_they_are(model, tmp_path):
+    """The package is copied, run twice, and changed: now every token is to be 7."""
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(ROOT / "jaxllm", copy / "jaxllm", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", copy / "jaxllm" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    quick = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | quick | {"PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ["-m", "jaxllm", "generate", "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--model"]
+
+    def start():
+        done = subprocess.run([sys.executable, *command, model], env=env, capture_output=True, text=True, cwd=copy)
+        assert done.returncode == 0, done.stderr
+        entries = {file: file.stat().st_ino for file in (tmp_path / "cache" / "jaxllm" / "executables").glob("*/*")}
+        return done.stdout, entries
+
+    answered, entries = start()
+    assert answered != "7,7,7,7\n" and len(entries) >= 5
+    assert start() == (answered, entries)
+    with (copy / "jaxllm" / "sampling.py").open("a") as file:
+        file.write("\nSampler.__call__ = lambda self, logits, *_: jnp.full(len(logits), 7, jnp.int32)\n")
+    changed, more = start()
+    assert changed == "7,7,7,7\n"
+    assert len(more) == 2 * len(entries)
