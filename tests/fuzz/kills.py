@@ -99,7 +99,7 @@ def commands(root: Path) -> list[Command]:
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
     model = root / "model.gguf"
-    tiny_gguf.write(model, tiny_gguf.Tiny(256, 1024, 6, 4, 2, 64, vocab=2000, type=T.F16))
+    tiny_gguf.write(model, tiny_gguf.Tiny(256, 256, 3, 4, 2, 64, vocab=300, type=T.F16))
     chat, data = tiny_chat.write_chat(root / "chat.gguf"), root / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"the {i} things"}) + "\n" for i in range(20)))
     learn = ("--steps", "20", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
