@@ -74,10 +74,14 @@ class Command:
         while process.is_alive() and not (any(self.hidden.glob("content/*")) or self.target.exists()):
             time.sleep(0.001)
 
-    def finish(self) -> None:
-        (process := self.begin()).join()
+    def finish(self) -> float:
+        """The seconds from when it began to write."""
+        self.wait(process := self.begin())
+        begun = time.monotonic()
+        process.join()
         if process.exitcode:
             raise SystemExit(f"{self.name}: ended with {process.exitcode}: {self.said.read_text()}")
+        return time.monotonic() - begun
 
     def written(self) -> dict[str, str]:
         """The hash of every file of the target, and of what belongs to it."""
@@ -150,14 +154,9 @@ def main() -> None:
         for command in commands(Path(root)):
             if options.only not in (None, command.name):
                 continue
-            command.finish()
+            at = random.Random(f"{options.seed} {command.name}")
+            seconds = command.finish()
             expected = command.written()
-            command.remove()
-            process, at = command.begin(), random.Random(f"{options.seed} {command.name}")
-            command.wait(process)
-            begun = time.monotonic()
-            process.join()
-            seconds = time.monotonic() - begun
             command.remove()
             found: Counter[str] = Counter()
             with suppress(KeyboardInterrupt):  # which shows what was tried so far
