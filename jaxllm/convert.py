@@ -38,6 +38,7 @@ from jaxllm.checkpoint.unfinished import GB, check_target
 from jaxllm.checkpoint.uqff import REPORT, is_uqff
 from jaxllm.checkpoint.writing import Advance, Tensor, safetensors_file, write_directory, write_files
 from jaxllm.cli import Parser, adapters, add_adapters, add_matformer, execute
+from jaxllm.compilation_cache import use_compilation_cache
 from jaxllm.encodings import ENCODINGS
 from jaxllm.errors import InputError, located
 from jaxllm.exporting.directory import directory
@@ -253,6 +254,7 @@ class _Wanted:
 def _types(src: Path, dst: Path, wanted: _Wanted, limit: int, pool: ThreadPoolExecutor) -> Output:
     """Matrices in another type."""
     wanted.check()
+    use_compilation_cache()
     checkpoint = open_checkpoint(src)
     checkpoint = checkpoint if wanted.matformer is None else sliced(checkpoint, *wanted.matformer)
     known = importance_for(wanted.imatrix, checkpoint)

@@ -15,12 +15,17 @@ from jaxllm.programs import Programs
 
 CHUNK = 512  # the most tokens of a prompt that are processed at once
 SMALLEST = 16  # a prompt is padded to at least this length
-SMALLEST_CACHE = 256  # the smallest capacity of a cache
+SMALLEST_CACHE = 512  # the smallest capacity of a cache, and the fewest of its positions that a prompt looks at
 
 
 def bucket(n: int, smallest: int) -> int:
     """`n` rounded up to a power of two, at least `smallest`."""
     return max(smallest, 1 << max(n - 1, 0).bit_length())
+
+
+def looked_at(end: int, capacity: int) -> int:
+    """How many positions of a cache are read for tokens that stand before `end`: one of few numbers."""
+    return min(bucket(end, SMALLEST_CACHE), capacity)
 
 
 def cache_for(programs: Programs, batch: int, length: int) -> KVCache:
@@ -47,6 +52,6 @@ def hidden_states(programs: Programs, tokens: np.ndarray, cache: KVCache, start:
         if position + padded > cache.capacity:  # XLA would shift a write that extends past the end
             padded = count
         chunk = np.pad(chunk, ((0, 0), (0, padded - count))).astype(np.int32)
-        window = min(bucket(position + padded, SMALLEST), cache.capacity)
-        hidden, cache = programs.extend(cache, chunk, np.full(batch, count, np.int32), window)
+        counts, window = np.full(batch, count, np.int32), looked_at(position + padded, cache.capacity)
+        hidden, cache = programs.extend(cache, chunk, counts, window)
         yield Chunk(hidden, count, cache)

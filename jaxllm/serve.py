@@ -36,7 +36,7 @@ def parser() -> Parser:
     )
     p.add_argument("--queue", type=int, default=64, metavar="N", help="how many more may wait (64)")
     p.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds after which an answer ends (600)")
-    p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds for what runs, after SIGTERM (30)")
+    p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds for what runs, after a signal (30)")
     add_loading(p)
     return p
 
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         app = application(model, worker, name, key)
         host, port = listener.getsockname()[:2]
         print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, _exit)  # which uvicorn raises once more after it has ended
+        for number in (signal.SIGINT, signal.SIGTERM):  # which uvicorn raises once more after it has ended
+            signal.signal(number, _exit)
         server(app, args.grace).run([listener])
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import openai
 import pytest
 import tiny_gguf
-from covering import some
+from covering import FULL, some
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 from jax.sharding import PartitionSpec
+from live_server import EOS
 from tiny_chat import write_chat
 from tiny_gguf import Tiny
 
@@ -374,6 +376,25 @@ def test_an_answer_is_interrupted_with_a_line_break(chat):
     assert (process.returncode, said, len(first), rest[-1:]) == (130, "", 8, "\n")
 
 
+@pytest.mark.parametrize(("grace", "signals"), [(1, 1), (100, 2)], ids=["once", "twice"])
+def test_a_server_is_interrupted_while_it_answers(chat, grace, signals):
+    """It waits for as long as it was told; who presses Ctrl-C twice does not want to wait."""
+    args = ("serve", "--model", chat, "--port", 0, "--slots", 1, "--capacity", 1 << 16, "--grace", grace)
+    with begun(COMMAND, *args, stderr=subprocess.PIPE) as process:
+        url = process.stderr.readline().split()[-1]
+        fields = {"model": "chat.gguf", "prompt": "th", "max_tokens": 60_000, "logit_bias": {EOS: -100}}
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.completions.create(**fields, stream=True)
+            next(stream)
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                next(stream)
+            with pytest.raises(openai.APIConnectionError):
+                list(stream)
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in said) == (0, False), said
+
+
 def test_a_training_that_is_asked_to_end_keeps_its_checkpoint(chat, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "the thing"}\n' * 4)
     out = tmp_path / "out"
@@ -417,10 +438,30 @@ def test_a_slow_disk(gguf, pace):
     assert b"Traceback" not in shown and b"rror" not in shown
 
 
+def test_what_is_killed_goes_on_to_the_same_bytes():
+    """A conversion, a quantization and a training, at a new moment each; the output says the seed."""
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))), "XLA_FLAGS": ""}
+    done = started("-m", "fuzz.kills", "--moments", 50 if FULL else 1, env=environment, timeout=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^\| (\w+) \| \d+ ", done.stdout, re.MULTILINE) == ["convert", "quantize", "finetune"]
+
+
+# ---- many conversations ---------------------------------------------------------------------------------------------
+
+
+def test_many_conversations_take_no_more_than_few():
+    """Memory, mappings and files stay as they are, else the exit code is 1."""
+    done = started(
+        Path(__file__).parent / "reference" / "soak.py", "--conversations", 2000 if FULL else 80, timeout=None
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- full disks -----------------------------------------------------------------------------------------------------
 
 # A file that grows beyond a limit is refused as on a full disk, but with another number.
-FULL = """
+FULL_DISK = """
 import contextlib, io, json, resource, signal, sys
 from jaxllm.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -450,7 +491,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_pat
     given = json.dumps([[*map(str, command)] for command in commands.values()])
     # Compiled programs are kept nowhere here: they would be too large as well.
     nowhere = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    done = started("-c", FULL, given, env=os.environ | nowhere)
+    done = started("-c", FULL_DISK, given, env=os.environ | nowhere)
     assert done.returncode == 0, done.stderr
     for name, (code, said) in zip(commands, json.loads(done.stdout), strict=True):
         assert (code, said.count("\n")) == (2, 1), said

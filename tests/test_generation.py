@@ -183,7 +183,7 @@ def test_the_cache_is_donated(model, monkeypatch):
     model.generate(PROMPT, 3, eos_ids=())
     assert len(caches) == 3  # the prompt and two steps
     assert all(leaf.is_deleted() for cache in caches[:-1] for leaf in (*cache.keys, *cache.values))
-    shards = 2 * 256 * 2 * 16 * 4 // model.mesh.size  # keys and values, capacity, heads, numbers, bytes
+    shards = 2 * 512 * 2 * 16 * 4 // model.mesh.size  # keys and values, capacity, heads, numbers, bytes
     used = [p for key, p in model.programs.compiled.items() if key[0] == "advance"]
     assert len(used) >= 2
     assert all(program.memory_analysis().alias_size_in_bytes >= shards for program in used)

@@ -361,6 +361,18 @@ def test_an_adapters_experts_are_of_one_shape():
         adapter(damaged, base.config, declared)
 
 
+def test_an_adapter_without_rows_that_are_put_in_order():
+    """Those of llama.cpp's queries and keys."""
+    base = open_checkpoint(TESTS / "golden" / "checkpoints" / "qwen2_moe")
+    model = base.family.model(base.config, make_mesh(), 1)
+    declared = {name: param.get_value() for name, param in parameters(model).items()}
+    file, name = read_adapter(TESTS / "golden" / "adapters" / "gguf" / "experts.gguf"), "blk.0.attn_k.weight"
+    whole = file.changes[name]
+    cut = low_rank("", np.asarray(whole.a), np.asarray(whole.b)[:7], whole.rank, 1.0)
+    with pytest.raises(InputError, match=f"tensor '{name}' has 7 rows, expected {len(whole.b)}"):
+        adapter(dataclasses.replace(file, changes=file.changes | {name: cut}), base.config, declared)
+
+
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 

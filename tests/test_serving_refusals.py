@@ -90,6 +90,7 @@ BAD = {
     "a bias for no token": chat("logit_bias: ", logit_bias={"99999": 1}),
     "a huge seed": chat("seed: ", seed=2**63),
     "a tool of another kind": chat("tools.0", tools=[{"type": "web_search"}]),
+    "very many tools": chat("tools", tools=[{"type": "function", "function": {"name": "a"}}] * 1025),
     "a choice without tools": chat("tool", tool_choice="required"),
     "a choice that is no tool": chat(
         "jump", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "jump"}}

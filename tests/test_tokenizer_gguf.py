@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizer import pretokenizers
+from jaxllm.tokenizer import Tokenizer, pretokenizers
 from jaxllm.tokenizer.gguf import build
 
 K = "tokenizer.ggml."
@@ -164,14 +164,15 @@ BPE = {K + "model": "gpt2", K + "pre": "gpt-2", K + "tokens": ["a", "b", "ab"], 
         (BPE, {"merges": ["ab"]}, "merges: 'ab' is not two tokens with a space between them"),
         (BPE, {"merges": ["a "]}, "merges: 'a ' needs ''"),
         (BPE, {"pre": 7}, "pre is of type int, expected str"),
+        (BPE, {"pre": ["gpt-2"]}, "pre is of type list, expected str"),
     ],
 )
 def test_bad_metadata_is_one_line_that_names_the_key(metadata, changes, message):
     changed = {**metadata, **{K + key: value for key, value in changes.items()}}
     with pytest.raises(InputError, match=message) as caught:
-        build({key: value for key, value in changed.items() if value is not None})
+        Tokenizer.from_gguf({key: value for key, value in changed.items() if value is not None})
     assert "\n" not in str(caught.value)
-    build(metadata)  # so it is the change that was at fault
+    Tokenizer.from_gguf(metadata)  # so it is the change that was at fault
 
 
 def test_odd_but_valid_vocabularies():

@@ -127,7 +127,7 @@ def _changes(
             complaints.append(f"'{slots[differing[0]][0]}' and '{first}' are for matrices of different shapes")
         elif numbers and max(numbers) >= shape[0]:
             complaints.append(f"'{slots[max(numbers)][0]}': the model has {shape[0]} experts")
-        else:
+        elif source.rows is None or source.rows.max() < one[-2]:  # else `unused_rows` complains
             changes[target] = _resolved(source, numbers, shape[0])
         sources.append(source)
     return changes, complaints + unused_rows(sources)

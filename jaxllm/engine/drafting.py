@@ -15,7 +15,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from jaxllm.decoding import CHUNK, SMALLEST, bucket
+from jaxllm.decoding import CHUNK, SMALLEST, bucket, looked_at
 from jaxllm.engine.answer import Answer
 from jaxllm.engine.sequences import Row, Sequences
 from jaxllm.engine.slots import in_common
@@ -135,5 +135,5 @@ class DraftModel:
 
     def _advance(self, rows: list[Row], time: int) -> jax.Array:
         end = max((row.start for row in rows), default=0) + time
-        window = self._sequences.capacity if time == 1 else min(bucket(end, SMALLEST), self._sequences.capacity)
+        window = self._sequences.capacity if time == 1 else looked_at(end, self._sequences.capacity)
         return self._sequences.advance(rows, time, window).tokens

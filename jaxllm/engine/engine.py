@@ -14,7 +14,7 @@ from typing import Protocol, Unpack
 
 import numpy as np
 
-from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket
+from jaxllm.decoding import CHUNK, SMALLEST, SMALLEST_CACHE, bucket, looked_at
 from jaxllm.drawing import MOST_BIASES, Drawn
 from jaxllm.engine.answer import Answer, Completion, Prompt, Request, TokenLogprob
 from jaxllm.engine.drafting import Drafter
@@ -277,6 +277,7 @@ class Engine:
         time = min(bucket(waiting[0].prompt_left, SMALLEST), budget)
         if waiting[0].length + time > sequences.capacity:  # XLA would shift a write that extends past the end
             time = 1 << (waiting[0].prompt_left.bit_length() - 1)  # not all that is left: that has any length
+            time = time if time >= SMALLEST else 1  # as answers have it, for which there is a program
         group = [slot for slot in waiting if slot.length + time <= sequences.capacity][: max(1, budget // time)]
         group = group[: 1 << (len(group).bit_length() - 1)]  # few sizes, few programs
 
@@ -288,7 +289,7 @@ class Engine:
 
         slots = self._slots if self._programs.whole_batches else group
         rows = [row(slot) for slot in slots]
-        window = min(bucket(max(slot.length for slot in slots) + time, SMALLEST), sequences.capacity)
+        window = looked_at(max(slot.length for slot in slots) + time, sequences.capacity)
         for slot, new in zip(slots, rows, strict=True):
             slot.length += len(new.tokens)
             slot.drawn += new.draws

@@ -206,6 +206,7 @@ class SchemaFormat(Body):
     json_schema: Schema
 
 
+MOST_TOOLS = 1024  # which OpenAI's API limits to 128; a prompt has to hold them all
 RESERVED = {"messages", "tools", "add_generation_prompt"}
 
 
@@ -228,7 +229,7 @@ class Chat(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: AnyFormat | SchemaFormat | None = Field(None, discriminator="type")
-    tools: Several[Tool] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = None
@@ -346,7 +347,7 @@ class Response(Options):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: Several[ResponseTool] | None = None
+    tools: Annotated[Several[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
     include: Several[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None

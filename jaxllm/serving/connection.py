@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 PATIENCE = 30.0  # seconds that a client may take to send a body, or to take some of what it is sent
@@ -77,8 +77,16 @@ def server(app: Starlette, grace: int) -> uvicorn.Server:
 
     async def ended(scope: Scope, receive: Receive, send: Send) -> None:
         """The application, whose answers that are cut off after that time are no errors with a traceback."""
+
+        async def until_told() -> Message:
+            """Also where uvicorn does not say that it ends, which is so after a second Ctrl-C."""
+            try:
+                return await receive()
+            except asyncio.CancelledError:
+                return {"type": "lifespan.shutdown"}
+
         with suppress(asyncio.CancelledError):
-            await app(scope, receive, send)
+            await app(scope, until_told if scope["type"] == "lifespan" else receive, send)
 
     return uvicorn.Server(
         uvicorn.Config(

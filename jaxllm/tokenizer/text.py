@@ -57,11 +57,10 @@ class Tokenizer:
         def get(key: str) -> Any:
             return metadata.get(f"tokenizer.ggml.{key}")
 
-        add_bos = get("add_bos_token")
+        backend, add_bos = gguf.build(metadata), get("add_bos_token")
         if add_bos is None:  # then it goes by the kind
-            known = pretokenizers.BY_NAME.get(get("pre"))
+            known = pretokenizers.BY_NAME.get(str(get("pre")))
             add_bos = get("model") == "llama" or (known is not None and known.add_bos)
-        backend = gguf.build(metadata)
         ends = [get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
         ends += [backend.token_to_id(token) for token in _CALL_ENDS]
         return cls(

@@ -39,18 +39,14 @@ _LAUGHS = "0: {isq: &a [x,x,x,x,x,x,x,x]}\n" + "".join(
 # What does much with few words, or asks for what is not its business; by the ending of the file's name.
 SNIPPETS = {
     ".jinja": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10**10 }}",
         "{{ [0] * 10**10 }}",
         "{{ 10 ** 10 ** 9 }}",
         "{{ '%9999999999d' % 1 }}",
         "{{ 'x' | center(10**10) }}",
         "{{ messages | tojson(indent=10**10) }}",
-        "{{ lipsum(n=10**7) }}",
         "{% set ns = namespace(x='x' * 1000) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.system('touch pwned') }}",
         "{% include '/etc/passwd' %}",
@@ -67,7 +63,6 @@ SNIPPETS = {
         _LAUGHS.replace("isq: ", ""),
         "&a 0: *a\n",
         "0: &a {isq: *a}\n",
-        "'/(.|.)*x/': {isq: q8_0}\n",
         "'/" + "(" * 300 + ")" * 300 + "/': {isq: q8_0}\n",
         "'/a{99999999999}/': {isq: q8_0}\n",
         "!!python/object/apply:os.system ['touch pwned']\n",
@@ -77,7 +72,6 @@ SNIPPETS = {
         "? [1, 2]\n: {isq: q8_0}\n",
         "0: {isq: 0x" + "f" * 9999 + "}\n",
         "0-99999: {isq: q8_0}\n",
-        "0: " + "[" * 5000 + "\n",
         "0: {isq: !!binary x}\n",
         "0: !!timestamp x\n",
         "0: !!int x\n",
@@ -94,6 +88,16 @@ SNIPPETS = {
         "\r\n\r",
         ",,,,,,,,,",
     ),
+}
+# Of these each takes seconds, which all end in the same way, so they are tried less often.
+SLOW = {
+    ".jinja": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ lipsum(n=10**7) }}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ),
+    ".yaml": ("'/(.|.)*x/': {isq: q8_0}\n", "0: " + "[" * 5000 + "\n"),
 }
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000}
 TOKENIZING: tuple[Any, ...] = (  # parts of a tokenizer.json
@@ -215,7 +219,7 @@ def _content(rng: random.Random, suffix: str, data: bytes) -> tuple[bytes, str]:
         i = rng.randrange(len(lines))
         return b"\n".join([*lines[:i], _json(rng, lines[i]), *lines[i + 1 :]]), "other JSON in a line"
     if suffix in SNIPPETS and rng.random() < 0.9:
-        return _text(rng, data.decode(errors="replace"), SNIPPETS[suffix]).encode(errors="replace"), "other text"
+        return _text(rng, data.decode(errors="replace"), suffix).encode(errors="replace"), "other text"
     way = rng.random()
     try:
         if suffix in (".safetensors", ".uqff") and way < 0.3:
@@ -256,15 +260,14 @@ def _bytes(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def _text(rng: random.Random, text: str, snippets: tuple[str, ...]) -> str:
+def _text(rng: random.Random, text: str, suffix: str) -> str:
     """A snippet put in or instead, a piece left out, doubled, or moved."""
+    snippet = rng.choice(SLOW[suffix] if suffix in SLOW and rng.random() < 0.05 else SNIPPETS[suffix])
     if rng.random() < 0.4:
-        return rng.choice(snippets)
+        return snippet
     begin, end = sorted(rng.choices(range(len(text) + 1), k=2))
     end = min(end, begin + rng.choice((1, 5, 50)))
-    piece = rng.choice(
-        (rng.choice(snippets), "", text[begin:end] * 2, str(rng.choice(NUMBERS)), str(rng.choice(VALUES)))
-    )
+    piece = rng.choice((snippet, "", text[begin:end] * 2, str(rng.choice(NUMBERS)), str(rng.choice(VALUES))))
     return text[:begin] + piece + text[end:]
 
 

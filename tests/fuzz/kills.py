@@ -39,8 +39,10 @@ FORK = multiprocessing.get_context("fork")  # whose processes need not import ev
 
 
 def run(args: tuple[str, ...], said: Path) -> None:
-    """A command, in a process of its own."""
-    unfinished.SYNC_SECONDS = 0.02  # or nothing would be noted of what takes but seconds
+    """A command, in a process of its own, on a disk that takes its time."""
+    unfinished.SYNC_SECONDS = 0.0  # or nothing would be noted of what takes but seconds
+    fast = os.fdatasync
+    os.fdatasync = lambda descriptor: (time.sleep(0.05), fast(descriptor))[1]
     compilation_cache.WORTH = 0.0  # and most of these would be spent on compiling
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     sys.exit(main_of_jaxllm(args))
@@ -72,10 +74,14 @@ class Command:
         while process.is_alive() and not (any(self.hidden.glob("content/*")) or self.target.exists()):
             time.sleep(0.001)
 
-    def finish(self) -> None:
-        (process := self.begin()).join()
+    def finish(self) -> float:
+        """The seconds from when it began to write."""
+        self.wait(process := self.begin())
+        begun = time.monotonic()
+        process.join()
         if process.exitcode:
             raise SystemExit(f"{self.name}: ended with {process.exitcode}: {self.said.read_text()}")
+        return time.monotonic() - begun
 
     def written(self) -> dict[str, str]:
         """The hash of every file of the target, and of what belongs to it."""
@@ -99,7 +105,7 @@ def commands(root: Path) -> list[Command]:
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
     model = root / "model.gguf"
-    tiny_gguf.write(model, tiny_gguf.Tiny(256, 1024, 6, 4, 2, 64, vocab=2000, type=T.F16))
+    tiny_gguf.write(model, tiny_gguf.Tiny(256, 256, 3, 4, 2, 64, vocab=300, type=T.F16))
     chat, data = tiny_chat.write_chat(root / "chat.gguf"), root / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"the {i} things"}) + "\n" for i in range(20)))
     learn = ("--steps", "20", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
@@ -148,14 +154,9 @@ def main() -> None:
         for command in commands(Path(root)):
             if options.only not in (None, command.name):
                 continue
-            command.finish()
+            at = random.Random(f"{options.seed} {command.name}")
+            seconds = command.finish()
             expected = command.written()
-            command.remove()
-            process, at = command.begin(), random.Random(f"{options.seed} {command.name}")
-            command.wait(process)
-            begun = time.monotonic()
-            process.join()
-            seconds = time.monotonic() - begun
             command.remove()
             found: Counter[str] = Counter()
             with suppress(KeyboardInterrupt):  # which shows what was tried so far
