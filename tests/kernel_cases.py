@@ -50,11 +50,13 @@ def shapes(*others):
     return some([*SHAPES], ["one row", "all ragged", "many rows", *others])
 
 
-decode = jax.jit(lambda weight: weight.dequantize())  # one program is compiled sooner than each operation
+@partial(jax.jit, static_argnums=1)  # one program is compiled sooner than each operation
+def decode(weight, dtype):
+    return weight.dequantize(dtype)
 
 
-def dequantized(weight):
-    return np.asarray(decode(weight))
+def dequantized(weight, dtype=jnp.float32):
+    return np.asarray(decode(weight, dtype))
 
 
 def numbers(*shape, seed=0):
@@ -242,7 +244,7 @@ class PlanesCases(KernelCases):
         """With one-hot rows the product is the weight itself, dequantized in float32 and rounded once."""
         weight = PLANES[kind](72, 256)
         got = self.run(self.module.matmul, np.eye(256, dtype=self.dtypes[-1]), weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize(self.dtypes[-1])).astype(np.float32).T)
+        np.testing.assert_array_equal(got, dequantized(weight, self.dtypes[-1]).astype(np.float32).T)
 
 
 class BlockFP8Cases(KernelCases):

@@ -72,9 +72,10 @@ class Quickly:
 
     dtypes = (BF16,)
 
-    def run(self, f, *args):
-        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return np.asarray(jax.jit(f).lower(*args).compile(options)(*args))
+    @pytest.fixture(autouse=True)
+    def quickly(self, optimizations):
+        """Also where a case is marked `optimized`: these programs are the simulator's, not users'."""
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def simulated(module, *names):
