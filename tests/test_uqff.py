@@ -127,6 +127,11 @@ def independent(tensors: dict[str, np.ndarray], key: str) -> np.ndarray:
     raise AssertionError
 
 
+@jax.jit  # one program is compiled sooner than each operation
+def dequantized(weight):
+    return weight.dequantize()
+
+
 @pytest.mark.parametrize(
     ("name", "type"), [(n, t) for n, t in GOLDENS if n in ("1.2/llama", "1.2/qwen3", "1.2/gpt_oss")]
 )
@@ -139,7 +144,7 @@ def test_values_are_those_of_independent_decoders(name, type):
         weight = weights[f"{key}.weight"]
         kinds[weight.format, len(weight.shape)] = key
     for key in kinds.values():
-        ours = jax.tree.map(np.asarray, weights[f"{key}.weight"]).dequantize()
+        ours = dequantized(jax.tree.map(np.asarray, weights[f"{key}.weight"]))
         np.testing.assert_array_equal(ours, independent(tensors, key), err_msg=key)
 
 
@@ -158,8 +163,8 @@ def test_layers_that_mistral_rs_cannot_run_stand_for_the_source(tmp_path, name, 
         single = [key.replace(".experts.", f".experts.{i}.") for i in range(weight.shape[0])]
         known = source.get(key) or source.get(key.removesuffix(".weight"))
         parts = [known] if known is not None else [source[each] for each in single]
-        wanted = np.stack([np.asarray(jax.tree.map(np.asarray, part).dequantize()) for part in parts])
-        off = np.asarray(jax.tree.map(np.asarray, weight).dequantize()) - wanted.reshape(weight.shape)
+        wanted = np.stack([dequantized(jax.tree.map(np.asarray, part)) for part in parts])
+        off = dequantized(jax.tree.map(np.asarray, weight)) - wanted.reshape(weight.shape)
         assert np.linalg.norm(off) < 0.25 * np.linalg.norm(wanted), key
         checked += 1
     assert checked > 8
@@ -239,7 +244,7 @@ def test_kinds_that_only_version_0_2_has(tmp_path):
     write_safetensors(folder / "fp8-0.uqff", old)
     found = open_checkpoint(folder / "fp8-0.uqff").tensors
     for key, there in ((q, independent(f8q8, q)), (k, independent(mxfp4, k)), (v, plain)):
-        ours = jax.tree.map(np.asarray, found[f"{key}.weight"]).dequantize()
+        ours = dequantized(jax.tree.map(np.asarray, found[f"{key}.weight"]))
         np.testing.assert_array_equal(ours, there)
 
 
