@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import covering, in_turn, some
 from native_cases import SCALES
 from quantized_writers import pack_bits
@@ -48,15 +49,6 @@ EXPERTS = 4
 def shapes(*others):
     """Those that differ most, and some others; the backend's kernels share how they cut them."""
     return some([*SHAPES], ["one row", "all ragged", "many rows", *others])
-
-
-@partial(jax.jit, static_argnums=1)  # one program is compiled sooner than each operation
-def decode(weight, dtype):
-    return weight.dequantize(dtype)
-
-
-def dequantized(weight, dtype=jnp.float32):
-    return np.asarray(decode(weight, dtype))
 
 
 def numbers(*shape, seed=0):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 import tiny_hf
+from compiled import dequantized
 from covering import some
 from quantized_writers import write_safetensors
 from safetensors.numpy import load_file
@@ -49,7 +50,7 @@ def load(path, **options):
 def matrices(model):
     """Every parameter by name, dequantized, in the checkpoint's order."""
     return {
-        name: np.asarray(p.declared.restore(w.dequantize() if hasattr(w := p.get_value(), "dequantize") else w))
+        name: p.declared.restore(dequantized(w) if hasattr(w := p.get_value(), "dequantize") else np.asarray(w))
         for name, p in parameters(model.model).items()
     }
 
@@ -136,7 +137,8 @@ def test_a_directory_of_mlx(sources, tmp_path, type):
 LLAMA_CPP = json.loads((GOLDEN / "exported_gguf.json").read_text())
 
 
-@pytest.mark.parametrize("type", some(list(LLAMA_CPP["types"]), ["q8_0"]))
+@pytest.mark.optimized  # the demo is large enough for running to count
+@pytest.mark.parametrize("type", some(list(LLAMA_CPP["types"]), ["q4_k"]))
 def test_llama_cpp_makes_the_same_of_our_files(tmp_path, type):
     """Within what rounding activations to int8 does to it."""
     convert("demo", tmp_path / "a.gguf", to=type, container="gguf", progress=False)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import some
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
@@ -126,7 +127,7 @@ def test_equals_llama_cpp_bit_for_bit(type):
 def test_q1_0_is_signs_and_the_mean_magnitude():
     w = MIXTURE.reshape(-1, 128)
     means = np.abs(w).mean(axis=1, keepdims=True)
-    result = np.asarray(GGML.from_dense(MIXTURE, "Q1_0").dequantize()).reshape(w.shape)
+    result = dequantized(GGML.from_dense(MIXTURE, "Q1_0")).reshape(w.shape)
     np.testing.assert_allclose(result, np.where(w < 0, -means, means), rtol=1e-3, atol=1e-7)
 
 
@@ -134,7 +135,7 @@ def test_q1_0_is_signs_and_the_mean_magnitude():
 def test_zero_blocks_decode_to_zeros(type):
     w = MIXTURE.copy()
     w[0, 1], w[1, 2, :256], w[2, 3, 256:] = 0, 0, 0
-    result = np.asarray(GGML.from_dense(w, type).dequantize())
+    result = dequantized(GGML.from_dense(w, type))
     assert (result[0, 1] == 0).all()
     assert (result[1, 2, :256] == 0).all()
     assert (result[2, 3, 256:] == 0).all()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import some
 from jax import lax
 from jax._src.interpreters import mlir
@@ -24,7 +25,6 @@ from kernel_cases import (
     MXFP4Cases,
     PlanesCases,
     check_refusals_of_attention,
-    dequantized,
     ggml,
     integers,
     numbers,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import in_turn
 from jax.sharding import NamedSharding, PartitionSpec
 from native_cases import COLS, ROWS, WEIGHTS, affine, floats, ggml
@@ -41,7 +42,6 @@ MORE = {
     ), even=True),
 }  # fmt: skip
 as_planes = jax.jit(planes_of, static_argnums=1)  # one program is compiled sooner than each operation
-decoded = jax.jit(lambda weight: weight.dequantize())
 ALL = {name: cache(make) for name, make in (WEIGHTS | MORE).items()}
 REASONS = {name: refuses(make()) for name, make in ALL.items() if type(make()) in PARTS}
 HELD = [name for name, reason in REASONS.items() if reason is None]
@@ -60,12 +60,12 @@ def test_what_is_refused():
 @pytest.mark.parametrize(("name", "transposed"), in_turn(HELD, True, False))
 def test_the_same_numbers(name, transposed):
     weight = ALL[name]()
-    expected = np.asarray(decoded(weight))
+    expected = dequantized(weight)
     made = as_planes(weight, transposed)
     assert made.shape == weight.shape
     assert made.format == weight.format
     assert made.nbytes <= {"Q2_K": 1.2}.get(name, 1.15) * weight.nbytes
-    np.testing.assert_array_equal(np.asarray(decoded(made)), expected)
+    np.testing.assert_array_equal(dequantized(made), expected)
 
 
 @pytest.mark.parametrize("name", ["Q5_K", "affine, act-order", "NF4", "NVFP4, divided"])
@@ -73,7 +73,7 @@ def test_the_same_numbers(name, transposed):
 def test_rows_are_looked_up(name, transposed):
     weight, ids = ALL[name](), jnp.asarray([[3, 0, 36]])
     rows = jax.jit(lambda w: w.take(ids).dequantize())(as_planes(weight, transposed))
-    np.testing.assert_array_equal(np.asarray(rows), np.asarray(decoded(weight))[np.asarray(ids)])
+    np.testing.assert_array_equal(np.asarray(rows), dequantized(weight)[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("rows", [3, 37, 300])
@@ -85,7 +85,7 @@ def test_rows_that_lie_along_lanes(rows, count):
     ids = ids.at[0].set(rows - 1)
     taken = jax.jit(lambda w, ids: w.take(ids))(as_planes(weight, True), ids)
     assert not taken.transposed
-    np.testing.assert_array_equal(np.asarray(decoded(taken)), np.asarray(decoded(weight))[np.asarray(ids)])
+    np.testing.assert_array_equal(dequantized(taken), dequantized(weight)[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"])
@@ -93,10 +93,10 @@ def test_rows_that_lie_along_lanes(rows, count):
 def test_stacks(name, transposed):
     weight = ALL[name]()
     stack = jax.tree.map(lambda leaf: np.stack([leaf, leaf, np.zeros_like(leaf)]), weight)
-    expected = np.asarray(decoded(weight))
+    expected = dequantized(weight)
     made = as_planes(stack, transposed)
     assert made.shape == (3, *weight.shape)
-    np.testing.assert_array_equal(np.asarray(decoded(made)), np.stack([expected, expected, 0 * expected]))
+    np.testing.assert_array_equal(dequantized(made), np.stack([expected, expected, 0 * expected]))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -130,7 +130,7 @@ def test_on_a_mesh(name, spec):
         specs = made.shard_specs(spec, mesh)
         shards = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), made, specs)
         parts = jax.jit(jax.shard_map(lambda w: w.dequantize(), mesh=mesh, in_specs=(specs,), out_specs=spec))(shards)
-        np.testing.assert_array_equal(np.asarray(parts), np.asarray(decoded(weight)))
+        np.testing.assert_array_equal(np.asarray(parts), dequantized(weight))
 
 
 def test_every_class_that_has_parts_is_known():

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_hf
+from compiled import dequantized
 from covering import in_turn
 from quantized_writers import (
     read_safetensors,
@@ -125,11 +126,6 @@ def independent(tensors: dict[str, np.ndarray], key: str) -> np.ndarray:
         case 6:
             return unpack_mxfp4({"blocks": own[""], "scales": part["scales"]}, {})
     raise AssertionError
-
-
-@jax.jit  # one program is compiled sooner than each operation
-def dequantized(weight):
-    return weight.dequantize()
 
 
 @pytest.mark.parametrize(
