@@ -1,4 +1,20 @@
-"""The compiled programs of a model, as tests look for them."""
+"""The compiled programs of a model, as tests look for them, and one that decodes weights."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@partial(jax.jit, static_argnums=1)
+def _decoded(weight, dtype):
+    return weight.dequantize(dtype)
+
+
+def dequantized(weight, dtype=jnp.float32):
+    """A weight's matrix, in numpy: one program is compiled sooner than each operation of its decoder."""
+    return np.asarray(_decoded(weight, dtype))
 
 
 def decode_steps(model):

@@ -1,6 +1,7 @@
 """What every backend of the kernels has to do. A backend's test class inherits these and says how it is run."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
+from covering import covering, in_turn, some
 from native_cases import SCALES
+from quantized_writers import pack_bits
 
-from jaxllm.formats import affine
+from jaxllm.formats.affine import Affine
 from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
@@ -42,6 +46,11 @@ TILES = {
 EXPERTS = 4
 
 
+def shapes(*others):
+    """Those that differ most, and some others; the backend's kernels share how they cut them."""
+    return some([*SHAPES], ["one row", "all ragged", "many rows", *others])
+
+
 def numbers(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -50,14 +59,14 @@ def block_fp8(*shape, block=(128, 128), group=None):
     """A weight with scales of many sizes, its last block all zeros; with `group`, of activations that are rounded."""
     w = numbers(*shape, seed=1) * np.exp(numbers(*shape[:-1], 1, seed=2))
     w[..., -block[0] :, -block[1] :] = 0 if shape[-1] > block[1] else w[..., -block[0] :, -block[1] :]
-    weight = Scaled.from_dense(w, block)
+    weight = jax.jit(Scaled.from_dense, static_argnums=1)(w, block)
     return dataclasses.replace(weight, activations=None if group is None else Activations(group))
 
 
 def mxfp4(*shape):
     w = numbers(*shape, seed=1) * np.exp(2 * numbers(*shape[:-1], 1, seed=2))
     w[..., -1, :32] = 0
-    return MXFP4.from_dense(w)
+    return jax.jit(MXFP4.encoded)(w)
 
 
 def ggml(type):
@@ -80,16 +89,17 @@ def integers(bits, group, scales=np.float16, zeros=None, biases=None, act_order=
 
     def make(*shape):
         rng, levels = np.random.default_rng(bits), (*shape[:-1], shape[-1] // group)
-        codes = affine.pack(jnp.asarray(rng.integers(0, 2**bits, shape), jnp.uint32), bits)
+        values = 32 // math.gcd(bits, 32)  # of whole words
+        codes = pack_bits(rng.integers(0, 2**bits, shape).reshape(*shape[:-1], -1, values), bits)
 
         def normal(dtype):
-            made = jnp.asarray(rng.normal(size=levels).astype(dtype))
-            return jnp.pad(made, ((0, 0), (1, 0))) if act_order else made
+            made = rng.normal(size=levels).astype(dtype)
+            return np.pad(made, ((0, 0), (1, 0))) if act_order else made
 
-        offsets = jnp.asarray(rng.integers(0, 2**bits, levels), zeros) if zeros == np.uint8 else zeros and normal(zeros)
+        offsets = rng.integers(0, 2**bits, levels).astype(zeros) if zeros == np.uint8 else zeros and normal(zeros)
         groups = 1 + rng.permutation(np.arange(shape[-1], dtype=np.int32) // group) if act_order else None
         given = {"zeros": offsets, "biases": biases and normal(biases), "in_groups": groups, "even": act_order}
-        return affine.Affine(codes, normal(scales), bits, group, "test", 2 ** (bits - 1), **given)
+        return jax.tree.map(jnp.asarray, Affine(codes, normal(scales), bits, group, "test", 2 ** (bits - 1), **given))
 
     return make
 
@@ -107,8 +117,8 @@ PLANES = {
     "3 bits": integers(3, 128),
     "act-order": integers(4, 32, act_order=True),
     **{type: ggml(type) for type in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q1_0", "IQ4_XS")},
-    "NF4": lambda *shape: Codebook.from_dense(numbers(*shape, seed=1), "NF4"),
-    "NVFP4": lambda *shape: NVFP4.from_dense(numbers(*shape, seed=1)),
+    "NF4": lambda *shape: jax.jit(Codebook.from_dense, static_argnums=1)(numbers(*shape, seed=1), "NF4"),
+    "NVFP4": lambda *shape: jax.jit(NVFP4.from_dense)(numbers(*shape, seed=1)),
     "INT8 per row": int8,
 }
 
@@ -155,13 +165,13 @@ class KernelCases:
 
     def check_matmul(self, x, weight, w=None):
         """`w` is the matrix that x is compared with; by default what the weight decodes to."""
-        w = np.asarray(weight.dequantize()) if w is None else w
+        w = dequantized(weight) if w is None else w
         self.close(self.run(self.module.matmul, x, weight), x, w)
 
     def check_grouped(self, tile, expert, stack, x):
         got = self.run(self.module.grouped_matmul, x, stack, jnp.asarray(expert, jnp.int32))
         assert got.shape == (len(x), stack.shape[-2])
-        w = np.asarray(stack.dequantize())
+        w = dequantized(stack)
         for t, e in enumerate(expert):
             if e >= 0:
                 rows = slice(t * tile, (t + 1) * tile)
@@ -169,18 +179,17 @@ class KernelCases:
 
 
 class MXFP4Cases(KernelCases):
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("shape", shapes("ragged n"))
     def test_matmul(self, shape):
         m, n, k = SHAPES[shape]
         for dtype in self.dtypes:
             self.check_matmul(numbers(m, k).astype(dtype), mxfp4(n, k))
 
-    @pytest.mark.parametrize("tiles", TILES)
-    def test_grouped_matmul(self, tiles):
+    @pytest.mark.parametrize(("tiles", "shape"), in_turn(TILES, (72, 96), (128, 256)))
+    def test_grouped_matmul(self, tiles, shape):
         tile, expert = TILES[tiles]
-        for n, k in ((128, 256), (72, 96)):
-            x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
-            self.check_grouped(tile, expert, mxfp4(EXPERTS, n, k), x)
+        x = numbers(len(expert) * tile, shape[1]).astype(self.dtypes[-1])
+        self.check_grouped(tile, expert, mxfp4(EXPERTS, *shape), x)
 
     @pytest.mark.optimized  # every bit counts
     def test_every_code_at_every_scale(self):
@@ -190,7 +199,10 @@ class MXFP4Cases(KernelCases):
         scales = np.arange(96, 160, dtype=np.uint8)[:, None]
         weight = MXFP4(blocks, scales)
         got = self.run(self.module.matmul, np.eye(32, dtype=self.dtypes[-1]), weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()).T)
+        np.testing.assert_array_equal(got, dequantized(weight).T)
+
+
+MANY = ["Q6_K", "act-order", "NF4"]
 
 
 class PlanesCases(KernelCases):
@@ -200,11 +212,11 @@ class PlanesCases(KernelCases):
     def test_few_rows(self, kind):
         self.check_matmul(numbers(3, 512).astype(self.dtypes[-1]), PLANES[kind](72, 512))
 
-    @pytest.mark.parametrize("kind", ["4 bits, zeros", "Q6_K", "act-order", "NF4", "INT8 per row"])
+    @pytest.mark.parametrize("kind", some(["4 bits, zeros", *MANY, "INT8 per row"], MANY))
     def test_many_rows(self, kind):
         self.check_matmul(numbers(130, 256).astype(self.dtypes[-1]), PLANES[kind](136, 256))
 
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("shape", shapes("smaller than a tile"))
     def test_shapes(self, shape):
         m, n, k = SHAPES[shape]
         self.check_matmul(numbers(m, k).astype(self.dtypes[-1]), PLANES["Q8_0"](n, k))
@@ -224,13 +236,13 @@ class PlanesCases(KernelCases):
         """With one-hot rows the product is the weight itself, dequantized in float32 and rounded once."""
         weight = PLANES[kind](72, 256)
         got = self.run(self.module.matmul, np.eye(256, dtype=self.dtypes[-1]), weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize(self.dtypes[-1])).astype(np.float32).T)
+        np.testing.assert_array_equal(got, dequantized(weight, self.dtypes[-1]).astype(np.float32).T)
 
 
 class BlockFP8Cases(KernelCases):
     BLOCKS = ((128, 128), (64, 128), (128, 64), (16, 32))
 
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("shape", shapes("ragged k"))
     def test_matmul(self, shape):
         m, n, k = SHAPES[shape]
         for dtype in self.dtypes:
@@ -240,19 +252,19 @@ class BlockFP8Cases(KernelCases):
     def test_blocks(self, block):
         self.check_matmul(numbers(4, 256).astype(self.dtypes[-1]), block_fp8(192, 256, block=block))
 
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("shape", shapes("a few rows"))
     def test_activations_in_fp8(self, shape):
         m, n, k = SHAPES[shape]
         x = numbers(m, k) * np.exp(numbers(m, 1, seed=3))
         x[:1, : min(k, 128)] = 0
         x = x.astype(self.dtypes[-1])
         weight = block_fp8(n, k, group=128)
-        self.close(self.run(self.module.matmul, x, weight), rounded(x, 128), np.asarray(weight.dequantize()))
+        self.close(self.run(self.module.matmul, x, weight), rounded(x, 128), dequantized(weight))
 
     def test_activations_with_scales_of_powers_of_two(self):
         x, weight = numbers(3, 256).astype(self.dtypes[-1]), block_fp8(128, 256)
         weight = dataclasses.replace(weight, activations=Activations(128, power_of_two=True))
-        w, got = np.asarray(weight.dequantize()), self.run(self.module.matmul, x, weight)
+        w, got = dequantized(weight), self.run(self.module.matmul, x, weight)
         self.close(got, rounded(x, 128, True), w)
         assert np.abs(plain(rounded(x, 128, True), w) - plain(rounded(x, 128), w)).max() > 0.01
 
@@ -265,25 +277,24 @@ class BlockFP8Cases(KernelCases):
         weight = block_fp8(200, 320, group=128)
         got = self.run(self.module.matmul, Quantized(codes, scales, 128), weight)
         seen = codes.astype(np.float32) * np.repeat(scales, 128, -1)[:, :320]
-        self.close(got, seen, np.asarray(weight.dequantize()))
+        self.close(got, seen, dequantized(weight))
 
-    @pytest.mark.parametrize("tiles", TILES)
-    @pytest.mark.parametrize("group", [None, 128])
-    def test_grouped_matmul(self, tiles, group):
+    @pytest.mark.parametrize(("tiles", "group", "shape"), covering(TILES, (None, 128), ((128, 256), (200, 384))))
+    def test_grouped_matmul(self, tiles, group, shape):
         tile, expert = TILES[tiles]
-        for n, k in ((128, 256), (200, 384)):
-            x = numbers(len(expert) * tile, k).astype(self.dtypes[-1])
-            stack = block_fp8(EXPERTS, n, k, group=group)
-            got = self.run(self.module.grouped_matmul, x, stack, jnp.asarray(expert, jnp.int32))
-            seen, w = rounded(x, group), np.asarray(stack.dequantize())
-            for t, e in enumerate(expert):
-                if e >= 0:
-                    rows = slice(t * tile, (t + 1) * tile)
-                    self.close(got[rows], seen[rows], w[e])
+        x = numbers(len(expert) * tile, shape[1]).astype(self.dtypes[-1])
+        stack = block_fp8(EXPERTS, *shape, group=group)
+        got = self.run(self.module.grouped_matmul, x, stack, jnp.asarray(expert, jnp.int32))
+        seen, w = rounded(x, group), dequantized(stack)
+        for t, e in enumerate(expert):
+            if e >= 0:
+                rows = slice(t * tile, (t + 1) * tile)
+                self.close(got[rows], seen[rows], w[e])
 
     @pytest.mark.optimized  # every bit counts
-    @pytest.mark.parametrize("power_of_two", [False, True])
-    @pytest.mark.parametrize("shape", [(1, 128), (5, 384), (130, 200), (2, 3, 256)])
+    @pytest.mark.parametrize(
+        ("shape", "power_of_two"), in_turn([(1, 128), (5, 384), (130, 200), (2, 3, 256)], False, True)
+    )
     def test_act_quant(self, shape, power_of_two):
         x = numbers(*shape) * np.exp(3 * numbers(*shape[:-1], 1, seed=3))
         x[..., :1, :128] = 0
@@ -298,7 +309,7 @@ class BlockFP8Cases(KernelCases):
     def test_weight_dequant(self, shape, block):
         weight = block_fp8(*shape, block=block)
         got = self.run(lambda w: self.module.weight_dequant(w, jnp.float32), weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
+        np.testing.assert_array_equal(got, dequantized(weight))
 
 
 class Case(NamedTuple):
@@ -338,12 +349,15 @@ ATTENTION = {
 }
 
 
+held_as = jax.jit(stored, static_argnums=1)
+
+
 def attention_operands(case):
     """Sequences lie in the cache in another order, and one of them belongs to no row."""
     batch, dim = len(case.first), case.dim + case.rope
     buffers = {"keys": (case.kv_heads, case.dim), "values": (case.kv_heads, case.value_dim), "rope": (1, case.rope)}
     held = {
-        name: stored(jnp.asarray(numbers(batch + 1, case.length, heads, size, seed=i).swapaxes(1, 2)), case.cache)
+        name: held_as(numbers(batch + 1, case.length, heads, size, seed=i).swapaxes(1, 2), case.cache)
         for i, (name, (heads, size)) in enumerate(buffers.items(), 1)
         if size
     }

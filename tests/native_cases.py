@@ -1,15 +1,16 @@
 """What the native CPU kernels have to pass, for every format. `python native_cases.py` runs it in a process of its own,
 because a process uses one instruction set (JAXLLM_CPU) and one number of threads (JAXLLM_THREADS)."""
 
-import itertools
+import math
 import sys
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from quantized_writers import pack_bits
 
-from jaxllm.formats.affine import Affine, pack
+from jaxllm.formats.affine import Affine
 from jaxllm.formats.codebook import Codebook
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
@@ -54,7 +55,8 @@ def ggml(type, rows=ROWS, cols=COLS):
 
 def affine(bits, cols=COLS, group=32, **leaves):
     rng = np.random.default_rng(bits)
-    codes = pack(jnp.asarray(rng.integers(0, 2**bits, (ROWS, cols)), jnp.uint32), bits)
+    values = 32 // math.gcd(bits, 32)  # of whole words
+    codes = jnp.asarray(pack_bits(rng.integers(0, 2**bits, (ROWS, cols)).reshape(ROWS, -1, values), bits))
     given = {name: jnp.asarray(make(rng)) for name, make in leaves.items()}
     scales = given.pop("scales", None)
     if scales is None:
@@ -78,6 +80,7 @@ def codebook(cols=COLS, group=64):
     return Codebook(jnp.asarray(codes), floats(ROWS, -(-cols // group)), floats(16, seed=1), group, "NF4")
 
 
+nvfp4 = jax.jit(NVFP4.from_dense)
 GROUPS = (ROWS, COLS // 32)
 WEIGHTS = {
     **{type: lambda type=type: ggml(type) for type in BLOCK_TYPES},
@@ -96,10 +99,10 @@ WEIGHTS = {
         zeros=lambda rng: rng.normal(size=(4, COLS)).astype(np.float32),
         out_groups=lambda rng: rng.integers(0, 4, ROWS, dtype=np.int32),
     ),
-    "MXFP4 in order": lambda: MXFP4.from_dense(floats(ROWS, COLS)),
-    "NVFP4 in order": lambda: NVFP4.from_dense(floats(ROWS, COLS)),
+    "MXFP4 in order": lambda: jax.jit(MXFP4.encoded)(floats(ROWS, COLS)),
+    "NVFP4 in order": lambda: nvfp4(floats(ROWS, COLS)),
     "NVFP4, divided": lambda: NVFP4(
-        *jax.tree.leaves(NVFP4.from_dense(floats(ROWS, COLS)))[:2], jnp.full((1,), 3.0, jnp.float32), divides=True
+        *jax.tree.leaves(nvfp4(floats(ROWS, COLS)))[:2], jnp.full((1,), 3.0, jnp.float32), divides=True
     ),
     "NF4": codebook,
     "FP8": lambda: scaled(jnp.float8_e4m3fn, (16, 128)),
@@ -112,7 +115,7 @@ WEIGHTS = {
     "affine, short": lambda: affine(4, 40, 16),
     "affine 3, short": lambda: affine(3, 96),
     "affine 8, short": lambda: affine(8, 20),
-    "NVFP4, short": lambda: NVFP4.from_dense(floats(ROWS, 48)),
+    "NVFP4, short": lambda: nvfp4(floats(ROWS, 48)),
     "NF4, short": lambda: codebook(62, 2),
     "FP8, short": lambda: scaled(jnp.float8_e4m3fn, (8, 20), cols=50),
     "bfloat16, short": lambda: Dense(floats(ROWS, 33).astype(jnp.bfloat16)),
@@ -133,21 +136,33 @@ def rounded(x):
     return (codes * scale).reshape(len(x), -1)[:, : x.shape[1]]
 
 
+@jax.jit
+def products(xs, weight):
+    """Each of xs times the weight, exact and rounded, and the dequantized matrix; one program compiles faster."""
+    found = {}
+    for int8_blocks in (False, True):
+        with rounding(int8_blocks):
+            found[int8_blocks] = [native_cpu.matmul(x, weight) for x in xs]
+    return found, weight.dequantize()
+
+
 def check(name, counts=COUNTS):
     """Products of `counts` rows, exact and rounded, with the dequantized matrix in float64."""
     weight = WEIGHTS[name]()
-    matrix = np.asarray(weight.dequantize(), np.float64)
-    for count, int8_blocks in itertools.product(counts, (False, True)):
-        x = np.array(floats(count, matrix.shape[1], seed=count))
+    xs = [np.random.default_rng(count).normal(size=(count, weight.shape[1])).astype(np.float32) for count in counts]
+    for x in xs:
         x[0, :32] = 0  # a block without a scale
-        seen = rounded(x) if int8_blocks and rounds(name) else x
-        expected = seen.astype(np.float64) @ matrix.T
-        with rounding(int8_blocks):
-            got = native_cpu.matmul(jnp.asarray(x), weight)
-        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-5, err_msg=name)
+    found, matrix = products(xs, weight)
+    matrix = np.asarray(matrix, np.float64)
+    for int8_blocks, results in found.items():
+        for x, got in zip(xs, results, strict=True):
+            seen = rounded(x) if int8_blocks and rounds(name) else x
+            expected = seen.astype(np.float64) @ matrix.T
+            np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-5, err_msg=name)
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py has it
     for case in WEIGHTS:
         check(case, (1, 7, 70))  # every branch once
     sys.stdout.write(f"{library.native().instructions} {library.threads()}\n")

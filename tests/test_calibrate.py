@@ -6,6 +6,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
+import tiny_chat
 import tiny_hf
 
 import jaxllm
@@ -90,19 +91,25 @@ def test_an_importance_matrix_of_another_model_is_refused_with_every_mismatch(fo
         importance_for(tmp_path / "b.gguf", checkpoint)
 
 
-def test_the_command_writes_what_loading_reads(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A tiny model with a tokenizer."""
+    return tiny_chat.write_chat(tmp_path_factory.mktemp("calibrate") / "model.gguf")
+
+
+def test_the_command_writes_what_loading_reads(talker, tmp_path, capsys):
     (tmp_path / "text").write_text("The sea is wide, and the boat is small. " * 12, encoding="utf-8")
     for out in ("a.gguf", "a.cimatrix"):
-        options = ["--model", "demo", "--text", str(tmp_path / "text"), "--chunk", "32", "--chunks", "2"]
+        options = ["--model", str(talker), "--text", str(tmp_path / "text"), "--chunk", "32", "--chunks", "2"]
         assert main(["calibrate", *options, "--out", str(tmp_path / out)]) == 0
-        assert capsys.readouterr().err.splitlines()[-1] == f"{tmp_path / out}: 210 matrices, 64 tokens"
+        assert capsys.readouterr().err.splitlines()[-1] == f"{tmp_path / out}: 14 matrices, 64 tokens"
     first, second = (read_importance(tmp_path / out) for out in ("a.gguf", "a.cimatrix"))
-    assert first["blk.3.ffn_down.weight"].counts == 64
+    assert first["blk.1.ffn_down.weight"].counts == 64
     np.testing.assert_allclose(
-        first["blk.3.ffn_down.weight"].importance, second["model.layers.3.mlp.down_proj"].importance, rtol=1e-6
+        first["blk.1.ffn_down.weight"].importance, second["model.layers.1.mlp.down_proj"].importance, rtol=1e-6
     )
     plain, helped = (
-        jaxllm.load("demo", quantize="iq4_nl", imatrix=imatrix, progress=False).placed
+        jaxllm.load(talker, quantize="iq4_nl", imatrix=imatrix, progress=False).placed
         for imatrix in (None, tmp_path / "a.gguf")
     )
     differ = [
@@ -110,7 +117,7 @@ def test_the_command_writes_what_loading_reads(tmp_path, capsys):
         for p, q in zip(plain, helped, strict=True)
         if len(p.declaration.shape) > 1 and not np.array_equal(p.weight.leaf("blocks"), q.weight.leaf("blocks"))
     ]
-    assert len(differ) == 210
+    assert len(differ) == 14
 
 
 @pytest.mark.parametrize(
@@ -120,16 +127,16 @@ def test_the_command_writes_what_loading_reads(tmp_path, capsys):
         (["--out", "b/a.gguf"], "b is not a directory"),
         (
             ["--out", "a.gguf", "--chunk", "40000"],
-            "chunk 40000, chunks None: must be 1 or above, and a chunk at most 8192",
+            "chunk 40000, chunks None: must be 1 or above, and a chunk at most 1024",
         ),
         (["--out", "a.gguf", "--text", "none"], "none: .*No such file"),
-        (["--out", "a.gguf"], "a text of 5 tokens is shorter than a chunk of 512"),
+        (["--out", "a.gguf"], "a text of 16 tokens is shorter than a chunk of 512"),
     ],
 )
-def test_what_cannot_be_calibrated_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):
+def test_what_cannot_be_calibrated_is_one_line_and_exit_code_2(talker, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("The sea is wide.")
-    assert main(["calibrate", "--model", "demo", "--text", "text", *options]) == 2
+    assert main(["calibrate", "--model", str(talker), "--text", "text", *options]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(message, said)

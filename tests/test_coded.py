@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from covering import some
 
 import jaxllm
-from jaxllm.kernels.coded import Coded, read
+from jaxllm.kernels.coded import Coded, read, stored
 from jaxllm.layers.cache import write, write_ring
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,19 +71,31 @@ CASES = [
     ("checkpoints/mistral", {}, "dp=2,tp=2", "fp8"),
     ("gpt_oss/bf16", {}, "tp=8", "int8"),
     ("deepseek/v3", {}, "tp=2", "fp8"),
-    ("deepseek/v3", {"attention": "naive"}, "tp=8", "int8"),
 ]
+CASES += some([("deepseek/v3", {"attention": "naive"}, "tp=8", "int8")], [])
 
 
-@pytest.fixture
-def forgetting():
-    """What was traced with a function that is replaced here does not outlive the test."""
-    yield
+@pytest.fixture(scope="module")
+def name(request):
+    """A type. While a test has it, numbers of float32 are cached as if they were so rounded."""
+    dtype, limit = TYPES[request.param]
+
+    def rounding(x, held):
+        if held != jnp.float32:
+            return stored(x, held)
+        scale = (jnp.max(jnp.abs(x), axis=-1, keepdims=True) / limit).astype(jnp.bfloat16).astype(jnp.float32)
+        codes = x / jnp.where(scale == 0, 1.0, scale)
+        return (jnp.round(codes) if request.param == "int8" else codes.astype(dtype).astype(jnp.float32)) * scale
+
+    jax.clear_caches()  # of what was traced with the function that is replaced
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxllm.layers.cache.stored", rounding)
+        yield request.param
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("path", "options", "mesh", "name"), CASES)
-def test_models_answer_as_if_numbers_were_rounded(monkeypatch, forgetting, path, options, mesh, name):
+@pytest.mark.parametrize(("path", "options", "mesh", "name"), CASES, indirect=["name"])
+def test_models_answer_as_if_numbers_were_rounded(monkeypatch, path, options, mesh, name):
     """On a mesh, chunk by chunk and then token by token, with rings that have come around."""
     monkeypatch.setattr("jaxllm.layers.cache.REWIND", 2)
     monkeypatch.setattr("jaxllm.decoding.CHUNK", 8)
@@ -98,15 +111,6 @@ def test_models_answer_as_if_numbers_were_rounded(monkeypatch, forgetting, path,
         return np.concatenate(parts, axis=1)
 
     got = logits(jaxllm.load(GOLDEN / path, mesh=mesh, cache_dtype=name, **options))
-    dtype, limit = TYPES[name]
-
-    def stored(x, _):  # in numbers of float32
-        scale = (jnp.max(jnp.abs(x), axis=-1, keepdims=True) / limit).astype(jnp.bfloat16).astype(jnp.float32)
-        codes = x / jnp.where(scale == 0, 1.0, scale)
-        return (jnp.round(codes) if name == "int8" else codes.astype(dtype).astype(jnp.float32)) * scale
-
-    monkeypatch.setattr("jaxllm.layers.cache.stored", stored)
-    jax.clear_caches()
     expected = logits(jaxllm.load(GOLDEN / path, **options))
     assert np.abs(expected - golden["logits"][:, :18]).max() > 0.01  # else nothing was rounded
     np.testing.assert_allclose(got, expected, atol=2e-3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 import tiny_hf
+from compiled import dequantized
 from covering import some
 from quantized_writers import write_safetensors
 from safetensors.numpy import load_file
@@ -49,7 +50,7 @@ def load(path, **options):
 def matrices(model):
     """Every parameter by name, dequantized, in the checkpoint's order."""
     return {
-        name: np.asarray(p.declared.restore(w.dequantize() if hasattr(w := p.get_value(), "dequantize") else w))
+        name: p.declared.restore(dequantized(w) if hasattr(w := p.get_value(), "dequantize") else np.asarray(w))
         for name, p in parameters(model.model).items()
     }
 
@@ -63,8 +64,8 @@ def same(model, other):
 @pytest.mark.parametrize(
     "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", *OTHERS])
 )
-def test_to_gguf_and_back_is_the_same_model(sources, tmp_path, name):
-    model = load(sources[name])
+def test_to_gguf_and_back_is_the_same_model(load_once, sources, tmp_path, name):
+    model = load_once(sources[name], dtype="float32", weights="packed")
     convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)
     there = load(tmp_path / "a.gguf")
     np.testing.assert_allclose(there.logits(TOKENS), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
@@ -136,7 +137,8 @@ def test_a_directory_of_mlx(sources, tmp_path, type):
 LLAMA_CPP = json.loads((GOLDEN / "exported_gguf.json").read_text())
 
 
-@pytest.mark.parametrize("type", some(list(LLAMA_CPP["types"]), ["q4_k", "mxfp4"]))
+@pytest.mark.optimized  # the demo is large enough for running to count
+@pytest.mark.parametrize("type", some(list(LLAMA_CPP["types"]), ["q4_k"]))
 def test_llama_cpp_makes_the_same_of_our_files(tmp_path, type):
     """Within what rounding activations to int8 does to it."""
     convert("demo", tmp_path / "a.gguf", to=type, container="gguf", progress=False)
@@ -230,9 +232,9 @@ FEW = [("huggingface", "fp8_block"), ("mlx", "afq4")]
 
 @pytest.mark.parametrize(("container", "type"), some(EVERYWHERE, FEW))
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek"])
-def test_every_directory_of_experts_is_read_again(sources, tmp_path, name, container, type):
+def test_every_directory_of_experts_is_read_again(load_once, sources, tmp_path, name, container, type):
     convert(sources[name], tmp_path / "a", to=type, container=container, progress=False)
-    there, ours = load(tmp_path / "a"), load(sources[name])
+    there, ours = load(tmp_path / "a"), load_once(sources[name], dtype="float32", weights="packed")
     found, expected = np.asarray(there.logits(TOKENS)), np.asarray(ours.logits(TOKENS))
     assert np.square(found - expected).mean() < 0.3 * np.square(expected).mean()
     if container == "mlx" and name != "gpt_oss":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from covering import in_turn
+from covering import in_turn, some
 from hf_to_gguf import convert
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -48,12 +48,17 @@ def files(tmp_path_factory):
     return folder
 
 
+# A decode step does not know which file the weights are from: test_hf has those of every architecture.
+GENERATED = some([*FILES], ["llama", "mixtral"])
+
+
 @pytest.mark.parametrize(("name", "mesh"), in_turn(FILES, "tp=1", "tp=2,ep=4"))
 def test_logits_and_tokens_are_those_of_transformers(load_once, files, name, mesh):
     golden = np.load(CHECKPOINTS / name.split(",")[0] / "golden.npz")
     model = load_once(files / f"{name}.gguf", mesh=mesh, dtype="float32")
     np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
-    assert model.generate(golden["tokens"][0].tolist(), 12).tokens == golden["greedy"].tolist()
+    if name in GENERATED:
+        assert model.generate(golden["tokens"][0].tolist(), 12).tokens == golden["greedy"].tolist()
 
 
 def test_short_sequences_of_a_long_context_model_use_its_short_factors(load_once, files):

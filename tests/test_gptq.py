@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import dequantized
 from quantized_writers import gptq as gptq_tensors
 from quantized_writers import unpack_bits
 from reference.gptq_goldens import AWQ_CASES, CASES, error, problem
@@ -55,7 +56,7 @@ def test_gptq_leaves_less_error_than_gptqmodel_and_much_less_than_rounding(bits,
         assert ours <= 1.02 * theirs["best"]
         assert ours <= 0.9 * theirs["default"]
         assert ours <= 0.2 * error(x, w, decoded(rtn(w, bits, group, symmetric, np.square(x).mean(0))))
-        np.testing.assert_array_equal(np.asarray(weight.dequantize()), decoded(weight))
+        np.testing.assert_array_equal(dequantized(weight), decoded(weight))
 
 
 def column_by_column(w: np.ndarray, h: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_a_last_group_may_be_smaller():
     for weight in (gptq(w, x.T @ x, 4, 64), rtn(w, 4, 64, True)):
         assert weight.shape == (64, 96)
         assert weight.scales.shape == (64, 2)
-        np.testing.assert_array_equal(np.asarray(weight.dequantize()), decoded(weight))
+        np.testing.assert_array_equal(dequantized(weight), decoded(weight))
     alone = rtn(w[:, 64:], 4, 32, True)
     np.testing.assert_array_equal(decoded(rtn(w, 4, 64, True))[:, 64:], decoded(alone))
 

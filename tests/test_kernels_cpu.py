@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import some
 from native_cases import COLS, ROWS, WEIGHTS, affine, check, floats, ggml
 
 import jaxllm
@@ -169,8 +171,11 @@ def test_attention(name, ring):
     sinks = floats(heads, seed=3) if has_sinks else None
     given, scoring = Cached(q, keys, values, positions, key_positions, sinks, rows), Scoring(length, window, cap)
     picked = Cached(q, *(numbers(x)[::-1][:-1] for x in (keys, values)), positions, key_positions, sinks)
-    for got in (native_cpu.attention(given, scoring), attend(given, scoring)):
-        np.testing.assert_allclose(got, attend(picked, scoring), rtol=0, atol=3e-5)
+    ours, definition, expected = jax.jit(
+        lambda given, picked: (native_cpu.attention(given, scoring), attend(given, scoring), attend(picked, scoring))
+    )(given, picked)
+    for got in (ours, definition):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)
 
 
 # batch, time, heads, kv_heads, dim, value_dim, dtype, window, cap, sinks
@@ -193,6 +198,7 @@ def test_gradients_of_attention(name):
     q, keys, values, g = (x.astype(dtype) for x in (q, keys, values, floats(batch, time, heads, value_dim, seed=3)))
     sinks, scoring = floats(heads, seed=4) if has_sinks else None, Scoring(time, min(window or time, time), cap)
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def gradients(attention, wide):
         given = [x.astype(jnp.float32) if wide else x for x in (q, keys, values)]
         run = lambda q, k, v, s: attention(Cached(q, k, v, at, at, s), scoring)  # noqa: E731
@@ -206,19 +212,30 @@ def test_gradients_of_attention(name):
         np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0, atol=near)
 
 
-@pytest.mark.parametrize("name", [name for name in WEIGHTS if not name.startswith("bfloat16")])
+# One of each class, and those that are cut within a block.
+TRAINED = "Q4_0", "Q4_K", "IQ2_S", "affine 3", "affine, zeros", "affine, groups of columns", "affine, groups of rows"
+TRAINED += "MXFP4 in order", "NVFP4, divided", "NF4", "FP8", "MXFP8", "INT8", "float16", "affine, short", "NF4, short"
+
+
+@pytest.mark.parametrize("name", some([name for name in WEIGHTS if not name.startswith("bfloat16")], TRAINED))
 def test_training_in_bfloat16(name, monkeypatch):
     """On processors that multiply bfloat16, rows of it are multiplied by matrices that are rounded to it, both ways;
     only sums are wider."""
     monkeypatch.setattr(native_cpu, "has_bfloat16", lambda: True)
     weight = WEIGHTS[name]()
-    matrix = np.asarray(weight.dequantize().astype(jnp.bfloat16), np.float64)
+    matrix = np.asarray(jax.jit(lambda w: w.dequantize().astype(jnp.bfloat16))(weight), np.float64)
     x, g = floats(native_cpu.ENOUGH, matrix.shape[1]).astype(jnp.bfloat16), floats(native_cpu.ENOUGH, len(matrix))
-    y, backward = jax.vjp(lambda x: dispatch.matmul(x, weight), x)
+
+    @jax.jit
+    def both_ways(x, g, weight):
+        y, backward = jax.vjp(lambda x: dispatch.matmul(x, weight), x)
+        return y, backward(g)[0]
+
+    y, back = both_ways(x, g, weight)
     expected = np.asarray(x, np.float64) @ matrix.T
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     expected = np.asarray(g.astype(jnp.bfloat16), np.float64) @ matrix
-    got = np.asarray(backward(g)[0], np.float64)
+    got = np.asarray(back, np.float64)
     np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
 
 
@@ -230,6 +247,7 @@ def test_a_row_does_not_depend_on_its_neighbours(exact):
     q, positions = floats(24, 1, 4, 16, seed=5), jnp.arange(570, 594, dtype=jnp.int32)[:, None]
     scale = floats(COLS, seed=6)
 
+    @partial(jax.jit, static_argnums=0)
     def results(rows):
         given = Cached(q[:rows], cached[:rows], cached[:rows], positions[:rows])
         with rounding(not exact):
@@ -243,8 +261,9 @@ def test_a_row_does_not_depend_on_its_neighbours(exact):
     together = native_cpu.attention(
         Cached(q[:8].reshape(1, 8, 4, 16), cached[:1], cached[:1], positions[:8].reshape(1, 8)), Scoring(600)
     )
+    alone = jax.jit(lambda q, at: native_cpu.attention(Cached(q, cached[:1], cached[:1], at), Scoring(600)))
     for i in range(8):
-        one = native_cpu.attention(Cached(q[i : i + 1], cached[:1], cached[:1], positions[i : i + 1]), Scoring(600))
+        one = alone(q[i : i + 1], positions[i : i + 1])
         np.testing.assert_array_equal(one[0, 0], together[0, i])
 
 
@@ -266,6 +285,7 @@ def test_gradients_of_attention_are_those_of_the_definition():
     q, keys, values = floats(1, 3, 4, 16), floats(1, 2, 8, 16, seed=1), floats(1, 2, 8, 16, seed=2)
     positions = jnp.array([[4, 5, 6]], jnp.int32)
 
+    @partial(jax.jit, static_argnums=0)
     def gradients(f):
         loss = lambda q, keys, values: jnp.sum(f(Cached(q, keys, values, positions), Scoring(8)) ** 2)  # noqa: E731
         return jax.grad(loss, (0, 1, 2))(q, keys, values)

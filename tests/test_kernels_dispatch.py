@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
 from kernel_cases import block_fp8, mxfp4, numbers
 
 import jaxllm
@@ -191,7 +192,7 @@ class TestRoundedRows:
         scale = peak / np.float32(448) if scale is None else scale
         scale = np.exp2(np.ceil(np.log2(scale))) if power_of_two else scale
         seen = np.clip(self.x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
-        return seen @ np.asarray(self.weight.dequantize()).T
+        return seen @ dequantized(self.weight).T
 
     @pytest.mark.parametrize(
         "activations",
@@ -201,7 +202,7 @@ class TestRoundedRows:
     def test_matmul_is_whole_in_itself(self, activations):
         weight = replace(self.weight, activations=activations)
         expected = self.expected(activations.power_of_two, activations.scale)
-        plain = self.x @ np.asarray(weight.dequantize()).T
+        plain = self.x @ dequantized(weight).T
         assert np.abs(expected - plain).max() > 0.1
         np.testing.assert_allclose(dispatch.matmul(jnp.asarray(self.x), weight), expected, rtol=1e-4, atol=1e-3)
         stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), weight)
@@ -218,7 +219,7 @@ class TestRoundedRows:
         weight = replace(self.weight, activations=Activations(scale=np.full((1,), 1.0, np.float32)))
         x = jnp.full((1, 256), 1.03, jnp.float32)
         got = dispatch.matmul(Rounded(x), weight)
-        np.testing.assert_allclose(got, np.asarray(x) @ np.asarray(weight.dequantize()).T, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(got, np.asarray(x) @ dequantized(weight).T, rtol=1e-4, atol=1e-3)
 
 
 @jax.tree_util.register_dataclass
@@ -294,7 +295,7 @@ def test_layers_and_experts_use_what_was_chosen(calls, monkeypatch):
     x = jnp.asarray(numbers(4, 256))
     with jax.set_mesh(make_mesh("tp=2")):
         got = jax.jit(lambda x, w: parallel.linear(x, w, ROW))(x, WEIGHTS["MXFP4"])
-    np.testing.assert_allclose(got, x @ WEIGHTS["MXFP4"].dequantize().T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, x @ dequantized(WEIGHTS["MXFP4"]).T, rtol=1e-4, atol=1e-4)
     assert calls == ["matmul"]
 
 
@@ -335,7 +336,7 @@ CASES = {
 def test_gradients_are_those_of_the_decoded_matrix(name, spec):
     weight = CASES.get(name, GGML.from_dense(numbers(256, 256), "Q8_0"))
     x, g = jnp.asarray(numbers(4, 256)), jnp.asarray(numbers(4, 256, seed=5))
-    expected = np.asarray(g) @ np.asarray(weight.dequantize())
+    expected = np.asarray(g) @ dequantized(weight)
 
     def loss(x, w):
         return jnp.sum(parallel.linear(x, w, spec) * g)
@@ -352,7 +353,7 @@ def test_gradients_of_experts(name):
     x, g = jnp.asarray(numbers(4, 256)), jnp.asarray(numbers(4, 256, seed=5))
     expert = jnp.array([1, 0], jnp.int32)
     got = jax.jit(jax.grad(lambda x: jnp.sum(dispatch.grouped_matmul(x, stack, expert) * g)))(x)
-    w = np.asarray(stack.dequantize())
+    w = dequantized(stack)
     np.testing.assert_allclose(got, np.concatenate([g[:2] @ w[1], g[2:] @ w[0]]), rtol=1e-4, atol=1e-4)
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
+from covering import some
 from jax import lax
 from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -70,9 +72,10 @@ class Quickly:
 
     dtypes = (BF16,)
 
-    def run(self, f, *args):
-        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return np.asarray(jax.jit(f).lower(*args).compile(options)(*args))
+    @pytest.fixture(autouse=True)
+    def quickly(self, optimizations):
+        """Also where a case is marked `optimized`: these programs are the simulator's, not users'."""
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def simulated(module, *names):
@@ -87,7 +90,7 @@ class TestMXFP4(Quickly, MXFP4Cases):
     def test_float32(self, shape):
         m, n, k = shape
         x, weight = numbers(m, k), mxfp4_weight(n, k)
-        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+        self.close(self.run(self.module.matmul, x, weight), x, dequantized(weight), error=1e-6)
 
     def test_scales_that_no_encoder_writes(self):
         """A NaN stays in its row; the smallest scale counts as the next one; a row of zeros is zero at any scale."""
@@ -107,7 +110,9 @@ class TestMXFP4(Quickly, MXFP4Cases):
 class TestBlockFP8(Quickly, BlockFP8Cases):
     module = simulated(block_fp8, "matmul", "grouped_matmul", "act_quant", "weight_dequant")
 
-    @pytest.mark.parametrize("block", [*BlockFP8Cases.BLOCKS, (8, 16), (256, 256)])
+    @pytest.mark.parametrize(
+        "block", some([*BlockFP8Cases.BLOCKS, (8, 16), (256, 256)], [(128, 64), (8, 16), (256, 256)])
+    )
     def test_activations_in_fp8_with_other_blocks(self, block):
         weight, x = block_fp8_weight(272, 288, block=block, group=128), numbers(4, 288).astype(BF16)
         seen = rounded(x, 128)
@@ -122,7 +127,7 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
         x = numbers(4, 160).astype(BF16)
         weight = jax.tree.map(lambda leaf: leaf[1], stack)
         assert block_fp8.refuses("matmul", x, weight) is None
-        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+        self.close(self.run(self.module.matmul, x, weight), x, dequantized(weight), error=1e-6)
         self.check_grouped(2, [2, 0], stack, x)
 
     def test_small_blocks(self):
@@ -140,10 +145,13 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
         weight = dataclasses.replace(weight, scales=weight.scales.astype(jnp.bfloat16))
         x = numbers(2, 3, 256)
         got = self.run(self.module.matmul, x, weight)
-        self.close(got, x, np.asarray(weight.dequantize()), error=1e-6)
+        self.close(got, x, dequantized(weight), error=1e-6)
 
     def check_matmul_of(self, seen, got, weight, error=2e-3):
-        self.close(got, seen, np.asarray(weight.dequantize()), error)
+        self.close(got, seen, dequantized(weight), error)
+
+
+SUMMED = ["4 bits, offsets", "Q3_K", "Q4_K", "IQ4_XS"]
 
 
 @pytest.mark.usefixtures("no_races")
@@ -153,14 +161,14 @@ class TestPlanes(Quickly, PlanesCases):
     @pytest.mark.parametrize("kind", ["Q4_K", "8 bits, zeros of floats", "NF4"])
     def test_float32(self, kind):
         x, weight = numbers(3, 256), PLANES[kind](40, 256)
-        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+        self.close(self.run(self.module.matmul, x, weight), x, dequantized(weight), error=1e-6)
 
-    @pytest.mark.parametrize("kind", ["4 bits, zeros", "4 bits, offsets", "Q3_K", "Q4_K", "Q8_0", "IQ4_XS"])
+    @pytest.mark.parametrize("kind", some(["4 bits, zeros", "Q8_0", *SUMMED], SUMMED))
     def test_few_rows_are_not_rounded(self, kind):
         """Codes are multiplied, sums are scaled: float32 all the way."""
         x, weight = numbers(2, 1024).astype(BF16), PLANES[kind](40, 1024)
         assert planes.groups_at_once(2, planes_of(weight, True), BF16)
-        self.close(self.run(self.module.matmul, x, weight), x, np.asarray(weight.dequantize()), error=1e-6)
+        self.close(self.run(self.module.matmul, x, weight), x, dequantized(weight), error=1e-6)
 
     def test_every_size_of_scale(self):
         """float16 with its subnormals, of both signs: one-hot rows give the weight in float32, bit for bit."""
@@ -170,7 +178,7 @@ class TestPlanes(Quickly, PlanesCases):
         weight = dataclasses.replace(weight, scales=jnp.asarray(scales.view(np.float16)))
         x = np.eye(256, dtype=BF16)[3::32]
         got = self.run(self.module.matmul, x, weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize())[:, 3::32].T)
+        np.testing.assert_array_equal(got, dequantized(weight)[:, 3::32].T)
         scales[5, 2], scales[6, 3] = 0x7C00, 0x7E00
         weight = dataclasses.replace(weight, scales=jnp.asarray(scales.view(np.float16)))
         got = self.run(self.module.matmul, x, weight)
@@ -185,40 +193,41 @@ class TestManySteps(Quickly, KernelCases):
     @pytest.mark.parametrize(
         ("module", "weight"),
         [
-            (mxfp4, mxfp4_weight(136, 1184)),
-            (block_fp8, block_fp8_weight(136, 1184)),
-            (block_fp8, block_fp8_weight(136, 672, group=128)),
-            (planes, PLANES["Q4_K"](264, 1280)),
+            (mxfp4, partial(mxfp4_weight, 136, 1184)),
+            (block_fp8, partial(block_fp8_weight, 136, 1184)),
+            (block_fp8, partial(block_fp8_weight, 136, 672, group=128)),
+            (planes, partial(PLANES["Q4_K"], 264, 1280)),
         ],
         ids=["mxfp4", "W8A16", "W8A8", "planes"],
     )
     def test_many_tiles(self, module, weight, monkeypatch):
+        weight = weight()
         monkeypatch.setattr(tpu, "PROMPT_TILE", 32)
         monkeypatch.setattr(tpu, "PROMPT_BLOCK", 128)
         x = numbers(70, weight.shape[1]).astype(BF16)
         got = self.run(partial(module.matmul, interpret=STRICT), x, weight)
         group = activations.group if (activations := getattr(weight, "activations", None)) else None
-        self.close(got, rounded(x, group), np.asarray(weight.dequantize()))
+        self.close(got, rounded(x, group), dequantized(weight))
 
     @pytest.mark.parametrize(
         ("module", "stack"),
         [
-            (mxfp4, mxfp4_weight(3, 136, 64)),
-            (block_fp8, block_fp8_weight(3, 136, 64, block=(64, 64))),
-            (planes, PLANES["4 bits, offsets"](3, 264, 64)),
+            (mxfp4, partial(mxfp4_weight, 3, 136, 64)),
+            (block_fp8, partial(block_fp8_weight, 3, 136, 64, block=(64, 64))),
+            (planes, partial(PLANES["4 bits, offsets"], 3, 264, 64)),
         ],
         ids=["mxfp4", "block_fp8", "planes"],
     )
     def test_experts_of_many_blocks(self, module, stack, monkeypatch):
         monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
         self.module = SimpleNamespace(grouped_matmul=partial(module.grouped_matmul, interpret=STRICT))
-        self.check_grouped(2, [1, 1, 0, -1], stack, numbers(8, 64).astype(BF16))
+        self.check_grouped(2, [1, 1, 0, -1], stack(), numbers(8, 64).astype(BF16))
 
     def test_decoding_many_blocks(self, monkeypatch):
         monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
         weight = block_fp8_weight(2, 264, 96, block=(64, 64))
         got = self.run(partial(block_fp8.weight_dequant, dtype=jnp.float32, interpret=STRICT), weight)
-        np.testing.assert_array_equal(got, np.asarray(weight.dequantize()))
+        np.testing.assert_array_equal(got, dequantized(weight))
 
 
 @pytest.mark.usefixtures("no_races")
@@ -263,12 +272,13 @@ def test_what_fp8_refuses(weight, reason):
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (PLANES["Q4_K"](8, 256), None),
-        (ggml("IQ3_S")(8, 256), "IQ3_S is not codes with a scale for each group"),
-        (integers(3, 32)(8, 96), "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"),
+        (partial(PLANES["Q4_K"], 8, 256), None),
+        (partial(ggml("IQ3_S"), 8, 256), "IQ3_S is not codes with a scale for each group"),
+        (partial(integers(3, 32), 8, 96), "rows of 96 columns, the kernel takes multiples of 256 for 3 bits"),
     ],
 )
 def test_what_planes_refuse(weight, reason):
+    weight = weight()
     x = jax.ShapeDtypeStruct((1, weight.shape[-1]), jnp.bfloat16)
     assert planes.refuses("matmul", x, weight) == reason
 

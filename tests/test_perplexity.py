@@ -21,29 +21,36 @@ THEIRS = json.loads((GOLDEN / "perplexity.json").read_text())  # made by referen
 MOST = {"q8_0": 1.01, "q6_k": 1.01, "q4_k": 1.08, "iq4_nl": 1.25}
 
 
-def test_perplexity_is_that_of_llama_cpp(load_once):
-    """Within 2 %: llama.cpp rounds activations to 8 bits, we do not."""
+@pytest.fixture(scope="module")
+def exact(load_once):
+    """The demo in float32, and its perplexity."""
     model = load_once("demo", dtype="float32")
+    return model, perplexity(model, TEXT)
+
+
+def test_perplexity_is_that_of_llama_cpp(exact):
+    """Within 2 %: llama.cpp rounds activations to 8 bits, we do not."""
+    model, ours = exact
     assert len(model.tokenizer.encode(TEXT)) == THEIRS["tokens"]
-    assert perplexity(model, TEXT) == pytest.approx(THEIRS["perplexity"], rel=0.02)
+    assert ours == pytest.approx(THEIRS["perplexity"], rel=0.02)
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
-def test_rounding_activations_to_int8_costs_next_to_nothing(load_once):
+def test_rounding_activations_to_int8_costs_next_to_nothing(load_once, exact):
     """What a CPU does by default, with a cache in float16. On 63 kB of text it costs 0.2 %, and short ones scatter."""
-    model, exact = load_once("demo"), load_once("demo", dtype="float32")
-    assert model.programs.int8_blocks and not exact.programs.int8_blocks
-    assert perplexity(model, TEXT) == pytest.approx(perplexity(exact, TEXT), rel=0.01)
+    model = load_once("demo")
+    assert model.programs.int8_blocks and not exact[0].programs.int8_blocks
+    assert perplexity(model, TEXT) == pytest.approx(exact[1], rel=0.01)
 
 
 # Measured on these 611 tokens: 0.26 % in int8, 0.11 % in fp8; on 9,439 tokens of documentation, 0.13 % and 0.61 %.
 @pytest.mark.parametrize("cached", some(["int8", "fp8"], ["int8"]))
-def test_caching_in_8_bits_costs_little(load_once, cached):
-    model, exact = load_once("demo", dtype="float32", cache_dtype=cached), load_once("demo", dtype="float32")
-    assert perplexity(model, TEXT) == pytest.approx(perplexity(exact, TEXT), rel=0.005)
+def test_caching_in_8_bits_costs_little(load_once, exact, cached):
+    model = load_once("demo", dtype="float32", cache_dtype=cached)
+    assert perplexity(model, TEXT) == pytest.approx(exact[1], rel=0.005)
     held, numbers = (
         sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
-        for cache in (each.empty_cache(1, 256) for each in (model, exact))
+        for cache in (each.empty_cache(1, 256) for each in (model, exact[0]))
     )
     assert held == numbers * 66 / 256  # of each head of 64: codes and a scale, for 64 floats of 4 bytes
 

@@ -1,12 +1,13 @@
 """Weights as planes of codes, as accelerators' kernels want them: the same numbers, bit for bit, in as many bits."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import in_turn
 from jax.sharding import NamedSharding, PartitionSpec
 from native_cases import COLS, ROWS, WEIGHTS, affine, floats, ggml
@@ -40,6 +41,7 @@ MORE = {
         in_groups=lambda rng: 1 + rng.permutation(np.arange(COLS, dtype=np.int32) // 32),
     ), even=True),
 }  # fmt: skip
+as_planes = jax.jit(planes_of, static_argnums=1)  # one program is compiled sooner than each operation
 ALL = {name: cache(make) for name, make in (WEIGHTS | MORE).items()}
 REASONS = {name: refuses(make()) for name, make in ALL.items() if type(make()) in PARTS}
 HELD = [name for name, reason in REASONS.items() if reason is None]
@@ -58,20 +60,20 @@ def test_what_is_refused():
 @pytest.mark.parametrize(("name", "transposed"), in_turn(HELD, True, False))
 def test_the_same_numbers(name, transposed):
     weight = ALL[name]()
-    expected = np.asarray(weight.dequantize())
-    made = jax.jit(partial(planes_of, transposed=transposed))(weight)
+    expected = dequantized(weight)
+    made = as_planes(weight, transposed)
     assert made.shape == weight.shape
     assert made.format == weight.format
     assert made.nbytes <= {"Q2_K": 1.2}.get(name, 1.15) * weight.nbytes
-    np.testing.assert_array_equal(np.asarray(jax.jit(lambda w: w.dequantize())(made)), expected)
+    np.testing.assert_array_equal(dequantized(made), expected)
 
 
 @pytest.mark.parametrize("name", ["Q5_K", "affine, act-order", "NF4", "NVFP4, divided"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_are_looked_up(name, transposed):
     weight, ids = ALL[name](), jnp.asarray([[3, 0, 36]])
-    rows = jax.jit(lambda w: w.take(ids).dequantize())(planes_of(weight, transposed))
-    np.testing.assert_array_equal(np.asarray(rows), np.asarray(weight.dequantize())[np.asarray(ids)])
+    rows = jax.jit(lambda w: w.take(ids).dequantize())(as_planes(weight, transposed))
+    np.testing.assert_array_equal(np.asarray(rows), dequantized(weight)[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("rows", [3, 37, 300])
@@ -81,29 +83,29 @@ def test_rows_that_lie_along_lanes(rows, count):
     weight = ggml("Q4_K", rows, 256)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, rows, count))
     ids = ids.at[0].set(rows - 1)
-    taken = jax.jit(lambda w, ids: w.take(ids))(planes_of(weight, True), ids)
+    taken = jax.jit(lambda w, ids: w.take(ids))(as_planes(weight, True), ids)
     assert not taken.transposed
-    np.testing.assert_array_equal(np.asarray(taken.dequantize()), np.asarray(weight.dequantize())[np.asarray(ids)])
+    np.testing.assert_array_equal(dequantized(taken), dequantized(weight)[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stacks(name, transposed):
     weight = ALL[name]()
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, jnp.zeros_like(leaf)]), weight)
-    expected = np.asarray(weight.dequantize())
-    made = planes_of(stack, transposed)
+    stack = jax.tree.map(lambda leaf: np.stack([leaf, leaf, np.zeros_like(leaf)]), weight)
+    expected = dequantized(weight)
+    made = as_planes(stack, transposed)
     assert made.shape == (3, *weight.shape)
-    np.testing.assert_array_equal(np.asarray(made.dequantize()), np.stack([expected, expected, 0 * expected]))
+    np.testing.assert_array_equal(dequantized(made), np.stack([expected, expected, 0 * expected]))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_where_a_bit_stands(bits):
     """Against the layout as its description says it, one bit at a time."""
     codes = np.random.default_rng(bits).integers(0, 2**bits, 2 * chunk(bits))
-    words = np.asarray(pack(jnp.asarray(codes, jnp.uint8), bits))
+    words = np.asarray(jax.jit(pack, static_argnums=1)(jnp.asarray(codes, jnp.uint8), bits))
     assert words.shape == (2, bits * chunk(bits) // 32)
-    np.testing.assert_array_equal(np.asarray(unpack(words, bits)), codes)
+    np.testing.assert_array_equal(np.asarray(jax.jit(unpack, static_argnums=1)(words, bits)), codes)
     for column, code in enumerate(codes):
         part, at = divmod(column, chunk(bits))
         begin, left = 0, bits
@@ -124,11 +126,11 @@ def test_on_a_mesh(name, spec):
     weight: Weight = ALL[name]()
     weight = weight.arrange(rows=np.arange(36))
     for transposed in (False, True):
-        made = planes_of(weight, transposed)
+        made = as_planes(weight, transposed)
         specs = made.shard_specs(spec, mesh)
         shards = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), made, specs)
         parts = jax.jit(jax.shard_map(lambda w: w.dequantize(), mesh=mesh, in_specs=(specs,), out_specs=spec))(shards)
-        np.testing.assert_array_equal(np.asarray(parts), np.asarray(weight.dequantize()))
+        np.testing.assert_array_equal(np.asarray(parts), dequantized(weight))
 
 
 def test_every_class_that_has_parts_is_known():

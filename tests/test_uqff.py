@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_hf
+from compiled import dequantized
 from covering import in_turn
 from quantized_writers import (
     read_safetensors,
@@ -59,11 +60,25 @@ def tolerance(version: str, type: str) -> float:
     return {"f8q8": 0.3, "hqq4": 5e-4 if version == "1.2" else 0.02, "afq4": 2e-3}.get(type, 5e-4)
 
 
+@pytest.fixture(scope="module")
+def decoded():
+    """Models whose weights were decoded. Those of a folder differ in nothing but numbers: one's programs do for all."""
+    models = {}
+
+    def load(name, type):
+        loaded = jaxllm.load(path_of(name, type), weights="float32", dtype="float32", progress=False)
+        compiled = models.setdefault(name, loaded)
+        compiled.programs.leaves = loaded.programs.leaves
+        return compiled
+
+    return load
+
+
 @pytest.mark.parametrize(("name", "type"), ANSWERED)
-def test_answers_are_those_of_mistral_rs(load_once, name, type):
+def test_answers_are_those_of_mistral_rs(decoded, name, type):
     steps = GOLDENS[name, type]["steps"]
     tokens = [*PROMPT, *(step["tokens"][0] for step in steps[:-1])]
-    got = load_once(path_of(name, type), weights="float32", dtype="float32").logits([tokens])[0, len(PROMPT) - 1 :]
+    got = decoded(name, type).logits([tokens])[0, len(PROMPT) - 1 :]
     for step, logits in zip(steps, np.asarray(got), strict=True):
         ours = logits if "logits" in step else logits - np.log(np.exp(logits).sum())
         expected = step["logits" if "logits" in step else "logprobs"]
@@ -71,8 +86,8 @@ def test_answers_are_those_of_mistral_rs(load_once, name, type):
 
 
 @pytest.mark.parametrize(("case", "mesh"), in_turn(SHARDED, *MESHES))
-def test_a_mesh_changes_nothing(load_once, case, mesh):
-    alone = load_once(path_of(*case), dtype="float32", weights="float32").logits([PROMPT])
+def test_a_mesh_changes_nothing(load_once, decoded, case, mesh):
+    alone = decoded(*case).logits([PROMPT])
     got = load_once(path_of(*case), dtype="float32", weights="packed", mesh=mesh).logits([PROMPT])
     np.testing.assert_allclose(got, alone, atol=1e-4)
 
@@ -125,7 +140,7 @@ def test_values_are_those_of_independent_decoders(name, type):
         weight = weights[f"{key}.weight"]
         kinds[weight.format, len(weight.shape)] = key
     for key in kinds.values():
-        ours = jax.tree.map(np.asarray, weights[f"{key}.weight"]).dequantize()
+        ours = dequantized(jax.tree.map(np.asarray, weights[f"{key}.weight"]))
         np.testing.assert_array_equal(ours, independent(tensors, key), err_msg=key)
 
 
@@ -144,8 +159,8 @@ def test_layers_that_mistral_rs_cannot_run_stand_for_the_source(tmp_path, name, 
         single = [key.replace(".experts.", f".experts.{i}.") for i in range(weight.shape[0])]
         known = source.get(key) or source.get(key.removesuffix(".weight"))
         parts = [known] if known is not None else [source[each] for each in single]
-        wanted = np.stack([np.asarray(jax.tree.map(np.asarray, part).dequantize()) for part in parts])
-        off = np.asarray(jax.tree.map(np.asarray, weight).dequantize()) - wanted.reshape(weight.shape)
+        wanted = np.stack([dequantized(jax.tree.map(np.asarray, part)) for part in parts])
+        off = dequantized(jax.tree.map(np.asarray, weight)) - wanted.reshape(weight.shape)
         assert np.linalg.norm(off) < 0.25 * np.linalg.norm(wanted), key
         checked += 1
     assert checked > 8
@@ -225,7 +240,7 @@ def test_kinds_that_only_version_0_2_has(tmp_path):
     write_safetensors(folder / "fp8-0.uqff", old)
     found = open_checkpoint(folder / "fp8-0.uqff").tensors
     for key, there in ((q, independent(f8q8, q)), (k, independent(mxfp4, k)), (v, plain)):
-        ours = jax.tree.map(np.asarray, found[f"{key}.weight"]).dequantize()
+        ours = dequantized(jax.tree.map(np.asarray, found[f"{key}.weight"]))
         np.testing.assert_array_equal(ours, there)
 
 
