@@ -1,4 +1,11 @@
-"""The compiled programs of a model, as tests look for them."""
+"""The compiled programs of a model, as tests look for them; and how processes that tests start compile quickly."""
+
+# What conftest.py does in the process of the tests: no optimizations, and XLA's older emitters, all in one module.
+EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": f"{EMITTERS} --xla_cpu_parallel_codegen_split_count=1",
+}
 
 
 def decode_steps(model):

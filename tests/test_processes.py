@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from compiled import QUICK
 from covering import some
 
 import jaxllm
@@ -39,8 +40,7 @@ def start(count, *args, environment=None, each=lambda i: (), own=lambda i: {}, t
     """`count` processes of `python *args`, each with more arguments and variables of its own; by default torchrun's,
     which tell of one another."""
     port = free_port()
-    base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    base |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXLLM_WAIT": "90", **(environment or {})}
+    base = {**os.environ, **QUICK, "JAX_PLATFORMS": "cpu", "JAXLLM_WAIT": "90", **(environment or {})}
     started = []
     for i in range(count):
         told = {"WORLD_SIZE": str(count), "RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
