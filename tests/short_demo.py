@@ -17,7 +17,9 @@ def write(path, layers=2):
         for name, weight in whole.tensors.items()
         if not name.startswith("blk.") or name[: name.index(".", 4) + 1] in kept
     }
-    types = [(name, weight.shape, weight.type if isinstance(weight, GGML) else "F32") for name, weight in tensors.items()]
+    types = [
+        (name, weight.shape, weight.type if isinstance(weight, GGML) else "F32") for name, weight in tensors.items()
+    ]
     text, offsets = header(dict(whole.metadata) | {"llama.block_count": layers}, types)
     with path.open("wb") as file:
         file.write(text)

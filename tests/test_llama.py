@@ -14,7 +14,9 @@ TOKENS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9]
 CASES = {
     "grouped": Tiny(),
     "nine heads on three": Tiny(heads=9, kv_heads=3, head_dim=32, type=T.Q4_1),
-    "one key head": Tiny(heads=5, kv_heads=1, type=T.F16, tied=True, head_dim=32, types={"output.weight": T.Q5_0}, layers=1),
+    "one key head": Tiny(
+        heads=5, kv_heads=1, type=T.F16, tied=True, head_dim=32, types={"output.weight": T.Q5_0}, layers=1
+    ),
     "no groups": Tiny(heads=4, kv_heads=4, types={"output.weight": T.BF16}, layers=1),
     "other value size": Tiny(head_dim=16, value_dim=32, rotary_dim=8, type=T.F32, rope_freqs=True, layers=1),
     "blocks of 256": Tiny(

@@ -43,11 +43,17 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 
 # So that less is computed. Drawing more than the first token would take another program, and a second for each.
 SHORTER = {"max_new_tokens=24": "max_new_tokens=1", '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
-SHORTER |= {"for layer in (1, 2, 3)": "for layer in (1,)", "layers.20.": "layers.1.", "will turn. \" * 24": "will turn. \" * 12"}
+SHORTER |= {
+    "for layer in (1, 2, 3)": "for layer in (1,)",
+    "layers.20.": "layers.1.",
+    'will turn. " * 24': 'will turn. " * 12',
+}
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("path", some([], [path for path in CHEAP if path.stem != "layers"]), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", some([], [path for path in CHEAP if path.stem != "layers"]), ids=lambda path: path.stem
+)
 def test_a_notebook_runs(path, monkeypatch, capsys, short_demo):
     """Without Jupyter, in this process, with fewer layers."""
     monkeypatch.chdir(FOLDER)
