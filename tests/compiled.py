@@ -1,10 +1,18 @@
-"""The compiled programs of a model, as tests look for them, and one that decodes weights."""
+"""The compiled programs of a model, as tests look for them; one that decodes weights; and how processes that tests start
+compile quickly."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What conftest.py does in the process of the tests: no optimizations, and XLA's older emitters, all in one module.
+EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": f"{EMITTERS} --xla_cpu_parallel_codegen_split_count=1",
+}
 
 
 @partial(jax.jit, static_argnums=1)

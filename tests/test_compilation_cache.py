@@ -7,11 +7,11 @@ import sys
 import warnings
 
 import pytest
+from compiled import QUICK
 from tiny_gguf import Tiny, write
 
 from jaxllm.compilation_cache import damaged_entries_removed
 
-QUICK = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CODE = """
 import sys
 import warnings

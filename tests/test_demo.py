@@ -29,7 +29,7 @@ def test_the_conversation_is_tokenized_as_in_transformers(demo, golden):
     assert demo.encode([{"role": "user", "content": golden["prompt"]}]) == golden["ids"]
 
 
-@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"], ["tp=1", "tp=3", "tp=8"]))
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"], ["tp=1", "tp=8"]))
 def test_logits_are_those_of_transformers_on_every_mesh(load_once, mesh):
     model = load_once("demo", dtype="float32", **({"mesh": mesh} if mesh != "tp=1" else {}))
     for golden in GOLDEN:
@@ -55,7 +55,8 @@ def test_packed_weights_hold_the_files_bytes_and_a_copy_gives_the_same_tokens(lo
     held = sum(leaf.nbytes for leaf in demo.programs.leaves)
     assert held == sum(p.source.nbytes for p in demo.placed) < 98_362_432  # the file
     copy = load_once("demo", dtype="float32", weights="float32")
-    assert copy.generate(STORY["ids"], 4).tokens == STORY["new"][:4]
+    logits = copy.logits([STORY["ids"] + STORY["new"][:3]])[0, -4:]
+    assert np.argmax(logits, -1).tolist() == STORY["new"][:4]
     assert sum(leaf.nbytes for leaf in copy.programs.leaves) == 4 * 134_515_008
 
 

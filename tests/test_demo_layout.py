@@ -21,7 +21,6 @@ from jaxllm.checkpoint.demo import demo_tensors
 from jaxllm.checkpoint.opening import open_checkpoint
 from jaxllm.cli import execute
 from jaxllm.convert import DEMO_CONFIG, convert
-from jaxllm.engine.engine import Engine
 from jaxllm.errors import InputError
 from jaxllm.formats.scaled import Scaled
 from jaxllm.placing import FileArray, JoinedArray, _read
@@ -233,18 +232,16 @@ def test_the_config_may_be_elsewhere(tmp_path):
 
 
 def test_no_more_prompts_are_answered_together_than_the_config_says(tmp_path, monkeypatch):
-    slots = []
+    """That an engine answers no more than it has slots, tests/test_engine.py says."""
 
     def engine(model, count, *rest):
-        slots.append(count)
-        return Engine(model, count, *rest)
+        raise InputError(f"{count} slots")
 
     monkeypatch.setattr("jaxllm.language_model.Engine", engine)
-    path, prompts = made(tmp_path, max_batch_size=3), [[1, 2]] * 9
-    for given in ({}, {"max_batch_size": 5}):
-        jaxllm.load(path, progress=False, **given).generate(prompts, 1)
-    jaxllm.load(CHECKPOINTS / "v3", progress=False).generate(prompts, 1)
-    assert slots == [3, 5, 8]
+    path, options = made(tmp_path, max_batch_size=3), {"max_batch_size": 5}
+    for source, given, slots in ((path, {}, 3), (path, options, 5), (CHECKPOINTS / "v3", {}, 8)):
+        with pytest.raises(InputError, match=f"^{slots} slots$"):
+            jaxllm.load(source, progress=False, **given).generate([[1, 2]] * 9, 1)
 
 
 def test_tokenizer_files_come_along(tmp_path):
