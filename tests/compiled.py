@@ -1,4 +1,4 @@
-"""The compiled programs of a model, as tests look for them; one that decodes weights; and how processes that tests start
+"""The compiled programs of a model, as tests look for them; one that decodes weights; and how tests have processes
 compile quickly."""
 
 from functools import partial
