@@ -182,7 +182,7 @@ STREAMED = {
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_memory_is_bounded_while_quantizing(large, tmp_path, name):
-    """By what is placed, two of the largest matrix as floats, and 500 MB with Python itself; the file is 0.5 GB."""
+    """By what is placed, two of the largest matrix as floats, and 600 MB with Python itself; the file is 0.5 GB."""
     action, placed = STREAMED[name]
     code = f"""if True:
         import pathlib, re, jaxllm.convert
@@ -193,4 +193,4 @@ def test_memory_is_bounded_while_quantizing(large, tmp_path, name):
         int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     (tmp_path / "a.gguf").unlink(missing_ok=True)
-    assert peak < nbytes + 2 * LARGEST + 500e6
+    assert peak < nbytes + 2 * LARGEST + 600e6
