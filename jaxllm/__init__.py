@@ -4,6 +4,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING
 
+from jaxllm import sources
+
 if TYPE_CHECKING:
     from jaxllm.engine.answer import Completion as Completion
     from jaxllm.engine.drafting import DraftModel as DraftModel
@@ -49,6 +51,9 @@ _MODULES = {
     "quantize": "requantize",
 }
 __all__ = sorted([*_MODULES, "__version__"])
+
+if sources.run_alone():
+    sources.remember()
 
 
 def __getattr__(name: str) -> object:

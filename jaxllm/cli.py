@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "--version":
             print("jaxllm", importlib.metadata.version("jaxllm"))
         elif name in COMMANDS:
-            if ours:
+            if ours and sources.remembered() is None:
                 sources.remember()
             gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of a second
             module = importlib.import_module(COMMANDS[name][0])

@@ -1,11 +1,12 @@
 """The files of this package, as they were when the process began: what a program that is kept on disk was made by.
 
-Only a process that runs nothing but this package, the command line, knows that by its files. Where somebody may have
+Only a process that runs nothing but this package, a command line, knows that by its files. Where somebody may have
 put a function of their own in place of one of ours, as in a notebook, nothing is remembered here.
 """
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from importlib.machinery import all_suffixes
 
@@ -13,6 +14,13 @@ IMPORTED = tuple(all_suffixes())  # what the names of such files end with
 
 Files = list[tuple[str, int, int, int]]  # path, size, and the times of the contents and of the entry in the folder
 _begun: Files | None = None
+
+
+def run_alone() -> bool:
+    """Whether Python was started as `python -m jaxllm...` and is about to run that."""
+    started = sys.orig_argv
+    module = started[started.index("-m") + 1] if "-m" in started[:-1] else ""
+    return sys.argv[:1] == ["-m"] and module.partition(".")[0] == "jaxllm"  # Python puts the module's path there later
 
 
 def remember() -> None:

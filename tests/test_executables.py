@@ -32,9 +32,9 @@ def model(tmp_path_factory):
 def kept(tmp_path, monkeypatch):
     """Lets this process keep programs, as a command line does, in an empty folder; returns the entries."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "_begun", None)  # which it is again afterwards
     sources.remember()
-    yield lambda: sorted((tmp_path / "jaxllm" / "executables").glob("*/*"))
-    monkeypatch.setattr(sources, "_begun", None)
+    return lambda: sorted((tmp_path / "jaxllm" / "executables").glob("*/*"))
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +218,21 @@ def test_the_command_line_runs_its_sources_as_they_are(model, tmp_path):
     changed, more = start()
     assert changed == "7,7,7,7\n"
     assert len(more) == 2 * len(entries)
+
+
+@pytest.mark.parametrize(
+    "started, argv, alone",
+    [
+        (["python", "-m", "jaxllm.generate", "--model", "demo"], ["-m", "--model", "demo"], True),
+        (["python", "-X", "utf8", "-m", "jaxllm"], ["-m"], True),
+        (["python", "-m", "jaxllm.generate"], ["/somewhere/jaxllm/generate.py"], False),  # imported later, by whomever
+        (["python", "-m", "pytest"], ["-m"], False),
+        (["python", "-m", "jaxllm_tools"], ["-m"], False),
+        (["python", "script.py", "-m"], ["script.py", "-m"], False),
+        (["jaxllm", "generate"], ["jaxllm", "generate"], False),  # the command says it itself
+    ],
+)
+def test_whether_a_process_runs_nothing_else(monkeypatch, started, argv, alone):
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert sources.run_alone() == alone
