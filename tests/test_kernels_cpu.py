@@ -242,7 +242,9 @@ def test_training_in_bfloat16(name, monkeypatch):
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_row_does_not_depend_on_its_neighbours(exact):
     """To the bit, so that an answer is the same alone and among others, and whether tokens are guessed or not."""
-    weights = [WEIGHTS[name]() for name in ("Q4_0", "Q6_K", "affine 5", "MXFP4 in order", "NF4", "FP8", "bfloat16")]
+    names = "Q1_0", "Q4_0", "Q6_K", "IQ4_NL", "affine 5", "MXFP4 in order", "NF4", "FP8", "bfloat16"
+    weights = [WEIGHTS[name]() for name in names]
+    wide, x_wide = ggml("Q4_1", 12, 4096 + 96), floats(24, 4096 + 96, seed=7)  # more than one stretch of columns
     x, cached = floats(24, COLS), floats(24, 2, 600, 16, seed=4)
     q, positions = floats(24, 1, 4, 16, seed=5), jnp.arange(570, 594, dtype=jnp.int32)[:, None]
     scale = floats(COLS, seed=6)
@@ -252,6 +254,7 @@ def test_a_row_does_not_depend_on_its_neighbours(exact):
         given = Cached(q[:rows], cached[:rows], cached[:rows], positions[:rows])
         with rounding(not exact):
             products = [native_cpu.matmul(x[:rows], weight) for weight in weights]
+            products.append(native_cpu.matmul(x_wide[:rows], wide))
         return *products, native_cpu.rms_norm(x[:rows], scale, 1e-5), native_cpu.attention(given, Scoring(600))
 
     for rows in (1, 2, 3, 5, 8, 13):
