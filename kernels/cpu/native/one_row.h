@@ -4,8 +4,6 @@
 // half as much), and codes are multiplied where they stand. Only sums of groups are put side by side, as in a panel.
 // Then they are scaled and added in the same order as there, because a row's sums must not depend on its neighbours.
 #pragma once
-#include <algorithm>
-
 #include "panels.h"
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
@@ -31,11 +29,12 @@ INLINE s32x8 sums_of_fours(const s32x8* v) {
 // Asks memory for what is read next, for the second cache: processors look ahead by themselves along one line of
 // addresses, but not along two rows. It begins with what is read at once, and gains on it.
 struct Ahead {
-  const uint8_t *asked, *read, *end;
-  inline void step(int64_t bytes) {
+  const uint8_t* from;
+  int64_t size, asked, read;  // bytes
+  inline __attribute__((always_inline)) void step(int64_t bytes) {
     read += bytes;
-    const uint8_t* to = std::min({asked + 2 * bytes, read + kAhead, end});
-    for (; asked < to; asked += 64) __builtin_prefetch(asked, 0, 2);
+    const int64_t to = least(asked + 2 * bytes, least(read + kAhead, size));
+    for (; asked < to; asked += 64) __builtin_prefetch(from + asked, 0, 2);
   }
 };
 
@@ -93,7 +92,7 @@ static void rounded_row(const Product& p, const RoundedX& x, int64_t begin, int6
   const Matrix& m = p.matrix;
   const int64_t chunks = (m.cols + F::kChunk - 1) / F::kChunk;
   const int64_t bytes = 2 * some * m.row_bytes[0] / chunks;
-  Ahead ahead{row_of(m, 0, begin), row_of(m, 0, begin), row_of(m, 0, least(end, m.rows))};
+  Ahead ahead{row_of(m, 0, begin), (least(end, m.rows) - begin) * m.row_bytes[0], 0, 0};
   Stretch<F> stretch;
   for (int64_t row = begin; row < end; row += kRows) {
     f32x8 sums = {};
