@@ -140,13 +140,13 @@ def test_values_that_are_not_finite_are_named(folders, tmp_path):
         jaxllm.load(tmp_path / "bad", quantize="q4_0", progress=False)
 
 
-HIDDEN, INNER, VOCABULARY, LAYERS = 2048, 4096, 8000, 7
+HIDDEN, INNER, VOCABULARY, LAYERS = 2048, 8192, 32000, 8
 LARGEST = 4 * VOCABULARY * HIDDEN  # the embedding table as float32
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """260 million weights of zero, in a file that takes no space."""
+    """550 million weights of zero, in a file that takes no space."""
     folder = tmp_path_factory.mktemp("large")
     config = (
         tiny_hf.COMMON | tiny_hf.LLAMA | {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": VOCABULARY}
@@ -182,7 +182,7 @@ STREAMED = {
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_memory_is_bounded_while_quantizing(large, tmp_path, name):
-    """By what is placed, two of the largest matrix as floats, and 600 MB with Python itself; the file is 0.5 GB."""
+    """By what is placed, two of the largest matrix as floats, and 500 MB with Python itself; the file is 1.1 GB."""
     action, placed = STREAMED[name]
     code = f"""if True:
         import pathlib, re, jaxllm.convert
@@ -193,4 +193,4 @@ def test_memory_is_bounded_while_quantizing(large, tmp_path, name):
         int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     (tmp_path / "a.gguf").unlink(missing_ok=True)
-    assert peak < nbytes + 2 * LARGEST + 600e6
+    assert peak < nbytes + 2 * LARGEST + 500e6
