@@ -3,7 +3,8 @@
 Chat templates and regular expressions of a checkpoint can take for ever or fill memory, in one step that no check in
 this process would interrupt: `10 ** 10 ** 9`, `'x' * 10 ** 10`, `(a|a)*b`. Alternatives were to look at every operation
 of a template (there are filters, methods and operators without end), to trace its lines (which does not end a step),
-and signals (which only the main thread gets). The process is started once, in a tenth of a second, and serves all.
+and signals (which only the main thread gets). The process is started once, in a tenth of a second, and serves all. Who
+will ask can `prepare` it, and does something else meanwhile.
 """
 
 import atexit
@@ -23,6 +24,12 @@ _lock = Lock()
 _running: dict[int, subprocess.Popen] = {}  # by the process that started it: a fork must not share it
 
 
+def prepare() -> None:
+    """Start the process, without waiting for it."""
+    with _lock:
+        _process()
+
+
 def ask(work: str, **arguments: object) -> Any:
     """The result of one of `confined_process.WORK`.
 
@@ -37,7 +44,7 @@ def ask(work: str, **arguments: object) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"only what JSON can say can be given: {error}") from error
     with _lock:
-        process = _running.get(os.getpid()) or _start()
+        process = _process()
         assert process.stdin and process.stdout
         try:
             process.stdin.write(request + b"\n")
@@ -59,10 +66,11 @@ def ask(work: str, **arguments: object) -> Any:
     return result
 
 
-def _start() -> subprocess.Popen:
+def _process() -> subprocess.Popen:
+    if (running := _running.get(os.getpid())) is not None:
+        return running
     command, pipe = [sys.executable, "-P", str(_PROGRAM)], subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    _running[os.getpid()] = process
+    process = _running[os.getpid()] = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
     return process
 
 

@@ -31,7 +31,7 @@ def render(source: str, now: str, variables: Mapping[str, object] | None) -> str
 
 
 @lru_cache(16)
-def _template(source: str):  # noqa: ANN202  # jinja2 is imported when it is needed
+def _template(source: str):  # noqa: ANN202
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -67,6 +67,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the other process's business
     with suppress(ValueError):  # macOS does not let it be set
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    import jinja2.sandbox  # noqa: F401  # while nobody waits yet
+
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + SECONDS + 1

@@ -37,9 +37,26 @@ from jaxllm import sources
 from jaxllm.compilation_cache import cache_folder
 
 MOST = 1000  # entries, of 6 to 160 KB for the demo; the least recently used ones make room
-AHEAD = 5  # of a model's, which a thread begins to read at once: those that a first answer needs
+AHEAD = 5  # which a thread reads while a model is loaded: those that a first answer needs
 VERSIONS = (platform.python_version(), *(m.__version__ for m in (jax, jaxlib, flax, np, ml_dtypes)))
 VARIABLES = ("JAX", "XLA")  # what such variables of the environment begin with
+
+
+_ahead: dict[Path, Future] = {}  # what was begun to be read for the model that is being loaded
+
+
+def read_ahead(mesh: Mesh) -> None:
+    """Begin to read the programs that were used last on the mesh: most likely they are of the model to be loaded."""
+    if (process := _process(mesh)) is not None:
+        _ahead.update(_begin(process, mesh))
+
+
+def _begin(name: str, mesh: Mesh) -> dict[Path, Future]:
+    """A thread that reads the last used entries whose names begin so."""
+    reader = ThreadPoolExecutor(1, "executables")
+    begun = {file: reader.submit(_read, file, mesh) for file in _newest(f"{name}-*", AHEAD)}
+    reader.shutdown(wait=False)
+    return begun
 
 
 class Executables:
@@ -51,15 +68,16 @@ class Executables:
     """
 
     def __init__(self, mesh: Mesh, made_of: object, arrays: object) -> None:
-        self._devices, here = list(mesh.devices.flat), sources.remembered()
-        possible = self._devices[0].platform == "cpu" and not mesh.is_multi_process
-        keeps = here is not None and possible and jax.config.jax_enable_compilation_cache
-        self._common = _key(here, self._devices, made_of, _described(arrays)) if keeps else None
+        self._mesh, process, begun = mesh, _process(mesh), _ahead.copy()
+        _ahead.clear()
+        model = process and _key(made_of, _described(arrays))
+        self._common = model and f"{process}-{model}"
         self._ahead: dict[Path, Future] = {}
         if self._common is not None:
-            reader = ThreadPoolExecutor(1, "executables")
-            self._ahead = {file: reader.submit(self._read, file) for file in _newest(f"{self._common}-*", AHEAD)}
-            reader.shutdown(wait=False)
+            self._ahead = {file: read for file, read in begun.items() if file.name.startswith(self._common)}
+            self._ahead = self._ahead or _begin(self._common, mesh)
+        for file in begun.keys() - self._ahead.keys():
+            begun[file].cancel()
 
     def get(self, what: object, args: object, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
         """The program `what` for arguments like `args`: read, or else compiled and written."""
@@ -68,7 +86,7 @@ class Executables:
             return compile()
         file = _folder() / f"{self._common}-{key}"
         ahead = self._ahead.pop(file, None)
-        program = ahead.result() if ahead else self._read(file)
+        program = ahead.result() if ahead else _read(file, self._mesh)
         if program is not None:
             with suppress(OSError):
                 os.utime(file)
@@ -79,21 +97,31 @@ class Executables:
             _write(file, program)
         return program
 
-    def _read(self, file: Path) -> jax.stages.Compiled | None:
-        """The entry, if there is one. Damaged entries are removed, with a warning."""
-        try:
-            content = file.read_bytes()
-        except OSError:
-            return None
-        try:
-            code, given, returned = pickle.loads(zlib.decompress(content))
-            return deserialize_and_load(code, given, returned, self._devices[0].client, self._devices)
-        except Exception as error:  # whatever the contents make these libraries raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            warnings.warn(f"{file}: a damaged program was removed and compiled again: {reason}", stacklevel=2)
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-            return None
+
+def _process(mesh: Mesh) -> str | None:
+    """What the names of a process's entries begin with; None if none can be kept."""
+    devices, here = list(mesh.devices.flat), sources.remembered()
+    possible = devices[0].platform == "cpu" and not mesh.is_multi_process
+    keeps = here is not None and possible and jax.config.jax_enable_compilation_cache
+    return _key(here, devices) if keeps else None
+
+
+def _read(file: Path, mesh: Mesh) -> jax.stages.Compiled | None:
+    """The entry, if there is one. Damaged entries are removed, with a warning."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    try:
+        code, given, returned = pickle.loads(zlib.decompress(content))
+        devices = list(mesh.devices.flat)
+        return deserialize_and_load(code, given, returned, devices[0].client, devices)
+    except Exception as error:  # whatever the contents make these libraries raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        warnings.warn(f"{file}: a damaged program was removed and compiled again: {reason}", stacklevel=2)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        return None
 
 
 def _described(tree: object) -> tuple[jax.tree_util.PyTreeDef, list[str]]:

@@ -10,14 +10,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Self
 
 import huggingface_hub
 import jax.numpy as jnp
 import psutil
+from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxllm import executables
 from jaxllm.checkpoint import checksums, filling, matching
 from jaxllm.checkpoint.adapter_files import AdapterFile, read_adapter
 from jaxllm.checkpoint.adapting import EMBEDDING, HEAD, adapter, changes_tied_ends, merged
@@ -32,6 +35,7 @@ from jaxllm.imatrix import importance_for
 from jaxllm.kernels import registry
 from jaxllm.kernels.cpu import library
 from jaxllm.language_model import BATCH, LanguageModel
+from jaxllm.layers.decoder import Decoder
 from jaxllm.layers.parameter import parameters
 from jaxllm.models.families import FAMILIES
 from jaxllm.models.family import model_arguments
@@ -208,15 +212,20 @@ def build(
         InputError: tensors do not fit the model, or the model does not have an option.
     """
     use_compilation_cache()
+    executables.read_ahead(settings.mesh)
     begun, config, s = time.perf_counter(), checkpoint.config, settings
     arguments = model_arguments(FAMILIES, checkpoint.family, s.options)
-    # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
-    sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
-    sources = matching.match(sketch, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
+
+    def declaring(row_block: int = 1) -> tuple[Decoder, dict[str, nnx.Param]]:
+        model = checkpoint.family.model(config, s.mesh, row_block, **arguments)
+        return model, parameters(model)
+
+    model, params = declaring()
+    sources = matching.match(model, checkpoint.tensors, checkpoint.rules, checkpoint.ignored)
     if any(changes_tied_ends(file, config) for file, _ in adapters):
         config, sources[HEAD] = replace(config, tie_word_embeddings=False), sources[EMBEDDING]
-        sketch = checkpoint.family.model(config, s.mesh, 1, **arguments)
-    declared = {name: param.declared for name, param in parameters(sketch).items()}
+        model, params = declaring()
+    declared = {name: param.declared for name, param in params.items()}
     read = [(adapter(file, config, declared), scale) for file, scale in adapters]
     for one, _ in read:
         sources |= one.replaced
@@ -229,11 +238,13 @@ def build(
         encodes = s.quantize.encodes if s.quantize else lambda name, source: False
         sources = merged(sources, read, lambda name, source: weights != "packed" or encodes(name, source))
         read = []
-    block = matching.row_block(sketch, sources, planned, s.mesh)
-    model = sketch if block == 1 else checkpoint.family.model(config, s.mesh, block, **arguments)
+    # The model says which matrices it shards along columns; only the file knows the block sizes of those columns.
+    if (block := matching.row_block(params, sources, planned, s.mesh)) > 1:
+        model, params = declaring(block)
     convert = filling.as_packed if weights == "packed" else filling.as_dense(weights)
 
     def track(results: Iterable, count: int) -> tqdm:
+        tqdm.set_lock(RLock())  # its own is one between processes, which takes a while to make
         return tqdm(results, "loading", count, unit=" tensors", disable=not s.progress, leave=False, file=sys.stderr)
 
     def needed() -> float:
@@ -251,7 +262,7 @@ def build(
         return f"use more devices, {devices}, or quantize them (quantize='q4_k')"
 
     with damaged_entries_removed(), room_for("the weights", s.mesh, needed, advise):
-        placed = filling.fill(model, sources, s.mesh, encode, convert, s.dtype, track)
+        placed = filling.fill(params, sources, s.mesh, encode, convert, s.dtype, track)
     platform, texts, name = s.mesh.devices.flat[0].platform, checkpoint.texts, checkpoint.name
     if reason := registry.missing([p.weight for p in placed], platform):
         warnings.warn(f"{name}: runs without the kernels for {platform}: {reason}", stacklevel=3)

@@ -14,6 +14,7 @@ from tiny_gguf import Tiny, write
 
 import jaxllm
 from jaxllm import executables, sources
+from jaxllm.checkpoint import filling
 from jaxllm.executables import Executables
 from jaxllm.parallel import make_mesh
 
@@ -80,6 +81,21 @@ def test_nothing_is_traced_the_second_time(model, kept, traced, options):
     assert [a.tokens for a in again] == [a.tokens for a in first]
     assert [a.logprobs for a in again] == [a.logprobs for a in first]  # the very same code ran
     assert {file: file.stat().st_ino for file in kept()} == entries
+
+
+def test_what_was_used_last_is_read_while_weights_are(model, kept, monkeypatch):
+    answer(model)
+    begun, fill = [], filling.fill
+
+    def fill_and_look(*args):
+        begun.append(set(executables._ahead))
+        return fill(*args)
+
+    monkeypatch.setattr(filling, "fill", fill_and_look)
+    again, other = (jaxllm.load(model, progress=False, **options) for options in ({}, {"dtype": "float32"}))
+    assert len(begun[0]) == executables.AHEAD and begun[0] <= set(kept())
+    assert set(again.programs._executables._ahead) == begun[0] == begun[1]
+    assert other.programs._executables._ahead == executables._ahead == {}
 
 
 def test_processes_that_run_more_than_this_package_keep_nothing(model, kept, monkeypatch):

@@ -47,7 +47,7 @@ class Placed:
 
 
 def fill(
-    model: nnx.Module,
+    declared: Mapping[str, nnx.Param],
     sources: Mapping[str, Source],
     mesh: Mesh,
     encode: Encode,
@@ -55,9 +55,10 @@ def fill(
     dtype: jax.typing.DTypeLike,
     track: Callable[[Iterable, int], Iterable],
 ) -> list[Placed]:
-    """Replace every Declaration in `model` by its weight, placed on the mesh.
+    """Replace every Declaration by its weight, placed on the mesh.
 
     Args:
+        declared: the model's `parameters`.
         sources: from `match`.
         encode: applied to the source of each matrix, with the parameter's name, before it is placed.
         convert: applied to each placed matrix, with the sharding of the matrix. Afterwards the result is repacked if
@@ -83,7 +84,7 @@ def fill(
                 weight = _repacked(convert(weight, sharding), sharding, dtype)
         return Placed(name, declaration, shapes(source), shapes(encoded), weight)
 
-    declared, given_up = parameters(model), Event()
+    given_up = Event()
     with ThreadPoolExecutor(READERS, initializer=give_up_reading, initargs=(given_up,)) as pool:
         try:
             placed = list(track(pool.map(load, declared.items()), len(declared)))

@@ -116,12 +116,15 @@ def _listed(numbers: list) -> str:
 
 
 def row_block(
-    model: nnx.Module, sources: Mapping[str, Source], planned: Callable[[str, Source], Weight], mesh: Mesh
+    declared: Mapping[str, nnx.Param],
+    sources: Mapping[str, Source],
+    planned: Callable[[str, Source], Weight],
+    mesh: Mesh,
 ) -> int:
     """The largest block size along columns, after encoding, of the matrices whose columns the model splits."""
     cut = [
         planned(name, sources[name]).granularity("in")
-        for name, param in parameters(model).items()
+        for name, param in declared.items()
         if len(spec := param.get_value().spec) >= 2 and shards(spec[-1], mesh) > 1
     ]
     return max(cut, default=1)

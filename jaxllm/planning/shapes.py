@@ -140,7 +140,8 @@ class Described:
                     return source
                 return Source(source.name, (planned(source.shape, chosen),))
 
-            block = matching.row_block(sketch, sources, lambda name, source: encoded(name, source).parts[0], mesh)
+            declared = parameters(sketch)
+            block = matching.row_block(declared, sources, lambda name, source: encoded(name, source).parts[0], mesh)
             model = self.family.model(self.config, mesh, block)
 
             def source_of(name: str, declared: Declaration) -> Source:

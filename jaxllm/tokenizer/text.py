@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from jaxllm import confined
 from jaxllm.errors import InputError
 from jaxllm.files import MOST_TOKENIZER, read_small
 from jaxllm.tokenizer import gguf, pretokenizers
@@ -57,6 +58,9 @@ class Tokenizer:
         def get(key: str) -> Any:
             return metadata.get(f"tokenizer.ggml.{key}")
 
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None:
+            confined.prepare()
         backend, add_bos = gguf.build(metadata), get("add_bos_token")
         if add_bos is None:  # then it goes by the kind
             known = pretokenizers.BY_NAME.get(str(get("pre")))
@@ -68,7 +72,7 @@ class Tokenizer:
             bos_id=get("bos_token_id"),
             eos_ids=frozenset(i for i in ends if i is not None),
             add_bos=bool(add_bos),
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=template,
             eos_id=get("eos_token_id"),
         )
 
@@ -84,7 +88,9 @@ class Tokenizer:
         Raises:
             InputError: tokenizer.json or the chat template cannot be read.
         """
-        text = read_small(folder / "tokenizer.json", MOST_TOKENIZER)
+        text, template = read_small(folder / "tokenizer.json", MOST_TOKENIZER), _template(folder, config)
+        if template is not None:
+            confined.prepare()
         with _refused():
             backend = tokenizers.Tokenizer.from_buffer(text)
             growth = _growth(backend.normalizer) * _growth(backend.decoder)
@@ -102,8 +108,8 @@ class Tokenizer:
 
         ids = {token("eos_token"), *(eos if isinstance(eos, list) else [eos])} - {None}
         # What comes before a text is the business of tokenizer.json's own post-processor.
-        template, eos_id = _template(folder, config), token("eos_token")
-        return cls(backend, token("bos_token"), frozenset(ids), add_bos=False, chat_template=template, eos_id=eos_id)
+        bos_id, eos_id = token("bos_token"), token("eos_token")
+        return cls(backend, bos_id, frozenset(ids), add_bos=False, chat_template=template, eos_id=eos_id)
 
     @property
     def vocab_size(self) -> int:

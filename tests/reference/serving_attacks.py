@@ -200,6 +200,8 @@ async def good(attacks: Attacks, end: float, waited: list[float], refused: colle
     while time.monotonic() < end:
         begun = time.monotonic()
         while (got := await attacks.send(data, attacks.status)) != "200":
+            if got == "404":
+                sys.exit(f"the server has no model {attacks.model!r}: --model says its name")
             refused[got] += 1
             await asyncio.sleep(0.5)
         waited.append(time.monotonic() - begun)
