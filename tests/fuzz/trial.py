@@ -140,7 +140,7 @@ def request(path: Path, seed: Seed, load: bool) -> None:
 
 def answered(model: jaxllm.LanguageModel, path: str, data: bytes) -> None:
     """Raises RequestError if a server does not answer with what was asked for, and ends it."""
-    app = application(model, Worker(Engine(model, 2), 4, 5), "tiny")
+    app = application(model, Worker(Engine(model, 2), 4, timeout=60), "tiny")
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         answer = client.post(path, content=data)
     if answer.status_code != 200:
