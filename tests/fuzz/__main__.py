@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--table", type=Path, help="a file whose end is replaced by the table of outcomes")
     options = parser.parse_args()
+    if options.table is not None and not options.table.exists():
+        parser.error(f"--table {options.table}: no such file")
     print(f"seed {options.seed}", flush=True)
     if options.number is not None:
         again(options.seed, options.number)
