@@ -32,24 +32,24 @@ GENERATION = "tests/test_generation.py"
 FUZZ = ("tests/test_fuzz.py", "--full", "-k", "damage_is")  # the harness, for a minute
 MUTANTS = [
     Mutant(
-        "the same random key at every step",
-        "jaxllm/programs.py",
-        "return State(token, occurred, keys[:, 1])",
-        "return State(token, occurred, state.keys)",
+        "the same random numbers at every step",
+        "jaxllm/drawing.py",
+        "at.drawn[rows] + j, vocab)",
+        "0 * at.drawn[rows] + j, vocab)",
         (GENERATION, "-k", "new_key"),
     ),
     Mutant(
         "a conversation's cache is reused without comparing tokens",
-        "jaxllm/decoding.py",
-        " and self.tokens[same] == prompt[same]",
-        "",
+        "jaxllm/engine/slots.py",
+        "return min(at, end)",
+        "return end",
         (GENERATION, "-k", "keeps_what_is_equal"),
     ),
     Mutant(
         "a conversation's cache is never reused",
-        "jaxllm/decoding.py",
-        "if cache is None or cache.capacity < capacity:",
-        "if True:",
+        "jaxllm/engine/slots.py",
+        "return same if can_rewind(slot.length, same) else 0",
+        "return 0",
         (GENERATION, "-k", "only_what_is_new"),
     ),
     Mutant(
@@ -146,13 +146,13 @@ MUTANTS = [
     Mutant(
         "sums over devices in the activations' dtype",
         "jaxllm/parallel.py",
-        "y = jax.lax.psum(y, in_axis)",
-        "y = jax.lax.psum(y.astype(jnp.bfloat16), in_axis).astype(jnp.float32)",
+        "ys = jax.lax.psum(ys, in_axis)",
+        "ys = jax.lax.psum([y.astype(jnp.bfloat16) for y in ys], in_axis)",
         ("tests/test_quantized_layers.py", "-k", "multiplies_as and gptq-4"),
     ),
     Mutant(
         "RMSNorm in the activations' dtype",
-        "jaxllm/layers/norm.py",
+        "kernels/norm.py",
         "wide = x.astype(jnp.float32)",
         "wide = x.astype(jnp.bfloat16).astype(jnp.float32)",
         ("tests/test_hf.py", "-k", "logits and qwen2-"),
@@ -174,8 +174,8 @@ MUTANTS = [
     Mutant(
         "a sliding window is one position too wide",
         "jaxllm/layers/attention.py",
-        "(back < sliding_window)",
-        "(back <= sliding_window)",
+        "self.score_cap, self.sliding_window = score_cap, sliding_window",
+        "self.score_cap, self.sliding_window = score_cap, sliding_window and sliding_window + 1",
         ("tests/test_hf.py", "-k", "logits and mistral"),
     ),
     Mutant(
