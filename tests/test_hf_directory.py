@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from forked import Forked
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
@@ -780,11 +781,9 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
         shards = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards]
         print(json.dumps([memory("VmHWM") - before, sum(shards), max(shards)]))"""
     folder = big_llama(tmp_path / "big")
-    command = [sys.executable, "-c", code, str(CHECKPOINTS / "llama"), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    finally:
-        (folder / SINGLE).unlink()
+    done = Forked(code, CHECKPOINTS / "llama", folder).finished()
+    (folder / SINGLE).unlink()
+    assert done.returncode == 0, done.stderr
     more, placed, largest = json.loads(done.stdout)
     assert placed > 3.9e8
     assert more - placed < filling.READERS * largest + 50e6
