@@ -31,7 +31,7 @@ def test_the_conversation_is_tokenized_as_in_transformers(demo, golden):
 
 @pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"], ["tp=1", "tp=8"]))
 def test_logits_are_those_of_transformers_on_every_mesh(load_once, mesh):
-    model = load_once("demo", dtype="float32", **({"mesh": mesh} if mesh != "tp=1" else {}))
+    model = load_once("demo", dtype="float32", weights="packed", **({"mesh": mesh} if mesh != "tp=1" else {}))
     for golden in GOLDEN:
         last = np.asarray(model.logits([golden["ids"]])[0, -1])
         assert np.argsort(-last)[:5].tolist() == golden["top5"]
@@ -46,9 +46,10 @@ def test_greedy_tokens_are_those_of_transformers(demo, golden):
     assert answer.finish_reason == ("stop" if golden["new"][-1] == 2 else "length")
 
 
-@pytest.mark.parametrize("mesh", some(["tp=2", "tp=3", "tp=4", "tp=8"], ["tp=3"]))
+@pytest.mark.parametrize("mesh", some(["tp=2", "tp=3", "tp=4", "tp=8"], ["tp=8"]))
 def test_a_few_tokens_on_several_devices(load_once, mesh):
-    assert load_once("demo", dtype="float32", mesh=mesh).generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
+    model = load_once("demo", dtype="float32", weights="packed", mesh=mesh)
+    assert model.generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
 
 
 def test_packed_weights_hold_the_files_bytes_and_a_copy_gives_the_same_tokens(load_once, demo):
