@@ -189,7 +189,11 @@ def meet(where: Launch, deadline: float) -> Group:
     """All processes, connected, and of the same versions."""
     lines = _gathered(where, deadline) if where.index == 0 else {0: _reached(where, deadline)}
     group = _Connected(where.index, where.count, lines)
-    group.agree("the version of", {name: importlib.metadata.version(name) for name in ("jaxllm", "jax", "jaxlib")})
+    try:
+        group.agree("the version of", {name: importlib.metadata.version(name) for name in ("jaxllm", "jax", "jaxlib")})
+    except Disagreement:
+        group.leave()  # or those that end later would say that this one is lost
+        raise
     return group
 
 

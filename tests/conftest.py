@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import covering
+import forked
 import pytest
 import short_demo as short
 
@@ -74,7 +75,7 @@ def pytest_collection_modifyitems(items):
 
 def cpu_seconds():
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.user + times.system + times.children_user + times.children_system + forked.cpu_seconds
 
 
 @pytest.hookimpl(hookwrapper=True)

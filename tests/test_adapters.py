@@ -37,19 +37,16 @@ def check(model, base, expected):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "mesh"), in_turn(NAMES, "tp=1", "tp=2", "tp=8"))
+EXPERTS = ["each_expert", "experts", "latents", "transposed"]
+MESHED = in_turn(some(NAMES, [name for name in NAMES if name not in EXPERTS]), "tp=1", "tp=2", "tp=8")
+MESHED += in_turn(EXPERTS, "ep=4", "tp=2,ep=2")
+
+
+@pytest.mark.parametrize(("name", "mesh"), MESHED)
 def test_logits_are_those_of_peft(load_once, name, mesh):
     base = base_of(name)
     model = load_once(base, mesh=mesh, dtype="float32", adapters=(ADAPTERS / name,))
     check(model, base, peft(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh"), in_turn(["each_expert", "experts", "latents", "transposed"], "ep=4", "tp=2,ep=2")
-)
-def test_experts_on_several_devices(load_once, name, mesh):
-    model = load_once(base_of(name), mesh=mesh, dtype="float32", adapters=(ADAPTERS / name,))
-    check(model, base_of(name), peft(name))
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -90,7 +87,7 @@ def test_an_adapter_of_peft_on_a_gguf_file(load_once, llama_gguf, name):
     check(model, LLAMA, peft(name))
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", "tp=8"])
+@pytest.mark.parametrize("mesh", some(["tp=2", "tp=8"], ["tp=8"]))
 def test_a_matrix_that_a_gguf_file_has_in_two_parts(load_once, tmp_path_factory, mesh):
     """kv_b: each head's keys, transposed, and its values."""
     path = tmp_path_factory.getbasetemp() / "latents.gguf"

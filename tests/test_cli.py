@@ -102,6 +102,7 @@ def run(monkeypatch, capsys, load_once):
     return generate
 
 
+@pytest.mark.optimized  # of many tokens, running takes longer than compiling
 def test_text_goes_to_stdout_and_rates_to_stderr(run):
     code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT)
     assert (code, out) == (0, ANSWER + "\n")
@@ -188,7 +189,7 @@ def test_debug_shows_the_traceback(run):
         run("--prompt", "x", "--debug", model="/no/such.gguf")
 
 
-@pytest.mark.optimized  # of many tokens, running takes longer than compiling
+@pytest.mark.optimized
 def test_what_a_newcomer_sees(run):
     """`make run` shows an answer that is drawn, ends by itself and does not go in circles, and how fast it went."""
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()

@@ -1,14 +1,13 @@
 """The demo model against Hugging Face transformers, on one emulated device and on several."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from covering import some
+from forked import Forked
 
 import jaxllm
 from jaxllm.kernels.cpu import library
@@ -31,7 +30,7 @@ def test_the_conversation_is_tokenized_as_in_transformers(demo, golden):
 
 @pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=3", "tp=4", "tp=8"], ["tp=1", "tp=8"]))
 def test_logits_are_those_of_transformers_on_every_mesh(load_once, mesh):
-    model = load_once("demo", dtype="float32", **({"mesh": mesh} if mesh != "tp=1" else {}))
+    model = load_once("demo", dtype="float32", weights="packed", **({"mesh": mesh} if mesh != "tp=1" else {}))
     for golden in GOLDEN:
         last = np.asarray(model.logits([golden["ids"]])[0, -1])
         assert np.argsort(-last)[:5].tolist() == golden["top5"]
@@ -46,9 +45,10 @@ def test_greedy_tokens_are_those_of_transformers(demo, golden):
     assert answer.finish_reason == ("stop" if golden["new"][-1] == 2 else "length")
 
 
-@pytest.mark.parametrize("mesh", some(["tp=2", "tp=3", "tp=4", "tp=8"], ["tp=3"]))
+@pytest.mark.parametrize("mesh", some(["tp=2", "tp=3", "tp=4", "tp=8"], ["tp=8"]))
 def test_a_few_tokens_on_several_devices(load_once, mesh):
-    assert load_once("demo", dtype="float32", mesh=mesh).generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
+    model = load_once("demo", dtype="float32", weights="packed", mesh=mesh)
+    assert model.generate(FRANCE["ids"], 8).tokens == FRANCE["new"]
 
 
 def test_packed_weights_hold_the_files_bytes_and_a_copy_gives_the_same_tokens(load_once, demo):
@@ -113,5 +113,7 @@ def test_loading_needs_little_more_memory_than_the_file():
         import pathlib, re, jaxllm
         model = jaxllm.load("demo", progress=False)
         print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])"""
-    peak = 1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = Forked(code).finished()
+    assert done.returncode == 0, done.stderr
+    peak = 1024 * int(done.stdout)
     assert peak < 98_362_432 + 700e6

@@ -94,7 +94,7 @@ def test_a_packed_base_trains_as_the_matrices_that_it_stands_for(tmp_path, name,
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_no_decoded_copy_of_the_model_is_kept(tmp_path, backend):
     """The programs' own memory is below that of the float32 matrices, of which a backward pass needs every one."""
-    tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.Tiny(hidden=256, intermediate=1024, layers=6))
+    tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.Tiny(hidden=256, intermediate=1024, layers=4))
     model = jaxllm.load(tmp_path / "m.gguf", dtype="float32", weights="packed", progress=False)
     places, factors = begun(model, 4, 2.0, None, 0)
     rows = packed([Example(np.arange(16, dtype=np.int32), np.arange(16) > 0)], 16, np.arange(1))

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from covering import some
 
+from jaxllm.convert import convert
 from jaxllm.kernels.cpu import library
 from jaxllm.perplexity import perplexity
 
@@ -15,6 +17,8 @@ pytestmark = pytest.mark.optimized  # the demo is large enough for running to co
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = (GOLDEN / "perplexity.txt").read_text()
 THEIRS = json.loads((GOLDEN / "perplexity.json").read_text())  # made by reference/perplexity_llama_cpp.py
+
+LLAMA_CPP = json.loads((GOLDEN / "exported_gguf.json").read_text())
 
 # The most that perplexity may grow when the demo's 4-bit weights are encoded once more; what it does is in
 # docs/quantizing.md.
@@ -55,14 +59,36 @@ def test_caching_in_8_bits_costs_little(load_once, exact, cached):
     assert held == numbers * 66 / 256  # of each head of 64: codes and a scale, for 64 floats of 4 bytes
 
 
+@pytest.fixture(scope="module")
+def encoded(load_once, tmp_path_factory):
+    """The demo, written as a GGUF file of a type."""
+    folder = tmp_path_factory.mktemp("encoded")
+
+    def model(type):
+        if not (path := folder / f"{type}.gguf").exists():
+            convert("demo", path, to=type, container="gguf", progress=False)
+        return load_once(path, dtype="float32")
+
+    return model
+
+
 # What each type loses on these weights, beside what it loses in llama.cpp, is in test_ggml_encode.
-@pytest.mark.parametrize("type", some(list(MOST), ["q4_k"]))
-def test_encoding_anew_costs_little(load_once, type):
-    model = load_once("demo", dtype="float32", quantize=type)
+@pytest.mark.parametrize("type", some(list(MOST), ["q8_0"]))
+def test_encoding_anew_costs_little(encoded, type):
+    model = encoded(type)
     assert 0.97 < perplexity(model, TEXT) / THEIRS["perplexity"] < MOST[type]
     if type == "q4_k":
         # The demo's rows of 576 are not whole Q4_K blocks: those matrices get Q5_0, its tables the better type.
         formats = {row[0]: row[1] for row in model.summary().rows}
-        assert formats["layers.{0-29}.mlp.down_proj.weight"] == "Q4_1 as Q4_K"
-        assert formats["layers.{0-29}.mlp.up_proj.weight"] == "Q4_1 as Q5_0"
+        assert formats["layers.{0-29}.mlp.down_proj.weight"] == "Q4_K"
+        assert formats["layers.{0-29}.mlp.up_proj.weight"] == "Q5_0"
         assert formats["embed_tokens.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize("type", some(list(LLAMA_CPP["types"]), ["q8_0"]))
+def test_llama_cpp_makes_the_same_of_our_files(encoded, type):
+    """Within what rounding activations to int8 does to it."""
+    ours = np.asarray(jax.nn.log_softmax(encoded(type).logits([LLAMA_CPP["ids"]], last_only=True)[0]))
+    theirs = {int(token): value for token, value in LLAMA_CPP["types"][type].items()}
+    assert int(ours.argmax()) == next(iter(theirs))
+    np.testing.assert_allclose(ours[list(theirs)], list(theirs.values()), atol=0.35)

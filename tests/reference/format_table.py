@@ -93,7 +93,7 @@ ROWS = {
     "GGUF Q4_0 to Q8_0": gguf("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     "GGUF Q2_K to Q6_K": gguf("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     "GGUF IQ4_NL, MXFP4": gguf("IQ4_NL", "MXFP4"),
-    "GGUF IQ1, IQ2, IQ3, IQ4_XS": gguf(*(n for n in BLOCK_TYPES if n.startswith("IQ") and n != "IQ4_NL")),
+    "GGUF IQ1, IQ2, IQ3, IQ4_XS": gguf("IQ4_XS", *(n for n in BLOCK_TYPES if n[:3] in ("IQ1", "IQ2", "IQ3"))),
     "GGUF Q1_0, Q8_1, Q8_K, TQ1_0, TQ2_0, NVFP4": gguf("Q1_0", "Q8_1", "Q8_K", "TQ1_0", "TQ2_0", "NVFP4"),
     "dense float32, bfloat16, float16": [*DENSE_KINDS],
 }

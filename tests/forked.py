@@ -1,0 +1,59 @@
+"""Processes that have imported jaxllm already, as each is forked from one that has: that takes Python two seconds, more
+than what most tests want of a process. What belongs to a real start is tested with real ones.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from compiled import QUICK
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["jaxllm.convert", "jaxllm.generate", "jaxllm.finetune"])
+cpu_seconds = 0.0  # of all so far: only of its own children the system tells a process
+
+
+def _run(code, args, environment, spent, *files):
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115, what it is in any process
+    os.environ.clear()
+    os.environ.update(environment)
+    import jax
+
+    for name, value in QUICK.items():  # which JAX has read of the environment while it was imported
+        if name.startswith("JAX_"):
+            jax.config.update(name.lower(), bool(int(value)))
+    sys.argv = ["-c", *args]
+    try:
+        exec(code, {"__name__": "__main__"})
+    finally:
+        times = os.times()
+        Path(spent).write_text(str(times.user + times.system))
+
+
+class Forked:
+    """A process of `python -c code *args`, which compiles quickly."""
+
+    def __init__(self, code, *args, environment=None, stdin=""):
+        self._folder = tempfile.TemporaryDirectory()
+        self.args = [*map(str, args)]
+        self._files = [Path(self._folder.name) / name for name in ("spent", "stdin", "stdout", "stderr")]
+        self._files[1].write_text(stdin)
+        given = {**os.environ, **QUICK, **(environment or {})}
+        self._process = CONTEXT.Process(target=_run, args=(code, self.args, given, *map(str, self._files)))
+        self._process.start()
+
+    def finished(self, timeout=280):
+        """Its exit code, stdout and stderr, as `subprocess.run` has them."""
+        self._process.join(timeout)
+        self._process.kill()  # where it hangs, it is not left behind
+        self._process.join()
+        spent, _, out, err = [file.read_text() if file.exists() else "" for file in self._files]
+        self._folder.cleanup()
+        global cpu_seconds
+        cpu_seconds += float(spent or 0)
+        return CompletedProcess(self.args, self._process.exitcode, out, err)
