@@ -1,6 +1,7 @@
 """What the native CPU kernels have to pass, for every format. `python native_cases.py` runs it in a process of its own,
 because a process uses one instruction set (JAXLLM_CPU) and one number of threads (JAXLLM_THREADS)."""
 
+import itertools
 import math
 import sys
 
@@ -50,34 +51,36 @@ def ggml(type, rows=ROWS, cols=COLS):
             blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
     if type == "MXFP4":
         blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
-    return GGML(jnp.asarray(blocks), type)
+    return GGML(jax.device_put(blocks), type)
 
 
 def affine(bits, cols=COLS, group=32, **leaves):
     rng = np.random.default_rng(bits)
     values = 32 // math.gcd(bits, 32)  # of whole words
-    codes = jnp.asarray(pack_bits(rng.integers(0, 2**bits, (ROWS, cols)).reshape(ROWS, -1, values), bits))
-    given = {name: jnp.asarray(make(rng)) for name, make in leaves.items()}
+    codes = pack_bits(rng.integers(0, 2**bits, (ROWS, cols)).reshape(ROWS, -1, values), bits)
+    given = {name: make(rng) for name, make in leaves.items()}
     scales = given.pop("scales", None)
     if scales is None:
-        scales = jnp.asarray(rng.normal(scale=0.02, size=(ROWS, -(-cols // group))), jnp.float16)
-    return Affine(codes, scales, bits, group, "test", 1, **given)
+        scales = rng.normal(scale=0.02, size=(ROWS, -(-cols // group))).astype(np.float16)
+    return jax.device_put(Affine(codes, scales, bits, group, "test", 1, **given))
 
 
-def floats(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+def floats(*shape, seed=0, dtype=np.float32):
+    """In numpy: JAX compiles a program for each operation, on each shape."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32).astype(dtype)
 
 
 def scaled(dtype, block, scale_dtype=jnp.float32, cols=COLS):
     sizes = (ROWS, cols)
     counts = [1 if n is None else -(-size // n) for n, size in zip(block, sizes, strict=True)]
-    values = floats(*sizes) * (30 if dtype == jnp.int8 else 1)
-    return Scaled(values.astype(dtype), jnp.exp2(jnp.round(floats(*counts))).astype(scale_dtype), block, factor=0.5)
+    values = floats(*sizes) * np.float32(30 if dtype == jnp.int8 else 1)
+    scales = np.exp2(np.round(floats(*counts))).astype(scale_dtype)
+    return jax.device_put(Scaled(values.astype(dtype), scales, block, factor=0.5))
 
 
 def codebook(cols=COLS, group=64):
     codes = np.random.default_rng(0).integers(0, 256, (ROWS, cols // 2), dtype=np.uint8)
-    return Codebook(jnp.asarray(codes), floats(ROWS, -(-cols // group)), floats(16, seed=1), group, "NF4")
+    return jax.device_put(Codebook(codes, floats(ROWS, -(-cols // group)), floats(16, seed=1), group, "NF4"))
 
 
 nvfp4 = jax.jit(NVFP4.from_dense)
@@ -102,15 +105,15 @@ WEIGHTS = {
     "MXFP4 in order": lambda: jax.jit(MXFP4.encoded)(floats(ROWS, COLS)),
     "NVFP4 in order": lambda: nvfp4(floats(ROWS, COLS)),
     "NVFP4, divided": lambda: NVFP4(
-        *jax.tree.leaves(nvfp4(floats(ROWS, COLS)))[:2], jnp.full((1,), 3.0, jnp.float32), divides=True
+        *jax.tree.leaves(nvfp4(floats(ROWS, COLS)))[:2], jax.device_put(np.array([3.0], np.float32)), divides=True
     ),
     "NF4": codebook,
     "FP8": lambda: scaled(jnp.float8_e4m3fn, (16, 128)),
     "FP8 per row": lambda: scaled(jnp.float8_e4m3fn, (1, None), jnp.bfloat16),
     "MXFP8": lambda: scaled(jnp.float8_e5m2, (1, 32), jnp.float8_e8m0fnu),
     "INT8": lambda: scaled(jnp.int8, (None, None)),
-    "bfloat16": lambda: Dense(floats(ROWS, COLS).astype(jnp.bfloat16)),
-    "float16": lambda: Dense(floats(ROWS, COLS).astype(jnp.float16)),
+    "bfloat16": lambda: Dense(jax.device_put(floats(ROWS, COLS, dtype=jnp.bfloat16))),
+    "float16": lambda: Dense(jax.device_put(floats(ROWS, COLS, dtype=np.float16))),
     # Rows that end within a block of 32 columns.
     "affine, short": lambda: affine(4, 40, 16),
     "affine 3, short": lambda: affine(3, 96),
@@ -118,7 +121,7 @@ WEIGHTS = {
     "NVFP4, short": lambda: nvfp4(floats(ROWS, 48)),
     "NF4, short": lambda: codebook(62, 2),
     "FP8, short": lambda: scaled(jnp.float8_e4m3fn, (8, 20), cols=50),
-    "bfloat16, short": lambda: Dense(floats(ROWS, 33).astype(jnp.bfloat16)),
+    "bfloat16, short": lambda: Dense(jax.device_put(floats(ROWS, 33, dtype=jnp.bfloat16))),
 }
 
 
@@ -137,32 +140,30 @@ def rounded(x):
 
 
 @jax.jit
-def products(xs, weight):
-    """Each of xs times the weight, exact and rounded, and the dequantized matrix; one program compiles faster."""
+def products(xs, weights):
+    """Each of xs times its weight, exact and rounded, and the dequantized matrices; one program compiles faster."""
     found = {}
     for int8_blocks in (False, True):
         with rounding(int8_blocks):
-            found[int8_blocks] = [native_cpu.matmul(x, weight) for x in xs]
-    return found, weight.dequantize()
+            found[int8_blocks] = {name: [native_cpu.matmul(x, w) for x in xs[name]] for name, w in weights.items()}
+    return found, {name: weight.dequantize() for name, weight in weights.items()}
 
 
-def check(name, counts=COUNTS):
+def check(*names, counts=COUNTS):
     """Products of `counts` rows, exact and rounded, with the dequantized matrix in float64."""
-    weight = WEIGHTS[name]()
-    xs = [np.random.default_rng(count).normal(size=(count, weight.shape[1])).astype(np.float32) for count in counts]
-    for x in xs:
-        x[0, :32] = 0  # a block without a scale
-    found, matrix = products(xs, weight)
-    matrix = np.asarray(matrix, np.float64)
-    for int8_blocks, results in found.items():
-        for x, got in zip(xs, results, strict=True):
+    weights = {name: WEIGHTS[name]() for name in names}
+    xs = {name: [floats(count, weight.shape[1], seed=count) for count in counts] for name, weight in weights.items()}
+    for name, count in itertools.product(names, range(len(counts))):
+        xs[name][count][0, :32] = 0  # a block without a scale
+    found, matrices = jax.device_get(products(xs, weights))
+    for int8_blocks, name in itertools.product(found, names):
+        for x, got in zip(xs[name], found[int8_blocks][name], strict=True):
             seen = rounded(x) if int8_blocks and rounds(name) else x
-            expected = seen.astype(np.float64) @ matrix.T
+            expected = seen.astype(np.float64) @ matrices[name].astype(np.float64).T
             np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-5, err_msg=name)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py has it
-    for case in WEIGHTS:
-        check(case, (1, 7, 70))  # every branch once
+    check(*WEIGHTS, counts=(1, 7, 70))  # every branch once
     sys.stdout.write(f"{library.native().instructions} {library.threads()}\n")

@@ -32,11 +32,8 @@ NAMES = [*NAMES.split(), "f16", "bf16", "f32"]
 DISTINCT = [name for name in NAMES if name not in ("hqq2", "hqq3", "hqq8", "afq2", "afq3", "afq5", "afq8")]
 
 
-pytestmark = pytest.mark.optimized
-
-
 def encoded(name, w, importance=None):
-    return jax.jit(ENCODINGS[name].encode)(jnp.asarray(w), importance)
+    return jax.jit(ENCODINGS[name].encode)(w, importance)
 
 
 @cache
@@ -55,6 +52,7 @@ def same(ours, golden):
     np.testing.assert_array_equal(ours.view(np.uint8).reshape(-1), golden.view(np.uint8).reshape(-1))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_mlx_affine(bits):
     weight = jax.jit(lambda w: Affine.from_dense(w, bits, 64))(W[FEW])
@@ -72,16 +70,19 @@ def test_codes_are_chosen_for_the_rounded_scales():
     assert rounded < 1.02 * exact
 
 
+@pytest.mark.optimized
 def test_mxfp8_of_mlx():
     same(whole("mxfp8").values[FEW], "mxfp8.0")
     same(whole("mxfp8").scales[FEW], "mxfp8.1")
 
 
+@pytest.mark.optimized
 def test_mxfp4_of_torchao():
     same(whole("mxfp4").blocks[FEW], "mxfp4.blocks")
     same(whole("mxfp4").scales[FEW], "mxfp4.scales")
 
 
+@pytest.mark.optimized
 def test_nvfp4_of_compressed_tensors():
     values = e2m1.VALUES[np.asarray(e2m1.unpack(whole("nvfp4").blocks))][FEW]
     np.testing.assert_array_equal(values, EXACT["nvfp4.values"])
@@ -90,6 +91,7 @@ def test_nvfp4_of_compressed_tensors():
     np.testing.assert_array_equal(scales, np.where(scales == 0, 0, EXACT["nvfp4.scales"]))
 
 
+@pytest.mark.optimized
 def test_nvfp4_of_mlx():
     """Theirs has no code for -0, and rounds ties down."""
     weight = whole("nvfp4_mlx")
@@ -103,6 +105,7 @@ def test_nvfp4_of_mlx():
     assert np.mean(ours != theirs) < 0.01
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_bitsandbytes_4bit(name):
     same(whole(name).codes[FEW], f"{name}.codes")
@@ -110,11 +113,13 @@ def test_bitsandbytes_4bit(name):
     same(whole(name).table, f"{name}.table")
 
 
+@pytest.mark.optimized
 def test_bitsandbytes_8bit():
     same(whole("int8").values[FEW], "int8.values")
     same(whole("int8").scales[FEW], "int8.scales")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "rows"), [("fp8", FEW), ("fp8_block", slice(None))])
 def test_fp8_of_torch(name, rows):
     same(whole(name).values[rows], f"{name}.values")
@@ -201,7 +206,7 @@ def test_shapes_batches_and_zeros(name):
     np.testing.assert_array_equal(values[0, 1], decoded(whole(name)))
     together = (-2, -1) if name.startswith("hqq") else -1  # its groups go through all rows
     assert not values[~batch.any(axis=together)].any()
-    nothing = jax.tree.map(lambda a: jnp.asarray(np.zeros(a.nbytes, np.uint8).view(a.dtype).reshape(a.shape)), weight)
+    nothing = jax.tree.map(lambda a: np.zeros(a.nbytes, np.uint8).view(a.dtype).reshape(a.shape), weight)
     assert not np.asarray(decoded(nothing)).any()
 
 
@@ -245,7 +250,7 @@ def test_int4_minds_important_columns():
 
 def test_ggml_types_get_the_importance():
     importance = np.float32(np.random.default_rng(3).random(COLS) ** 8)
-    plain, minding = (ENCODINGS["q4_0"].encode(jnp.asarray(W), i) for i in (None, importance))
+    plain, minding = (encoded("q4_0", W, i) for i in (None, importance))
     assert isinstance(minding, GGML) and minding.type == "Q4_0"
     assert weighted(minding, importance) < 0.95 * weighted(plain, importance)
 
