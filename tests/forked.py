@@ -16,10 +16,9 @@ CONTEXT.set_forkserver_preload(["jaxllm.convert", "jaxllm.generate", "jaxllm.fin
 cpu_seconds = 0.0  # of all so far: only of its own children the system tells a process
 
 
-def _run(code, args, environment, spent, *files):
-    for number, file in enumerate(files):
-        os.dup2(os.open(file, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115, what it is in any process
+def _run(code, args, environment, spent, out, err):
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
     import jax
@@ -31,18 +30,16 @@ def _run(code, args, environment, spent, *files):
     try:
         exec(code, {"__name__": "__main__"})
     finally:
-        times = os.times()
-        Path(spent).write_text(str(times.user + times.system))
+        Path(spent).write_text(str(sum(os.times()[:4])))  # with its own children's
 
 
 class Forked:
-    """A process of `python -c code *args`, which compiles quickly."""
+    """A process of `python -c code *args` without any input, which compiles quickly."""
 
-    def __init__(self, code, *args, environment=None, stdin=""):
+    def __init__(self, code, *args, environment=None):
         self._folder = tempfile.TemporaryDirectory()
         self.args = [*map(str, args)]
-        self._files = [Path(self._folder.name) / name for name in ("spent", "stdin", "stdout", "stderr")]
-        self._files[1].write_text(stdin)
+        self._files = [Path(self._folder.name) / name for name in ("spent", "stdout", "stderr")]
         given = {**os.environ, **QUICK, **(environment or {})}
         self._process = CONTEXT.Process(target=_run, args=(code, self.args, given, *map(str, self._files)))
         self._process.start()
@@ -52,7 +49,7 @@ class Forked:
         self._process.join(timeout)
         self._process.kill()  # where it hangs, it is not left behind
         self._process.join()
-        spent, _, out, err = [file.read_text() if file.exists() else "" for file in self._files]
+        spent, out, err = [file.read_text() if file.exists() else "" for file in self._files]
         self._folder.cleanup()
         global cpu_seconds
         cpu_seconds += float(spent or 0)

@@ -22,6 +22,7 @@ import pytest
 import tiny_gguf
 from compiled import QUICK
 from covering import FULL, some
+from forked import Forked
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 from jax.sharding import PartitionSpec
@@ -443,9 +444,7 @@ def test_a_slow_disk(gguf, pace):
 
 def test_what_is_killed_goes_on_to_the_same_bytes():
     """A conversion, a quantization and a training, at a new moment each; the output says the seed."""
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests)))} | QUICK
-    done = started("-m", "fuzz.kills", "--moments", 50 if FULL else 1, env=environment, timeout=None)
+    done = Forked("from fuzz.kills import main\nmain()", "--moments", 50 if FULL else 1).finished(timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^\| (\w+) \| \d+ ", done.stdout, re.MULTILINE) == ["convert", "quantize", "finetune"]
 
@@ -455,9 +454,9 @@ def test_what_is_killed_goes_on_to_the_same_bytes():
 
 def test_many_conversations_take_no_more_than_few():
     """Memory, mappings and files stay as they are, else the exit code is 1."""
-    done = started(
-        Path(__file__).parent / "reference" / "soak.py", "--conversations", 2000 if FULL else 80, timeout=None
-    )
+    code = "import runpy, sys\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    script = Path(__file__).parent / "reference" / "soak.py"
+    done = Forked(code, script, "--conversations", 2000 if FULL else 80).finished(timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_hf
+from covering import some
 from quantized_writers import read_safetensors, write_safetensors
 from toy_family import RIPPLE, RippleConfig
 from toy_format import declared_ternary
@@ -96,7 +97,7 @@ def ripple():
     FAMILIES.remove(RIPPLE)
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=4"])
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=4"], ["tp=4"]))
 def test_a_family_from_outside(ripple, monkeypatch, tmp_path, mesh):
     monkeypatch.setattr("jaxllm.layers.cache.REWIND", 2)  # rings that come around
     monkeypatch.setattr("jaxllm.decoding.CHUNK", 8)
