@@ -23,9 +23,9 @@ def _run(code, args, environment, spent, out, err):
     os.environ.update(environment)
     import jax
 
-    for name, value in QUICK.items():  # which JAX has read of the environment while it was imported
+    for name in QUICK:  # which JAX has read of the environment while it was imported
         if name.startswith("JAX_"):
-            jax.config.update(name.lower(), bool(int(value)))
+            jax.config.update(name.lower(), bool(int(environment[name])))
     sys.argv = ["-c", *args]
     try:
         exec(code, {"__name__": "__main__"})
@@ -34,7 +34,7 @@ def _run(code, args, environment, spent, out, err):
 
 
 class Forked:
-    """A process of `python -c code *args` without any input, which compiles quickly."""
+    """A process of `python -c code *args` without input; it compiles quickly, unless `environment` says otherwise."""
 
     def __init__(self, code, *args, environment=None):
         self._folder = tempfile.TemporaryDirectory()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
 from covering import in_turn, some, widest_and_in_turn
 from flax import nnx
 from quantized_writers import CONFIGS, FORMATS, WRITERS
@@ -237,7 +238,7 @@ def test_a_matrix_multiplies_as_the_one_it_stands_for(name, mesh):
         case.check(kind)
 
 
-EXPERT_CASES = [*in_turn(FORMATS, EXPERT_MESHES[-1]), *in_turn(some([*FORMATS], FEW), *EXPERT_MESHES[:-1])]
+EXPERT_CASES = widest_and_in_turn(some([*FORMATS], FEW), *EXPERT_MESHES)
 
 
 @pytest.mark.parametrize(("name", "mesh"), EXPERT_CASES)
@@ -359,7 +360,7 @@ def test_stacks_of_fp8_experts_in_either_orientation(mesh_name, sizes, suffix, t
         weight = placed[f"layers.0.mlp.experts.{name}"]
         zeros = -EXPERTS % mesh.shape["ep"]
         assert isinstance(weight, Scaled) and weight.shape == (EXPERTS + zeros, *matrix.shape[1:])
-        np.testing.assert_array_equal(np.asarray(weight.dequantize()), np.pad(matrix, ((0, zeros), (0, 0), (0, 0))))
+        np.testing.assert_array_equal(dequantized(weight), np.pad(matrix, ((0, zeros), (0, 0), (0, 0))))
         assert not weight.values.sharding.is_fully_replicated or mesh.size == 1
 
 
@@ -388,6 +389,4 @@ def test_a_fused_matrix_has_a_scale_for_each_of_its_parts(module, tool, spec):
     tensors = {f"{module}.weight": Dense(values), f"{module}.weight_scale": Dense(scales)}
     [weight] = join(tensors, declared(FUSED_CONFIG | {"quantization_config": FP8_CONFIGS[tool]}, {})).values()
     placed = place(Source(module, (weight,)), Declaration(values.shape, spec), make_mesh("tp=8"))
-    np.testing.assert_array_equal(
-        np.asarray(placed.dequantize()), values.astype(np.float32) * scales.repeat(sizes)[:, None]
-    )
+    np.testing.assert_array_equal(dequantized(placed), values.astype(np.float32) * scales.repeat(sizes)[:, None])

@@ -8,6 +8,7 @@ from threading import Event, Lock
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -184,9 +185,9 @@ def in_kernels_layout(weight: Weight, sharding: NamedSharding, dtype: jax.typing
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:
     """A `convert` of `fill`: dequantize each matrix in place, rounding once to `dtype`."""
+    return lambda weight, sharding: _decoder(jnp.dtype(dtype), sharding)(weight)
 
-    @cache  # like matrices share a program
-    def decoder(sharding: NamedSharding) -> Callable[[Weight], Weight]:
-        return jax.jit(lambda weight: Dense(weight.dequantize(dtype)), out_shardings=sharding)
 
-    return lambda weight, sharding: decoder(sharding)(weight)
+@cache  # like matrices share a program, also those of models that are loaded one after the other
+def _decoder(dtype: np.dtype, sharding: NamedSharding) -> Callable[[Weight], Weight]:
+    return jax.jit(lambda weight: Dense(weight.dequantize(dtype)), out_shardings=sharding)
