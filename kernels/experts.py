@@ -42,7 +42,8 @@ class Tiles:
     """A layout of the tokens' choices in rows, where each tile of rows belongs to one expert.
 
     Attributes:
-        expert: int32 `[tiles]`, each tile's expert; the tiles in use come first, -1 marks the others.
+        expert: int32 `[tiles]`, each tile's expert; -1 marks tiles that are not in use. They come last, except of one
+            token in tiles of one row.
         choice: int32 `[tiles * tile]`, the choice (token * k + its number) in each row; arbitrary in padding rows.
         row: int32 `[tokens, k]`, the row of each choice; undefined where `held` is false.
         held: bool `[tokens, k]`, whether the chosen expert is on this device.
@@ -57,6 +58,9 @@ class Tiles:
     def of(cls, chosen: jax.Array, experts: int, tile: int) -> Self:
         """Lay out `chosen[tokens, k]`; this device holds the experts `0 .. experts - 1`."""
         held, count = (chosen >= 0) & (chosen < experts), chosen.size
+        if tile == 1 and len(chosen) == 1:  # a decode step: its experts differ, and nothing is gained by sorting them
+            each = jnp.arange(count, dtype=jnp.int32)
+            return cls(jnp.where(held[0], chosen[0], -1).astype(jnp.int32), each, each[None], held)
         expert = jnp.where(held, chosen, experts).reshape(-1)  # choices of other devices' experts sort last
         order = jnp.argsort(expert, stable=True)
         sizes = jnp.bincount(expert, length=experts + 1)

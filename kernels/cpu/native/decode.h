@@ -365,46 +365,44 @@ struct Q8_K : Integers<256, 32, false, 0, 1>, Block<292> {
   }
 };
 
-// Codes 0, 1, 2 that stand for -1, 0, 1.
-struct Ternary : Integers<256, 32, true, 8, 1> {
+// Codes 0, 1, 2 that stand for -1, 0, 1; the scale is a float16 at byte kScale.
+template <int kBytes, int kScale>
+struct Ternary : Integers<256, 32, true, 8, 1>, Block<kBytes> {
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(kScale - 2) >> 16; }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     UNROLL
     for (int g = 0; g < 8; g++) scale[g] = halves(words[0]), offset[g] = -scale[g];
   }
 };
 
-struct TQ1_0 : Ternary, Alone<54> {
-  // The first digit in base 3 of fractions x / 256: of 16 bytes, each times a power of 3.
+struct TQ1_0 : Ternary<54, 52> {
+  // The first digit in base 3 of fractions x / 256, each times a power of 3.
   INLINE u8x32 digit(u8x32 x, int power) {
     const u8x32 shifted = x * uint8_t(power);
     // The high byte of 3 * shifted, without 16 bits: where three times the byte passes 256 and 512.
     return (u8x32)((u8x32)(shifted >= 86) & 1) + (u8x32)((u8x32)(shifted >= 171) & 1);
   }
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk), *q = at(m, b, chunk);
+  INLINE void codes(const Blocks& b, Four* out) {
     constexpr int power[] = {1, 3, 9, 27, 81};
+    const Four bytes[3] = {b.bytes(0), b.bytes(16), b.bytes(32)};
+    const u8x32 last = (u8x32)b.word(48);  // four bytes, each with four powers
     UNROLL
     for (int k = 0; k < 5; k++) {
       UNROLL
-      for (int i = 0; i < 2; i++) out[2 * k + i] = digit(two(p + 16 * i, q + 16 * i), power[k]);
-      out[10 + k] = digit(two(p + 32, q + 32), power[k]);
+      for (int i = 0; i < 4; i++) {
+        out[2 * k].v[i] = digit(bytes[0].v[i], power[k]), out[2 * k + 1].v[i] = digit(bytes[1].v[i], power[k]);
+        out[10 + k].v[i] = digit(bytes[2].v[i], power[k]);
+      }
+      if (k < 4) out[15].v[k] = digit(last, power[k]);
     }
-    const uint32_t x = load<uint32_t>(p + 48), y = load<uint32_t>(q + 48);  // four bytes, with all four powers
-    const u8x32 powers = {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27,
-                          1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27};
-    out[15] = digit((u8x32)u32x8{x, x, x, x, y, y, y, y} * powers, 1);
-  }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk) + 52);
   }
 };
 
-struct TQ2_0 : Ternary, Block<66> {
+struct TQ2_0 : Ternary<66, 64> {
   INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
     for (int i = 0; i < 16; i++) out[i] = crumbs(b, 0, i);
   }
-  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(62) >> 16; }
 };
 
 struct IQ4_XS : Integers<256, 32, false, 0, 2>, Block<136> {

@@ -24,7 +24,7 @@ struct Ahead {
 // A group of eight rows times x.
 template <class F>
 INLINE s32x8 sum_of_group(const u8x32* codes, const int8_t* x, int32_t raised) {
-  constexpr int vectors = F::kGroup / 4, depth = depth_of<F::kDepth>(vectors);
+  constexpr int vectors = F::kGroup / 4, depth = depth_of<F::kDepth, 1>(vectors);
   s32x8 sum = start<F::kDepth>(raised);
   UNROLL
   for (int v = 0; v < vectors; v += depth) {

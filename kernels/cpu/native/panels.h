@@ -67,8 +67,12 @@ static void decode_codes(const Matrix& m, int64_t row, int64_t first, int64_t la
         for (int i = 0; i < F::kWords; i++) heads[chunk - first][i][r] = words[i];
       }
       s32x8 codes[4][parts];
-      UNROLL
-      for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
+      const auto pair = [&](int r) { F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]); };
+      if constexpr (F::kChunk > 64) {
+        for (int r = 0; r < 4; r++) pair(r);
+      } else {
+        pair(0), pair(1), pair(2), pair(3);  // little code: it may become one
+      }
       UNROLL
       for (int i = 0; i < parts; i++) {
         s32x8 words[4] = {codes[0][i], codes[1][i], codes[2][i], codes[3][i]};
@@ -116,7 +120,7 @@ static void floats_of(const Codes& codes, int columns, Floats& panel) {
 // `groups` groups of a panel times T slices of rows of x.
 template <int kGroup, bool kOffset, int kDepth, int T>
 static void add_codes(const Codes& panel, int groups, const RoundedSlice* x, f32x8* sums) {
-  constexpr int vectors = kGroup / 4, depth = kDepth == 0 || kDepth > vectors ? vectors : kDepth;
+  constexpr int vectors = kGroup / 4, depth = depth_of<kDepth, T>(vectors);
   f32x8 total[T] = {};
   const u8x32* w = panel.codes;
   for (int g = 0; g < groups; g++) {

@@ -231,11 +231,12 @@ struct Dot {
 #endif
 };
 
-// How many of a group's `vectors` one Dot adds up. VNNI takes four cycles for each, so several are under way.
-template <int kDepth>
+// How many of a group's `vectors` one Dot adds up, of `kSums` that are computed at a time. VNNI takes four cycles for
+// each; so several are under way.
+template <int kDepth, int kSums>
 constexpr int depth_of(int vectors) {
 #if defined(JAXLLM_VNNI)
-  return 2;
+  return kSums == 1 ? 2 : vectors;
 #else
   return kDepth == 0 || kDepth > vectors ? vectors : kDepth;
 #endif
