@@ -55,7 +55,8 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     Args:
         x: `[tiles * tile, in]`.
         stack: `[experts, out, in]`.
-        expert: int32 `[tiles]`, each tile's matrix; -1 marks tiles that are not in use. Those that come last cost nothing.
+        expert: int32 `[tiles]`, each tile's matrix; -1 marks tiles that are not in use, which cost
+            nothing where they come last.
 
     Returns:
         float32 `[tiles * tile, out]`; rows of unused tiles are undefined.
@@ -84,8 +85,8 @@ def outer_products(g: jax.Array, x: jax.Array, expert: jax.Array, experts: int) 
 
 
 def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.Array, Weight], jax.Array]) -> jax.Array:
-    """`f(rows, weight)` for each tile and its expert's weight, float32, stored at the tile's rows; until the last tile in
-    use, and undefined for others."""
+    """`f(rows, weight)` for each tile and its expert's weight, float32, stored at the tile's rows; undefined for tiles
+    that are not in use."""
     tile = x.shape[0] // expert.shape[0]
 
     def weight_of(index: jax.Array) -> Weight:

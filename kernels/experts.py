@@ -4,7 +4,7 @@ The rows for one expert are laid out together in tiles, so that a kernel sees ti
 (`Tiles`). An expert that no token chose is never read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +14,7 @@ from jax.experimental import checkify
 
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, each_row, unchanged
-from jaxllm.kernels.adapted import grouped_product
+from jaxllm.kernels.adapted import grouped_products
 from jaxllm.kernels.dispatch import few_rows
 
 LARGEST_TILE = 64
@@ -116,8 +116,17 @@ class Tiles:
 
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
         """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`. `peak`: see `rounded`."""
-        y = grouped_product(rows, stack, self.expert, peak, self.real)
-        return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
+        return self.matmuls(rows, [(stack, bias)], peak)[0]
+
+    def matmuls(
+        self, rows: jax.Array, stacks: Sequence[tuple[Weight, Weight | None]], peak: Peak = unchanged
+    ) -> list[jax.Array]:
+        """`matmul` with several stacks and their biases."""
+        ys = grouped_products(rows, [stack for stack, _ in stacks], self.expert, peak, self.real)
+        return [
+            y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
+            for y, (_, bias) in zip(ys, stacks, strict=True)
+        ]
 
 
 def grouped_mlp(
@@ -152,7 +161,7 @@ def grouped_mlp(
 def hidden(tiles: Tiles, rows: jax.Array, stack: Gated, activation: Activation) -> jax.Array:
     """What down is multiplied by: `[rows, intermediate]` in the dtype of the rows."""
     gate, up = (None, None) if stack.bias is None else (stack.bias.gate, stack.bias.up)
-    return activation(tiles.matmul(rows, stack.gate, gate), tiles.matmul(rows, stack.up, up)).astype(rows.dtype)
+    return activation(*tiles.matmuls(rows, [(stack.gate, gate), (stack.up, up)])).astype(rows.dtype)
 
 
 def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight | None = None) -> jax.Array:

@@ -37,16 +37,16 @@ INLINE s32x8 sum_of_group(const u8x32* codes, const int8_t* x, int32_t raised) {
   return sum;
 }
 
-// Blocks of eight rows times x, added to `total`; the first group is group `g` of the slice.
+// Whether a chunk fits there. Codes from codebooks, 256 of eight rows, would be much code.
 template <class F>
-INLINE void add_blocks(const Blocks& blocks, const RoundedSlice& x, int g, f32x8& total) {
+constexpr bool in_registers = in_blocks<F>(0) || F::kChunk <= 64;
+
+// A chunk of eight rows times x, added to `total`; its first group is group `g` of the slice.
+template <class F>
+INLINE void add_chunk(const u32x8* words, const Four* codes, const RoundedSlice& x, int g, f32x8& total) {
   constexpr int groups = F::kChunk / F::kGroup;
-  u32x8 words[F::kWords];
   f32x8 scale[groups], offset[groups];
-  F::heads(blocks, words);
   F::scales(words, scale, offset);
-  Four codes[F::kChunk / 16];
-  F::codes(blocks, codes);
   UNROLL
   for (int i = 0; i < groups; i++, g++) {
     const int32_t raised = F::kGroup == 16 ? x.raised16[g] : x.raised32[g];
@@ -54,6 +54,49 @@ INLINE void add_blocks(const Blocks& blocks, const RoundedSlice& x, int g, f32x8
     total += floats(sum) * (scale[i] * broadcast(x.scale[g * F::kGroup / 32]));
     if (F::kOffset) total += offset[i] * broadcast(F::kGroup == 16 ? x.sum16[g] : x.sum32[g]);
   }
+}
+
+// A chunk of eight rows from `row` on that are read one by one. Words stay out of memory: it would take long until they
+// have arrived there.
+template <class F>
+INLINE void read_rows(const Matrix& m, int64_t row, int64_t chunk, u32x8* words, Four* codes) {
+  constexpr int parts = F::kChunk / 16;
+  uint32_t of_row[kRows][F::kWords];
+  UNROLL
+  for (int r = 0; r < kRows; r++) F::head(m, row + r, chunk, of_row[r]);
+  UNROLL
+  for (int i = 0; i < F::kWords; i++) {
+    words[i] = u32x8{of_row[0][i], of_row[1][i], of_row[2][i], of_row[3][i],
+                     of_row[4][i], of_row[5][i], of_row[6][i], of_row[7][i]};
+  }
+  u8x32 pairs[4][parts];
+  UNROLL
+  for (int r = 0; r < 4; r++) F::codes(m, row + r, row + r + 4, chunk, pairs[r]);
+  UNROLL
+  for (int i = 0; i < parts; i++) {
+    s32x8 four[4] = {(s32x8)pairs[0][i], (s32x8)pairs[1][i], (s32x8)pairs[2][i], (s32x8)pairs[3][i]};
+    transpose(four);
+    codes[i] = {{(u8x32)four[0], (u8x32)four[1], (u8x32)four[2], (u8x32)four[3]}};
+  }
+}
+
+// Chunks [first, last) of a slice, of eight rows from `row` on, times x.
+template <class F>
+INLINE f32x8 times_slice(const Matrix& m, int64_t row, int64_t first, int64_t last, const RoundedSlice& x) {
+  f32x8 total = {};
+  Blocks blocks{row_of(m, 0, row), m.row_bytes[0], 3 * m.row_bytes[0]};
+  if constexpr (in_blocks<F>(0)) blocks.p += F::kBlock * first;
+  for (int64_t chunk = first; chunk < last; chunk++) {
+    u32x8 words[F::kWords];
+    Four codes[F::kChunk / 16];
+    if constexpr (in_blocks<F>(0)) {
+      F::heads(blocks, words), F::codes(blocks, codes), blocks.p += F::kBlock;
+    } else {
+      read_rows<F>(m, row, chunk, words, codes);
+    }
+    add_chunk<F>(words, codes, x, int(chunk - first) * (F::kChunk / F::kGroup), total);
+  }
+  return total;
 }
 
 template <class F>
@@ -68,20 +111,13 @@ static void rounded_row(const Product& p, const RoundedX& x, int64_t begin, int6
       const int64_t last = least(first + slice, chunks);
       const RoundedSlice& of_x = x.slices[first / slice * x.rows + p.x_row];
       ahead.step(bytes * (last - first) / chunks);
-      if constexpr (in_blocks<F>(0)) {
-        if (row + kRows <= m.rows) {
-          Blocks blocks{row_of(m, 0, row) + F::kBlock * first, m.row_bytes[0], 3 * m.row_bytes[0]};
-          f32x8 total = {};
-          for (int g = 0; g < (last - first) * groups; g += groups, blocks.p += F::kBlock) {
-            add_blocks<F>(blocks, of_x, g, total);
-          }
-          sums += total;
-          continue;
-        }
+      if (in_registers<F> && row + kRows <= m.rows) {
+        if constexpr (in_registers<F>) sums += times_slice<F>(m, row, first, last, of_x);
+      } else {
+        Codes panel;
+        decode_codes<F>(m, row, first, last, panel);
+        add_codes<F::kGroup, F::kOffset, F::kDepth, 1>(panel, int(last - first) * groups, &of_x, &sums);
       }
-      Codes panel;
-      decode_codes<F>(m, row, first, last, panel);
-      add_codes<F::kGroup, F::kOffset, F::kDepth, 1>(panel, int(last - first) * groups, &of_x, &sums);
     }
     write(p.y + row, sums, end - row);
   }

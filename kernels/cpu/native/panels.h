@@ -67,11 +67,11 @@ static void decode_codes(const Matrix& m, int64_t row, int64_t first, int64_t la
         for (int i = 0; i < F::kWords; i++) heads[chunk - first][i][r] = words[i];
       }
       s32x8 codes[4][parts];
-      const auto pair = [&](int r) { F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]); };
-      if constexpr (F::kChunk > 64) {
-        for (int r = 0; r < 4; r++) pair(r);
+      if constexpr (F::kChunk > 64) {  // much code: once
+        for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
       } else {
-        pair(0), pair(1), pair(2), pair(3);  // little code: it may become one
+        UNROLL
+        for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
       }
       UNROLL
       for (int i = 0; i < parts; i++) {
