@@ -43,12 +43,10 @@ constexpr bool in_registers = in_blocks<F>(0) || F::kChunk <= 64;
 
 // A chunk of eight rows times x, added to `total`; its first group is group `g` of the slice.
 template <class F>
-INLINE void add_chunk(const u32x8* words, const Four* codes, const RoundedSlice& x, int g, f32x8& total) {
-  constexpr int groups = F::kChunk / F::kGroup;
-  f32x8 scale[groups], offset[groups];
-  F::scales(words, scale, offset);
+INLINE void add_chunk(const f32x8* scale, const f32x8* offset, const Four* codes, const RoundedSlice& x, int g,
+                      f32x8& total) {
   UNROLL
-  for (int i = 0; i < groups; i++, g++) {
+  for (int i = 0; i < F::kChunk / F::kGroup; i++, g++) {
     const int32_t raised = F::kGroup == 16 ? x.raised16[g] : x.raised32[g];
     const s32x8 sum = sum_of_group<F>(codes[0].v + F::kGroup / 4 * i, x.codes + F::kGroup * g, raised);
     total += floats(sum) * (scale[i] * broadcast(x.scale[g * F::kGroup / 32]));
@@ -59,16 +57,18 @@ INLINE void add_chunk(const u32x8* words, const Four* codes, const RoundedSlice&
 // A chunk of eight rows from `row` on that are read one by one. Words stay out of memory: it would take long until they
 // have arrived there.
 template <class F>
-INLINE void read_rows(const Matrix& m, int64_t row, int64_t chunk, u32x8* words, Four* codes) {
+INLINE void read_rows(const Matrix& m, int64_t row, int64_t chunk, f32x8* scale, f32x8* offset, Four* codes) {
   constexpr int parts = F::kChunk / 16;
   uint32_t of_row[kRows][F::kWords];
   UNROLL
   for (int r = 0; r < kRows; r++) F::head(m, row + r, chunk, of_row[r]);
+  u32x8 words[F::kWords];
   UNROLL
   for (int i = 0; i < F::kWords; i++) {
     words[i] = u32x8{of_row[0][i], of_row[1][i], of_row[2][i], of_row[3][i],
                      of_row[4][i], of_row[5][i], of_row[6][i], of_row[7][i]};
   }
+  F::scales(words, scale, offset);
   u8x32 pairs[4][parts];
   UNROLL
   for (int r = 0; r < 4; r++) F::codes(m, row + r, row + r + 4, chunk, pairs[r]);
@@ -83,18 +83,20 @@ INLINE void read_rows(const Matrix& m, int64_t row, int64_t chunk, u32x8* words,
 // Chunks [first, last) of a slice, of eight rows from `row` on, times x.
 template <class F>
 INLINE f32x8 times_slice(const Matrix& m, int64_t row, int64_t first, int64_t last, const RoundedSlice& x) {
+  constexpr int groups = F::kChunk / F::kGroup;
   f32x8 total = {};
   Blocks blocks{row_of(m, 0, row), m.row_bytes[0], 3 * m.row_bytes[0]};
   if constexpr (in_blocks<F>(0)) blocks.p += F::kBlock * first;
   for (int64_t chunk = first; chunk < last; chunk++) {
-    u32x8 words[F::kWords];
+    f32x8 scale[groups], offset[groups];
     Four codes[F::kChunk / 16];
     if constexpr (in_blocks<F>(0)) {
-      F::heads(blocks, words), F::codes(blocks, codes), blocks.p += F::kBlock;
+      u32x8 words[F::kWords];
+      F::heads(blocks, words), F::scales(words, scale, offset), F::codes(blocks, codes), blocks.p += F::kBlock;
     } else {
-      read_rows<F>(m, row, chunk, words, codes);
+      read_rows<F>(m, row, chunk, scale, offset, codes);
     }
-    add_chunk<F>(words, codes, x, int(chunk - first) * (F::kChunk / F::kGroup), total);
+    add_chunk<F>(scale, offset, codes, x, int(chunk - first) * groups, total);
   }
   return total;
 }

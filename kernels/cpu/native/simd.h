@@ -275,7 +275,8 @@ INLINE Four operator|(Four a, Four b) { return {{a.v[0] | b.v[0], a.v[1] | b.v[1
 // `count` bits of each byte, from bit `from` on, moved to bit `to`.
 INLINE u8x32 moved(u8x32 x, int from, int count, int to) {
   const u16x16 words = to < from ? (u16x16)x >> (from - to) : (u16x16)x << (to - from);
-  return (u8x32)words & uint8_t(((1 << count) - 1) << to);
+  const uint8_t mask = uint8_t(((1 << count) - 1) << to);
+  return (u8x32)words & mask;
 }
 
 INLINE Four moved(Four x, int from, int count, int to) {
