@@ -1,8 +1,8 @@
 // One row of x, as integers, times the rows of a matrix: what decoding spends its time on.
 //
 // The sums are those of a panel (panels.h), added in the same order, because a row's sums must not depend on its
-// neighbours. But codes are multiplied as soon as they are there, without a panel in memory, and the matrix is asked for
-// ahead, in the order of memory: processors look ahead by themselves along one line of addresses, but not along eight rows.
+// neighbours. But codes are multiplied as soon as they are there, without a panel in memory. And the matrix is asked for
+// ahead, in the order of memory: processors look ahead by themselves along one line, but not along eight rows at once.
 #pragma once
 #include "panels.h"
 
@@ -48,7 +48,7 @@ INLINE void add_chunk(const f32x8* scale, const f32x8* offset, const Four* codes
   UNROLL
   for (int i = 0; i < F::kChunk / F::kGroup; i++, g++) {
     const int32_t raised = F::kGroup == 16 ? x.raised16[g] : x.raised32[g];
-    const s32x8 sum = sum_of_group<F>(codes[0].v + F::kGroup / 4 * i, x.codes + F::kGroup * g, raised);
+    const s32x8 sum = sum_of_group<F>((const u8x32*)codes + F::kGroup / 4 * i, x.codes + F::kGroup * g, raised);
     total += floats(sum) * (scale[i] * broadcast(x.scale[g * F::kGroup / 32]));
     if (F::kOffset) total += offset[i] * broadcast(F::kGroup == 16 ? x.sum16[g] : x.sum32[g]);
   }

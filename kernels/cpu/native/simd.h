@@ -171,7 +171,7 @@ INLINE u8x32 lookup(u8x16 table, u8x32 index) {
 // AVX2 may add up `kDepth` products of pairs in 16 bits: 127 * 2 * kDepth * (largest code) stays below 2^15. With
 // `kDepth` 0 they are signed. x is from -127 to 127.
 //
-// `Sum` is what a kernel keeps while it goes through the `kDepth` vectors; `finish` adds it to the sums. VNNI multiplies
+// `Sum` is what a kernel keeps while it goes through the `kDepth` vectors; `finish` adds it to the sums. VNNI takes
 // unsigned codes: signed ones are raised by 128, and the sums `start` with -128 times the sum of x.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define JAXLLM_VNNI(a, b, c) _mm256_dpbusd_epi32(a, b, c)
@@ -332,9 +332,10 @@ struct Blocks {
 template <int i>
 INLINE u8x32 spread(u32x8 word) {
   const u8x32 w = (u8x32)word;
-  return __builtin_shufflevector(w, w, i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i, 12 + i, 12 + i,
-                                 12 + i, 12 + i, 16 + i, 16 + i, 16 + i, 16 + i, 20 + i, 20 + i, 20 + i, 20 + i, 24 + i,
-                                 24 + i, 24 + i, 24 + i, 28 + i, 28 + i, 28 + i, 28 + i);
+  return __builtin_shufflevector(w, w, i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i,
+                                 12 + i, 12 + i, 12 + i, 12 + i, 16 + i, 16 + i, 16 + i, 16 + i,
+                                 20 + i, 20 + i, 20 + i, 20 + i, 24 + i, 24 + i, 24 + i, 24 + i,
+                                 28 + i, 28 + i, 28 + i, 28 + i);
 }
 
 // Where `bits` are set in x, `more` is added.
