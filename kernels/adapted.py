@@ -9,7 +9,7 @@ from jaxllm.formats.base import Weight
 from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dense
 from jaxllm.kernels.activations import Peak, each_row, rounded, rounded_tiles, unchanged
-from jaxllm.kernels.dispatch import alike, grouped_matmul, kept, matmul, matmuls
+from jaxllm.kernels.dispatch import alike, grouped_matmul, grouped_matmuls, kept, matmul, matmuls
 
 
 def products(x: jax.Array, weights: Sequence[Weight], peak: Peak = unchanged) -> tuple[jax.Array, ...]:
@@ -29,12 +29,19 @@ def _term(x: jax.Array, weight: Adapted) -> jax.Array:
     return matmul(inner, Dense(dense.tall(b)))
 
 
-def grouped_product(rows: jax.Array, stack: Weight, expert: jax.Array, peak: Peak, real: jax.Array) -> jax.Array:
-    """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`; see also `rounded_tiles`."""
-    base = base_of(stack)
-    y = grouped_matmul(rounded_tiles(rows, base, expert, peak, real), base, expert)
-    if not isinstance(stack, Adapted):
-        return kept(y)
+def grouped_products(
+    rows: jax.Array, stacks: Sequence[Weight], expert: jax.Array, peak: Peak, real: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Tiles of rows, each times its own matrix of each stack, see `dense.grouped_matmul`; see also `rounded_tiles`."""
+    bases = [base_of(stack) for stack in stacks]
+    ys = grouped_matmuls([rounded_tiles(rows, base, expert, peak, real) for base in bases], bases, expert)
+    return tuple(
+        kept(y + _grouped_term(rows, stack, expert) if isinstance(stack, Adapted) else y)
+        for y, stack in zip(ys, stacks, strict=True)
+    )
+
+
+def _grouped_term(rows: jax.Array, stack: Adapted, expert: jax.Array) -> jax.Array:
     delta = stack.delta
     inner = grouped_matmul(rows, Dense(delta.a), expert) * each_row(delta.scale, expert, len(rows))
-    return kept(y + grouped_matmul(inner, Dense(delta.b), expert))
+    return grouped_matmul(inner, Dense(delta.b), expert)

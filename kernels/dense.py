@@ -55,7 +55,8 @@ def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     Args:
         x: `[tiles * tile, in]`.
         stack: `[experts, out, in]`.
-        expert: int32 `[tiles]`, each tile's matrix; the tiles in use come first, -1 marks the others.
+        expert: int32 `[tiles]`, each tile's matrix; -1 marks tiles that are not in use, which cost
+            nothing where they come last.
 
     Returns:
         float32 `[tiles * tile, out]`; rows of unused tiles are undefined.
@@ -84,7 +85,8 @@ def outer_products(g: jax.Array, x: jax.Array, expert: jax.Array, experts: int) 
 
 
 def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.Array, Weight], jax.Array]) -> jax.Array:
-    """`f(rows, weight)` for each tile in use and its expert's weight, float32, stored at the tile's rows."""
+    """`f(rows, weight)` for each tile and its expert's weight, float32, stored at the tile's rows; undefined for tiles
+    that are not in use."""
     tile = x.shape[0] // expert.shape[0]
 
     def weight_of(index: jax.Array) -> Weight:
@@ -96,4 +98,4 @@ def each_tile(x: jax.Array, stack: Weight, expert: jax.Array, f: Callable[[jax.A
 
     result = jax.eval_shape(lambda: f(x[:tile], weight_of(expert[0])))
     y = jnp.zeros((x.shape[0], result.shape[1]), jnp.float32)
-    return lax.fori_loop(0, jnp.sum(expert >= 0), one_tile, y)
+    return lax.fori_loop(0, jnp.max(jnp.where(expert < 0, 0, jnp.arange(1, len(expert) + 1))), one_tile, y)

@@ -186,9 +186,21 @@ def _matmul(kernel: Kernel, x: Any, weight: Weight) -> jax.Array:
 
 def grouped_matmul(x: Rows, stack: Weight, expert: jax.Array) -> jax.Array:
     """Tiles of rows, each times its own matrix, see `dense.grouped_matmul`; rounds like `matmul`."""
-    x, stack = _operands(x, stack, lambda x, stack: rounded_tiles(x, stack, expert))
-    kernel = choose("grouped_matmul", x, stack).kernel
-    return _frozen(kernel.function, _grouped_vjp, _stack_gradients)(*alike(x, stack, expert))
+    return grouped_matmuls([x], [stack], expert)[0]
+
+
+def grouped_matmuls(rows: Sequence[Rows], stacks: Sequence[Weight], expert: jax.Array) -> tuple[jax.Array, ...]:
+    """`grouped_matmul` of each of `rows` with its stack. If they are all the same, a kernel may do it in one call."""
+    round_rows = lambda x, stack: rounded_tiles(x, stack, expert)  # noqa: E731
+    given = [_operands(x, stack, round_rows) for x, stack in zip(rows, stacks, strict=True)]
+    kernels = [choose("grouped_matmul", x, stack).kernel for x, stack in given]
+    together, x = kernels[0].together, given[0][0]
+    if together and all(k.together is together for k in kernels) and all(other is x for other, _ in given):
+        return _frozen(together, _groups_vjp, _stacks_gradients)(*alike(x, expert, *(stack for _, stack in given)))
+    return tuple(
+        _frozen(kernel.function, _grouped_vjp, _stack_gradients)(*alike(x, stack, expert))
+        for kernel, (x, stack) in zip(kernels, given, strict=True)
+    )
 
 
 def few_rows(x: Rows, stack: Weight) -> int:
@@ -297,6 +309,11 @@ def _stack_gradients(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Arra
     return [stack.like(dense.outer_products(g, x, expert, stack.shape[0])) if plain else None, None]
 
 
+def _stacks_gradients(g: tuple[jax.Array, ...], x: jax.Array, expert: jax.Array, *stacks: Weight) -> list[Any]:
+    """The same of the tiles' experts and several stacks."""
+    return [None, *(_stack_gradients(y, x, stack, expert)[0] for y, stack in zip(g, stacks, strict=True))]
+
+
 def _matmul_vjp(g: jax.Array, x: jax.Array, weight: Weight) -> jax.Array:
     # The matrix is not dequantized before g is there, nor is the one of the forward pass kept for this.
     g, weight = lax.optimization_barrier((g, weight))
@@ -309,3 +326,7 @@ def _matmuls_vjp(g: tuple[jax.Array, ...], x: jax.Array, *weights: Weight) -> ja
 
 def _grouped_vjp(g: jax.Array, x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     return dense.each_tile(g, stack, expert, lambda rows, weight: _matmul_vjp(rows, x, weight))
+
+
+def _groups_vjp(g: tuple[jax.Array, ...], x: jax.Array, expert: jax.Array, *stacks: Weight) -> jax.Array:
+    return sum(_grouped_vjp(y, x, stack, expert) for y, stack in zip(g, stacks, strict=True))  # type: ignore[return-value]

@@ -4,7 +4,7 @@ The rows for one expert are laid out together in tiles, so that a kernel sees ti
 (`Tiles`). An expert that no token chose is never read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +14,7 @@ from jax.experimental import checkify
 
 from jaxllm.formats.base import Weight
 from jaxllm.kernels.activations import Peak, each_row, unchanged
-from jaxllm.kernels.adapted import grouped_product
+from jaxllm.kernels.adapted import grouped_products
 from jaxllm.kernels.dispatch import few_rows
 
 LARGEST_TILE = 64
@@ -42,7 +42,8 @@ class Tiles:
     """A layout of the tokens' choices in rows, where each tile of rows belongs to one expert.
 
     Attributes:
-        expert: int32 `[tiles]`, each tile's expert; the tiles in use come first, -1 marks the others.
+        expert: int32 `[tiles]`, each tile's expert; -1 marks tiles that are not in use. They come last, except of one
+            token in tiles of one row.
         choice: int32 `[tiles * tile]`, the choice (token * k + its number) in each row; arbitrary in padding rows.
         row: int32 `[tokens, k]`, the row of each choice; undefined where `held` is false.
         held: bool `[tokens, k]`, whether the chosen expert is on this device.
@@ -57,6 +58,9 @@ class Tiles:
     def of(cls, chosen: jax.Array, experts: int, tile: int) -> Self:
         """Lay out `chosen[tokens, k]`; this device holds the experts `0 .. experts - 1`."""
         held, count = (chosen >= 0) & (chosen < experts), chosen.size
+        if tile == 1 and len(chosen) == 1:  # a decode step: its experts differ, and nothing is gained by sorting them
+            each = jnp.arange(count, dtype=jnp.int32)
+            return cls(jnp.where(held[0], chosen[0], -1).astype(jnp.int32), each, each[None], held)
         expert = jnp.where(held, chosen, experts).reshape(-1)  # choices of other devices' experts sort last
         order = jnp.argsort(expert, stable=True)
         sizes = jnp.bincount(expert, length=experts + 1)
@@ -112,8 +116,17 @@ class Tiles:
 
     def matmul(self, rows: jax.Array, stack: Weight, bias: Weight | None, peak: Peak = unchanged) -> jax.Array:
         """Every row times its expert's matrix, plus its expert's bias: float32 `[rows, out]`. `peak`: see `rounded`."""
-        y = grouped_product(rows, stack, self.expert, peak, self.real)
-        return y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
+        return self.matmuls(rows, [(stack, bias)], peak)[0]
+
+    def matmuls(
+        self, rows: jax.Array, stacks: Sequence[tuple[Weight, Weight | None]], peak: Peak = unchanged
+    ) -> list[jax.Array]:
+        """`matmul` with several stacks and their biases."""
+        ys = grouped_products(rows, [stack for stack, _ in stacks], self.expert, peak, self.real)
+        return [
+            y if bias is None else y + each_row(bias.dequantize()[..., 0], self.expert, len(rows))
+            for y, (_, bias) in zip(ys, stacks, strict=True)
+        ]
 
 
 def grouped_mlp(
@@ -148,7 +161,7 @@ def grouped_mlp(
 def hidden(tiles: Tiles, rows: jax.Array, stack: Gated, activation: Activation) -> jax.Array:
     """What down is multiplied by: `[rows, intermediate]` in the dtype of the rows."""
     gate, up = (None, None) if stack.bias is None else (stack.bias.gate, stack.bias.up)
-    return activation(tiles.matmul(rows, stack.gate, gate), tiles.matmul(rows, stack.up, up)).astype(rows.dtype)
+    return activation(*tiles.matmuls(rows, [(stack.gate, gate), (stack.up, up)])).astype(rows.dtype)
 
 
 def gather_forward(x: jax.Array, stack: Weight, indices: jax.Array, bias: Weight | None = None) -> jax.Array:

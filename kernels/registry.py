@@ -93,7 +93,8 @@ class Kernel:
         layout: how the weight should be stored.
         missing: why it cannot run on this machine, or None.
         few_rows: of `grouped_matmul`, how many rows of a tile cost hardly more than one, which reads the expert too.
-        together: the op `matmul` with several weights that take the same x, `f(x, *weights)`, if it has that.
+        together: the op with several weights that take the same x, if it has that: `f(x, *weights)` of `matmul`,
+            `f(x, expert, *stacks)` of `grouped_matmul`.
         trained: the same as `together` where gradients are computed, if it does that in another way.
     """
 
@@ -140,10 +141,11 @@ REORDERED = Layout(repack=MXFP4.from_ggml)  # puts the codes of a block in order
 FP8_OPS = *MATMULS, "act_quant", "weight_dequant"
 NATIVE = {"missing": _late("cpu.library", "missing")}
 MATMUL = {"together": _late("cpu.native_cpu", "matmuls"), "trained": _late("cpu.native_cpu", "trained_matmuls")}
+GROUPED = {"together": _late("cpu.native_cpu", "grouped_matmuls"), "few_rows": 1}
 PACKED = GGML, Affine, Scaled, Codebook, MXFP4, NVFP4, Dense
 KERNELS: list[Kernel] = [
     *_kernels("cpu.native_cpu", PACKED, "cpu", "matmul", **NATIVE, **MATMUL),
-    *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE, few_rows=1),
+    *_kernels("cpu.native_cpu", PACKED, "cpu", "grouped_matmul", **NATIVE, **GROUPED),
     *_kernels("block_fp8.pallas_tpu", Scaled, "tpu", *FP8_OPS, layout=ROW_MAJOR),
     *_kernels("block_fp8.triton_gpu", Scaled, "gpu", *FP8_OPS, missing=TRITON),
     *_kernels("mxfp4.pallas_tpu", MXFP4, "tpu", *MATMULS, layout=ROW_MAJOR),

@@ -35,6 +35,7 @@ grouped = jax.jit(grouped_mlp, static_argnames=("tile", "activation"))
 
 CHOICES = {
     "one token": lambda rng: rng.integers(0, EXPERTS, (1, 2)),
+    "one token, partly of other devices": lambda rng: np.array([[5, -1, 2]]),
     "many tokens": lambda rng: rng.integers(0, EXPERTS, (150, 2)),
     "all of one expert": lambda rng: np.full((70, 1), 5),
     "only the last": lambda rng: np.full((3, 1), EXPERTS - 1),
@@ -53,6 +54,22 @@ def test_grouped_equals_one_by_one(name, tile):
     weights = stacks()
     got = grouped(x, scores, chosen, Gated(*map(Dense, weights)), tile=tile, activation=swiglu)
     np.testing.assert_allclose(got, plain(x, scores, chosen, *weights), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_one_token():
+    """In tiles of one row, of which the one in the middle is not in use."""
+    gate, up, down = weights = [jnp.asarray(w) for w in stacks()]
+    x, g = (np.random.default_rng(i).normal(size=(1, HIDDEN)).astype(np.float32) for i in (5, 6))
+    scores, chosen = np.array([[0.3, 0.5, 0.7]], np.float32), np.array([[5, -1, 2]], np.int32)
+
+    def one_by_one(x):
+        return sum(s * (down[e] @ (jax.nn.silu(gate[e] @ x[0]) * (up[e] @ x[0]))) for e, s in ((5, 0.3), (2, 0.7)))
+
+    def loss(x):
+        return jnp.vdot(g, grouped(x, scores, chosen, Gated(*map(Dense, weights)), tile=1, activation=swiglu))
+
+    expected = jax.grad(lambda x: jnp.vdot(g[0], one_by_one(x)))(x)
+    np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_experts():

@@ -109,6 +109,22 @@ def test_tiles_of_experts(name):
     assert grouped(x, stack, np.full(4, -1, np.int32)).shape == (12, ROWS)
 
 
+def test_several_stacks_in_one_call():
+    stacks = [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), w) for w in (ggml("Q4_K"), ggml("Q6_K", 5))]
+    x, expert = floats(3, COLS), jnp.array([1, -1, 0], jnp.int32)
+    for got, stack in zip(dispatch.grouped_matmuls([x] * 2, stacks, expert), stacks, strict=True):
+        np.testing.assert_array_equal(got, native_cpu.grouped_matmul(x, stack, expert))
+    g = [floats(3, stack.shape[1], seed=i) for i, stack in enumerate(stacks)]
+
+    def loss(x):
+        ys = dispatch.grouped_matmuls([x] * 2, stacks, expert)
+        return sum(jnp.vdot(y[::2], each[::2]) for y, each in zip(ys, g, strict=True))
+
+    matrices = [np.asarray(stack.dequantize()) for stack in stacks]
+    expected = [sum(each[row] @ w[e] for each, w in zip(g, matrices, strict=True)) for row, e in ((0, 1), (2, 0))]
+    np.testing.assert_allclose(jax.grad(loss)(x)[::2], expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("spec", [COLUMN, ROW])
 def test_eight_devices_at_once(spec):
     """They share two cores and one set of helpers."""

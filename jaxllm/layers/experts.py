@@ -67,8 +67,8 @@ class TopKRouter:
             mask = jnp.any(jnp.arange(self.groups) == kept[..., None], axis=1)
             # -inf rather than the demo's 0: with negative biases, an expert of a masked group could win.
             choice = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
-        experts = jax.lax.top_k(choice, self.k)[1]
-        scores = jnp.take_along_axis(scores, experts, axis=-1)
+        best, experts = jax.lax.top_k(choice, self.k)
+        scores = best if choice is scores else jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalize:
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
         return scores * self.scale, experts

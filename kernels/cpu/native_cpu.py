@@ -74,7 +74,12 @@ def trained_matmuls(x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
 
 def grouped_matmul(x: jax.Array, stack: Weight, expert: jax.Array) -> jax.Array:
     """See `dense.grouped_matmul`."""
-    return _call("jaxllm_grouped_matmul", [(len(x), stack.shape[1])], [x, expert], [stack])[0]
+    return grouped_matmuls(x, expert, stack)[0]
+
+
+def grouped_matmuls(x: jax.Array, expert: jax.Array, *stacks: Weight) -> tuple[jax.Array, ...]:
+    """`grouped_matmul` with several stacks, in one call, see `matmuls`."""
+    return tuple(_call("jaxllm_grouped_matmul", [(len(x), stack.shape[1]) for stack in stacks], [x, expert], stacks))
 
 
 def attention(given: Cached, scoring: Scoring) -> jax.Array:

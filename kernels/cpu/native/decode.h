@@ -7,9 +7,15 @@
 //   kOffset   whether offsets may differ from zero
 //   kDepth    how large codes are, see Dot in simd.h
 //   kWords    how many words of a row's chunk say what its scales are
+//   scales(words, scale, offset)      scales and offsets of eight rows from their words
+//
+// If each row is blocks, these are read eight at a time, and transposed before codes are taken apart:
+//   codes(blocks, out)                codes of eight rows: out[i] has columns 16 * i ..
+//   heads(blocks, words)              the words of eight rows
+//
+// Others are read row by row:
 //   codes(m, a, b, chunk, out)        codes of the rows a and b: out[2i] has columns 16 * 2i .. of a, then those of b
 //   head(m, row, chunk, words)        the words
-//   scales(words, scale, offset)      scales and offsets of eight rows from their words
 //
 // A float format gives 32 weights:
 //   decode(m, row, block, weights)
@@ -70,26 +76,10 @@ INLINE const uint8_t* bytes_of(const Matrix& m, int leaf, int64_t row, int64_t a
 
 // ---- parts of blocks, of two rows at once ----
 
-// Low nibbles are the first 16 codes, high ones the last.
-INLINE void low_then_high(u8x32 q, u8x32* out) { out[0] = q & 15, out[1] = q >> 4; }
-
 // Low nibble, high nibble, low nibble, ...
 INLINE void low_and_high(u8x32 q, u8x32* out) {
   const u8x32 low = q & 15, high = q >> 4;
   out[0] = interleave_low(low, high), out[1] = interleave_high(low, high);
-}
-
-// 255 where a bit of 4 bytes is set.
-INLINE void where_bits(const uint8_t* a, const uint8_t* b, u8x32* out) {
-  const int32_t x = load<int32_t>(a), y = load<int32_t>(b);
-  const u8x32 four = (u8x32)s32x8{x, x, x, x, y, y, y, y};
-  const u8x32 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128,
-                     1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-  const u8x32 first = __builtin_shufflevector(four, four, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 16, 16, 16,
-                                              16, 16, 16, 16, 16, 17, 17, 17, 17, 17, 17, 17, 17);
-  const u8x32 last = __builtin_shufflevector(four, four, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 18, 18, 18, 18,
-                                             18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19);
-  out[0] = (u8x32)((first & bit) == bit), out[1] = (u8x32)((last & bit) == bit);
 }
 
 // Byte `i` of words, as float.
@@ -118,18 +108,22 @@ struct Computed : Integers<kSize, kIn, kOff, kDeep, kSize / kIn * (kOff ? 2 : 1)
   }
 };
 
-// A block of ggml, of `kBytes`.
+// Rows of ggml's blocks, of `kBytes`.
 template <int kBytes>
 struct Block {
+  static constexpr int kBlock = kBytes;
+};
+
+// The same, for those that are decoded row by row.
+template <int kBytes>
+struct Alone {
   INLINE const uint8_t* at(const Matrix& m, int64_t row, int64_t chunk) { return row_of(m, 0, row) + kBytes * chunk; }
 };
 
 // One that has a float16 scale in front, and codes that stand for kZero more than what is to be scaled.
 template <int kBytes, int kZero = 0>
 struct OneScale : Block<kBytes> {
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(Block<kBytes>::at(m, row, chunk));
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     scale[0] = halves(words[0]);
     if (kZero) offset[0] = float(-kZero) * scale[0];
@@ -139,9 +133,7 @@ struct OneScale : Block<kBytes> {
 // One that has a float16 scale and a float16 offset in front.
 template <int kBytes>
 struct ScaleAndOffset : Block<kBytes> {
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint32_t>(Block<kBytes>::at(m, row, chunk));
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     scale[0] = halves(words[0]), offset[0] = halves(words[0] >> 16);
   }
@@ -153,65 +145,70 @@ INLINE void lookup_both(u8x16 table, u8x32* codes) {
 
 // ---- ggml's blocks of 32 ----
 
+// Low nibbles of 16 bytes are the first 16 codes, high ones the last.
+INLINE void low_then_high(const Blocks& b, int at, Four* out) {
+  const Four both = b.bytes(at);
+  out[0] = low(both), out[1] = high(both);
+}
+
 struct Q4_0 : Integers<32, 32, true, 8, 1>, OneScale<18, 8> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 2, at(m, b, chunk) + 2), out);
-  }
+  INLINE void codes(const Blocks& b, Four* out) { low_then_high(b, 2, out); }
 };
 
 struct Q4_1 : Integers<32, 32, true, 8, 1>, ScaleAndOffset<20> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 4, at(m, b, chunk) + 4), out);
-  }
+  INLINE void codes(const Blocks& b, Four* out) { low_then_high(b, 4, out); }
 };
 
 struct Q5_0 : Integers<32, 32, true, 4, 1>, OneScale<22, 16> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    u8x32 high[2];
-    where_bits(at(m, a, chunk) + 2, at(m, b, chunk) + 2, high);
-    low_then_high(two(at(m, a, chunk) + 6, at(m, b, chunk) + 6), out);
-    out[0] |= high[0] & 16, out[1] |= high[1] & 16;
+  INLINE void codes(const Blocks& b, Four* out) {
+    u32x8 words[2];
+    b.two_words(0, words);
+    low_then_high(b, 6, out), add_bits(words[0] >> 16 | words[1] << 16, 16, out);
+  }
+  INLINE void heads(const Blocks& b, u32x8* words) {
+    u32x8 two[2];
+    b.two_words(0, two), words[0] = two[0];
   }
 };
 
 struct Q5_1 : Integers<32, 32, true, 4, 1>, ScaleAndOffset<24> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    u8x32 high[2];
-    where_bits(at(m, a, chunk) + 4, at(m, b, chunk) + 4, high);
-    low_then_high(two(at(m, a, chunk) + 8, at(m, b, chunk) + 8), out);
-    out[0] |= high[0] & 16, out[1] |= high[1] & 16;
+  INLINE void codes(const Blocks& b, Four* out) {
+    u32x8 words[2];
+    b.two_words(0, words);
+    low_then_high(b, 8, out), add_bits(words[1], 16, out);
+  }
+  INLINE void heads(const Blocks& b, u32x8* words) {
+    u32x8 two[2];
+    b.two_words(0, two), words[0] = two[0];
   }
 };
 
 template <int kBytes, int kCodes>  // Q8_0; Q8_1 has a sum between scale and codes
 struct Q8 : Integers<32, 32, false, 0, 1>, OneScale<kBytes> {
-  using OneScale<kBytes>::at;
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk) + kCodes, *q = at(m, b, chunk) + kCodes;
-    out[0] = two(p, q), out[1] = two(p + 16, q + 16);
-  }
+  INLINE void codes(const Blocks& b, Four* out) { out[0] = b.bytes(kCodes), out[1] = b.bytes(kCodes + 16); }
 };
 
 struct IQ4_NL : Integers<32, 32, false, 0, 1>, OneScale<18> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 2, at(m, b, chunk) + 2), out);
-    lookup_both(kIQ4, out);
+  INLINE void codes(const Blocks& b, Four* out) {
+    low_then_high(b, 2, out);
+    out[0] = lookup(kIQ4, out[0]), out[1] = lookup(kIQ4, out[1]);
   }
 };
 
-struct GGML_MXFP4 : Computed<32, 32, true, 4>, Block<17> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    low_then_high(two(at(m, a, chunk) + 1, at(m, b, chunk) + 1), out);
-    lookup_both(kE2M1, out);
+struct GGML_MXFP4 : Integers<32, 32, true, 4, 1>, Block<17> {
+  INLINE void codes(const Blocks& b, Four* out) {
+    low_then_high(b, 1, out);
+    out[0] = lookup(kE2M1, out[0]), out[1] = lookup(kE2M1, out[1]);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    const uint8_t e = *at(m, row, chunk);
-    const float scale = e > 1 ? e8m0(e - 1, 0) : 0;  // the rest counts as zero, like all subnormals here
-    words[0] = bits_of(scale), words[1] = bits_of(-12 * scale);
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0); }
+  INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
+    const u32x8 e = words[0] & 255;
+    scale[0] = (f32x8)(e > 1 ? (e - 1) << 23 : u32x8{});  // the rest counts as zero, like all subnormals here
+    offset[0] = -12 * scale[0];
   }
 };
 
-struct GGML_NVFP4 : Computed<64, 16, true, 4>, Block<36> {
+struct GGML_NVFP4 : Computed<64, 16, true, 4>, Alone<36> {
   INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
     UNROLL
     for (int j = 0; j < 2; j++) {  // 8 bytes a group: low nibbles, then high ones
@@ -236,37 +233,35 @@ struct GGML_NVFP4 : Computed<64, 16, true, 4>, Block<36> {
 // ---- ggml's superblocks ----
 
 struct Q1_0 : Integers<128, 32, true, 8, 1>, Block<18> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
-    for (int j = 0; j < 4; j++) {
-      where_bits(at(m, a, chunk) + 2 + 4 * j, at(m, b, chunk) + 2 + 4 * j, out + 2 * j);
-      out[2 * j] &= 1, out[2 * j + 1] &= 1;
-    }
+    for (int j = 0; j < 4; j++) out[2 * j] = out[2 * j + 1] = Four{}, add_bits(b.word(2 + 4 * j), 1, out + 2 * j);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(at(m, row, chunk));
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     UNROLL
     for (int g = 0; g < 4; g++) scale[g] = 2 * halves(words[0]), offset[g] = -halves(words[0]);
   }
 };
 
-// Codes of two bits in 64 bytes at p and q: two halves of 4 x 32.
-INLINE u8x32 crumbs(const uint8_t* p, const uint8_t* q, int i) {
-  const int at = i / 8 * 32 + i % 2 * 16;
-  return two(p + at, q + at) >> (i % 8 / 2 * 2) & 3;
+// Codes of two bits in 64 bytes, two halves of 4 x 32: columns 16 * i .., from bit `to` on.
+INLINE Four crumbs(const Blocks& b, int at, int i, int to = 0) {
+  return moved(b.bytes(at + i / 8 * 32 + i % 2 * 16), i % 8 / 2 * 2, 2, to);
+}
+
+// 16 bytes as four words.
+INLINE void four_words(const Blocks& b, int at, u32x8* words) {
+  const Four all = b.bytes(at);
+  UNROLL
+  for (int i = 0; i < 4; i++) words[i] = (u32x8)all.v[i];
 }
 
 struct Q2_K : Integers<256, 16, true, 4, 5>, Block<84> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
-    for (int i = 0; i < 16; i++) out[i] = crumbs(at(m, a, chunk) + 16, at(m, b, chunk) + 16, i);
+    for (int i = 0; i < 16; i++) out[i] = crumbs(b, 16, i);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    const uint8_t* p = at(m, row, chunk);
-    memcpy(words, p, 16), words[4] = load<uint32_t>(p + 80);
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { four_words(b, 0, words), words[4] = b.word(80); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     const f32x8 d = halves(words[4]), least = halves(words[4] >> 16);
     UNROLL
@@ -278,15 +273,15 @@ struct Q2_K : Integers<256, 16, true, 4, 5>, Block<84> {
 };
 
 struct Q3_K : Integers<256, 16, true, 4, 4>, Block<110> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk), *q = at(m, b, chunk);
-    const u8x32 high[2] = {two(p, q), two(p + 16, q + 16)};
+  INLINE void codes(const Blocks& b, Four* out) {
+    const Four third[2] = {b.bytes(0), b.bytes(16)};
     UNROLL
-    for (int i = 0; i < 16; i++) out[i] = crumbs(p + 32, q + 32, i) | (high[i % 2] >> (i / 2) & 1) << 2;
+    for (int i = 0; i < 16; i++) out[i] = crumbs(b, 32, i) | moved(third[i % 2], i / 2, 1, 2);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    const uint8_t* p = at(m, row, chunk);
-    memcpy(words, p + 96, 12), words[3] = load<uint16_t>(p + 108);
+  INLINE void heads(const Blocks& b, u32x8* words) {
+    four_words(b, 94, words);  // of which the first two bytes are none
+    UNROLL
+    for (int i = 0; i < 4; i++) words[i] = words[i] >> 16 | (i < 3 ? words[i + 1] << 16 : u32x8{});
   }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     const f32x8 d = halves(words[3]);
@@ -302,9 +297,7 @@ struct Q3_K : Integers<256, 16, true, 4, 4>, Block<110> {
 // The head of Q4_K and Q5_K: scales and minima of 6 bits.
 template <int kBytes>
 struct SixBits : Block<kBytes> {
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    memcpy(words, Block<kBytes>::at(m, row, chunk), 16);
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { four_words(b, 0, words); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     const f32x8 d = halves(words[0]), least = halves(words[0] >> 16);
     const u32x8 first = words[1], second = words[2], third = words[3];
@@ -320,49 +313,37 @@ struct SixBits : Block<kBytes> {
 };
 
 struct Q4_K : Integers<256, 32, true, 8, 4>, SixBits<144> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk) + 16, *q = at(m, b, chunk) + 16;
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
-    for (int j = 0; j < 4; j++) {
-      UNROLL
-      for (int i = 0; i < 2; i++) {
-        const u8x32 both = two(p + 32 * j + 16 * i, q + 32 * j + 16 * i);
-        out[4 * j + i] = both & 15, out[4 * j + 2 + i] = both >> 4;
-      }
+    for (int i = 0; i < 8; i++) {
+      const Four both = b.bytes(16 + 16 * i);
+      out[i / 2 * 4 + i % 2] = low(both), out[i / 2 * 4 + 2 + i % 2] = high(both);
     }
   }
 };
 
 struct Q5_K : Integers<256, 32, true, 4, 4>, SixBits<176> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk) + 16, *q = at(m, b, chunk) + 16;
+  INLINE void codes(const Blocks& b, Four* out) {
+    const Four fifth[2] = {b.bytes(16), b.bytes(32)};
     UNROLL
-    for (int i = 0; i < 2; i++) {
-      const u8x32 high = two(p + 16 * i, q + 16 * i);
-      UNROLL
-      for (int j = 0; j < 4; j++) {
-        const u8x32 both = two(p + 32 + 32 * j + 16 * i, q + 32 + 32 * j + 16 * i);
-        out[4 * j + i] = (both & 15) | (high >> (2 * j) & 1) << 4;
-        out[4 * j + 2 + i] = both >> 4 | (high >> (2 * j + 1) & 1) << 4;
-      }
+    for (int i = 0; i < 8; i++) {
+      const Four both = b.bytes(48 + 16 * i);
+      const int bit = i / 2 * 2;
+      out[i / 2 * 4 + i % 2] = low(both) | moved(fifth[i % 2], bit, 1, 4);
+      out[i / 2 * 4 + 2 + i % 2] = high(both) | moved(fifth[i % 2], bit + 1, 1, 4);
     }
   }
 };
 
 struct Q6_K : Integers<256, 16, true, 2, 5>, Block<210> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk), *q = at(m, b, chunk);
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
     for (int i = 0; i < 16; i++) {
-      const int low_at = i / 8 * 64 + i % 4 * 16;
-      const u8x32 low = two(p + low_at, q + low_at);
-      out[i] = (i % 8 < 4 ? low & 15 : low >> 4) | crumbs(p + 128, q + 128, i) << 4;
+      const Four both = b.bytes(i / 8 * 64 + i % 4 * 16);
+      out[i] = (i % 8 < 4 ? low(both) : high(both)) | crumbs(b, 128, i, 4);
     }
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    const uint8_t* p = at(m, row, chunk);
-    memcpy(words, p + 192, 16), words[4] = load<uint16_t>(p + 208);
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { four_words(b, 192, words), words[4] = b.word(206) >> 16; }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     const f32x8 d = halves(words[4]);
     UNROLL
@@ -373,13 +354,11 @@ struct Q6_K : Integers<256, 16, true, 2, 5>, Block<210> {
 };
 
 struct Q8_K : Integers<256, 32, false, 0, 1>, Block<292> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
-    for (int i = 0; i < 16; i++) out[i] = two(at(m, a, chunk) + 4 + 16 * i, at(m, b, chunk) + 4 + 16 * i);
+    for (int i = 0; i < 16; i++) out[i] = b.bytes(4 + 16 * i);
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint32_t>(at(m, row, chunk));
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8*) {
     UNROLL
     for (int g = 0; g < 8; g++) scale[g] = (f32x8)words[0];
@@ -389,9 +368,7 @@ struct Q8_K : Integers<256, 32, false, 0, 1>, Block<292> {
 // Codes 0, 1, 2 that stand for -1, 0, 1; the scale is a float16 at byte kScale.
 template <int kBytes, int kScale>
 struct Ternary : Integers<256, 32, true, 8, 1>, Block<kBytes> {
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    words[0] = load<uint16_t>(Block<kBytes>::at(m, row, chunk) + kScale);
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(kScale - 2) >> 16; }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8* offset) {
     UNROLL
     for (int g = 0; g < 8; g++) scale[g] = halves(words[0]), offset[g] = -scale[g];
@@ -399,46 +376,44 @@ struct Ternary : Integers<256, 32, true, 8, 1>, Block<kBytes> {
 };
 
 struct TQ1_0 : Ternary<54, 52> {
-  // The first digit in base 3 of fractions x / 256: of 16 bytes, each times a power of 3.
+  // The first digit in base 3 of fractions x / 256, each times a power of 3.
   INLINE u8x32 digit(u8x32 x, int power) {
     const u8x32 shifted = x * uint8_t(power);
     // The high byte of 3 * shifted, without 16 bits: where three times the byte passes 256 and 512.
     return (u8x32)((u8x32)(shifted >= 86) & 1) + (u8x32)((u8x32)(shifted >= 171) & 1);
   }
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
-    const uint8_t *p = at(m, a, chunk), *q = at(m, b, chunk);
+  INLINE void codes(const Blocks& b, Four* out) {
     constexpr int power[] = {1, 3, 9, 27, 81};
+    const Four bytes[3] = {b.bytes(0), b.bytes(16), b.bytes(32)};
+    const u8x32 last = (u8x32)b.word(48);  // four bytes, each with four powers
     UNROLL
     for (int k = 0; k < 5; k++) {
       UNROLL
-      for (int i = 0; i < 2; i++) out[2 * k + i] = digit(two(p + 16 * i, q + 16 * i), power[k]);
-      out[10 + k] = digit(two(p + 32, q + 32), power[k]);
+      for (int i = 0; i < 4; i++) {
+        out[2 * k].v[i] = digit(bytes[0].v[i], power[k]), out[2 * k + 1].v[i] = digit(bytes[1].v[i], power[k]);
+        out[10 + k].v[i] = digit(bytes[2].v[i], power[k]);
+      }
+      if (k < 4) out[15].v[k] = digit(last, power[k]);
     }
-    const uint32_t x = load<uint32_t>(p + 48), y = load<uint32_t>(q + 48);  // four bytes, with all four powers
-    const u8x32 powers = {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27,
-                          1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27};
-    out[15] = digit((u8x32)u32x8{x, x, x, x, y, y, y, y} * powers, 1);
   }
 };
 
 struct TQ2_0 : Ternary<66, 64> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
-    for (int i = 0; i < 16; i++) out[i] = crumbs(at(m, a, chunk), at(m, b, chunk), i);
+    for (int i = 0; i < 16; i++) out[i] = crumbs(b, 0, i);
   }
 };
 
 struct IQ4_XS : Integers<256, 32, false, 0, 2>, Block<136> {
-  INLINE void codes(const Matrix& m, int64_t a, int64_t b, int64_t chunk, u8x32* out) {
+  INLINE void codes(const Blocks& b, Four* out) {
     UNROLL
     for (int j = 0; j < 8; j++) {
-      low_then_high(two(at(m, a, chunk) + 8 + 16 * j, at(m, b, chunk) + 8 + 16 * j), out + 2 * j);
-      lookup_both(kIQ4, out + 2 * j);
+      low_then_high(b, 8 + 16 * j, out + 2 * j);
+      out[2 * j] = lookup(kIQ4, out[2 * j]), out[2 * j + 1] = lookup(kIQ4, out[2 * j + 1]);
     }
   }
-  INLINE void head(const Matrix& m, int64_t row, int64_t chunk, uint32_t* words) {
-    memcpy(words, at(m, row, chunk), 8);
-  }
+  INLINE void heads(const Blocks& b, u32x8* words) { words[0] = b.word(0), words[1] = b.word(4); }
   INLINE void scales(const u32x8* words, f32x8* scale, f32x8*) {
     UNROLL
     for (int g = 0; g < 8; g++) {
@@ -483,7 +458,7 @@ INLINE uint64_t four_and_four(const int8_t* grid, int first, int second) {
   return load<uint32_t>(grid + 4 * first) | uint64_t(load<uint32_t>(grid + 4 * second)) << 32;
 }
 
-struct IQ2_XXS : ByEight<IQ2_XXS, 32>, Block<66> {
+struct IQ2_XXS : ByEight<IQ2_XXS, 32>, Alone<66> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const uint8_t* q = p + 2 + i / 4 * 8;
     return with_signs(entry(grids.iq2_xxs, q[i % 4]), even_signs(load<uint32_t>(q + 4) >> 7 * (i % 4)));
@@ -493,7 +468,7 @@ struct IQ2_XXS : ByEight<IQ2_XXS, 32>, Block<66> {
   }
 };
 
-struct IQ2_XS : ByEight<IQ2_XS, 16>, Block<74> {
+struct IQ2_XS : ByEight<IQ2_XS, 16>, Alone<74> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const uint32_t word = load<uint16_t>(p + 2 + 2 * i);
     return with_signs(entry(grids.iq2_xs, word & 511), even_signs(word >> 9));
@@ -503,7 +478,7 @@ struct IQ2_XS : ByEight<IQ2_XS, 16>, Block<74> {
   }
 };
 
-struct IQ2_S : ByEight<IQ2_S, 16>, Block<82> {
+struct IQ2_S : ByEight<IQ2_S, 16>, Alone<82> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const int index = p[2 + i] | (p[66 + i / 4] >> (i % 4 * 2) & 3) << 8;
     return with_signs(entry(grids.iq2_s, index), p[34 + i]);
@@ -513,7 +488,7 @@ struct IQ2_S : ByEight<IQ2_S, 16>, Block<82> {
   }
 };
 
-struct IQ3_XXS : ByEight<IQ3_XXS, 32>, Block<98> {
+struct IQ3_XXS : ByEight<IQ3_XXS, 32>, Alone<98> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const uint32_t signs = even_signs(load<uint32_t>(p + 66 + i / 4 * 4) >> 7 * (i % 4));
     return with_signs(four_and_four(grids.iq3_xxs, p[2 + 2 * i], p[3 + 2 * i]), signs);
@@ -523,7 +498,7 @@ struct IQ3_XXS : ByEight<IQ3_XXS, 32>, Block<98> {
   }
 };
 
-struct IQ3_S : ByEight<IQ3_S, 32>, Block<110> {
+struct IQ3_S : ByEight<IQ3_S, 32>, Alone<110> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const int high = p[66 + i / 4] >> (i % 4 * 2);
     const int first = p[2 + 2 * i] | (high & 1) << 8, second = p[3 + 2 * i] | (high >> 1 & 1) << 8;
@@ -541,7 +516,7 @@ INLINE uint64_t iq1_entry(int index, bool minus) {
   return ((large & low) + (delta & low)) ^ ((large ^ delta) & ~low);  // bytes are added without carries between them
 }
 
-struct IQ1_S : ByEight<IQ1_S, 32>, Block<50> {
+struct IQ1_S : ByEight<IQ1_S, 32>, Alone<50> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const uint32_t word = load<uint16_t>(p + 34 + i / 4 * 2);
     return iq1_entry(p[2 + i] | (word >> (i % 4 * 3) & 7) << 8, word >> 15);
@@ -551,7 +526,7 @@ struct IQ1_S : ByEight<IQ1_S, 32>, Block<50> {
   }
 };
 
-struct IQ1_M : ByEight<IQ1_M, 16>, Block<56> {
+struct IQ1_M : ByEight<IQ1_M, 16>, Alone<56> {
   INLINE uint64_t eight(const uint8_t* p, int i) {
     const int high = p[32 + i / 2] >> (i % 2 * 4) & 15;
     return iq1_entry(p[i] | (high & 7) << 8, high >> 3);

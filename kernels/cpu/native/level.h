@@ -16,10 +16,12 @@ constexpr int kKeys = 64;    // keys that are attended to at once
 constexpr int kFew = 16;     // tokens of a sequence from which on a call is a prompt's, not a decode step's
 constexpr int kTokens = 64;  // rows of x that are worked on at once; as integers they stay in the first cache
 
-// kSlice columns of a row of x as integers, with a scale for every 32, and the scale times the sum over 16 and over 32.
+// kSlice columns of a row of x as integers, with a scale for every 32, and the scale times the sum over 16 and over 32;
+// -128 times the sum, too (see Dot in simd.h).
 struct RoundedSlice {
   int8_t codes[kSlice];
   float scale[kSlice / 32], sum16[kSlice / 16], sum32[kSlice / 32];
+  int32_t raised16[kSlice / 16], raised32[kSlice / 32];
 };
 
 // All rows of x: slices are [columns / kSlice][rows].

@@ -1,126 +1,127 @@
 // One row of x, as integers, times the rows of a matrix: what decoding spends its time on.
 //
-// Rows of the matrix are read in pairs, in the order in which they lie in memory (of eight rows at once, memory delivers
-// half as much), and codes are multiplied where they stand. Only sums of groups are put side by side, as in a panel.
-// Then they are scaled and added in the same order as there, because a row's sums must not depend on its neighbours.
+// The sums are those of a panel (panels.h), added in the same order, because a row's sums must not depend on its
+// neighbours. But codes are multiplied as soon as they are there, without a panel in memory. And the matrix is asked for
+// ahead, in the order of memory: processors look ahead by themselves along one line, but not along eight rows at once.
 #pragma once
 #include "panels.h"
 
 namespace jaxllm { namespace JAXLLM_LEVEL {
 
-constexpr int kStretch = 16;         // slices that are worked on before the next rows
-constexpr int64_t kAhead = 8 << 10;  // bytes
+constexpr int64_t kAhead = 8 << 10;  // bytes, in addition to eight rows
 
-// A stretch of eight rows: for each group the sums of products with x, and what says the scales. The rows with even
-// numbers are the first four lanes.
-template <class F>
-struct alignas(64) Stretch {
-  s32x8 sums[kStretch * kSlice / F::kGroup / 4][4];              // of four groups, of two rows
-  uint32_t heads[kStretch * kSlice / F::kChunk][F::kWords][kRows];
-};
-
-// Sums of four lanes: of four vectors, of each half.
-INLINE s32x8 sums_of_fours(const s32x8* v) {
-  s32x8 words[4] = {v[0], v[1], v[2], v[3]};
-  transpose(words);
-  return (words[0] + words[1]) + (words[2] + words[3]);
-}
-
-// Asks memory for what is read next, for the second cache: processors look ahead by themselves along one line of
-// addresses, but not along two rows. It begins with what is read at once, and gains on it.
+// Asks memory for what is read next, for the second cache. It begins with what is read at once, and gains on it.
 struct Ahead {
   const uint8_t* from;
-  int64_t size, asked, read;  // bytes
+  int64_t size, distance, asked, read;  // bytes
   inline __attribute__((always_inline)) void step(int64_t bytes) {
     read += bytes;
-    const int64_t to = least(asked + 2 * bytes, least(read + kAhead, size));
+    const int64_t to = least(asked + 2 * bytes, least(read + distance, size));
     for (; asked < to; asked += 64) __builtin_prefetch(from + asked, 0, 2);
   }
 };
 
-// Chunks [first, last) of two rows that follow each other.
+// A group of eight rows times x.
 template <class F>
-static void multiply_pair(const Matrix& m, int64_t row, int pair, int64_t first, int64_t last, const RoundedSlice* x,
-                          int64_t stride, int64_t bytes, Ahead& ahead, Stretch<F>& to) {
-  constexpr int groups = F::kChunk / F::kGroup, parts = F::kGroup / 16, some = groups < 4 ? 4 / groups : 1;
-  constexpr int depth = F::kDepth == 0 || F::kDepth > parts ? parts : F::kDepth, slice = kSlice / F::kChunk;
-  const int64_t a = least(row, m.rows - 1), b = least(row + 1, m.rows - 1);
-  for (int64_t chunk = first; chunk < last; chunk += some) {
-    const int8_t* codes_of_x = x[(chunk - first) / slice * stride].codes + (chunk - first) % slice * F::kChunk;
-    s32x8 sums[some * groups];
+INLINE s32x8 sum_of_group(const u8x32* codes, const int8_t* x, int32_t raised) {
+  constexpr int vectors = F::kGroup / 4, depth = depth_of<F::kDepth, 1>(vectors);
+  s32x8 sum = start<F::kDepth>(raised);
+  UNROLL
+  for (int v = 0; v < vectors; v += depth) {
+    Dot<F::kDepth> dot;
+    dot.clear();
     UNROLL
-    for (int i = 0; i < some; i++) {
-      if (some > 1 && chunk + i >= last) {
-        for (int g = 0; g < groups; g++) sums[i * groups + g] = s32x8{};
-        continue;
-      }
-      uint32_t words[2][F::kWords];
-      F::head(m, a, chunk + i, words[0]), F::head(m, b, chunk + i, words[1]);
-      for (int k = 0; k < F::kWords; k++) {
-        to.heads[chunk + i - first][k][pair] = words[0][k], to.heads[chunk + i - first][k][4 + pair] = words[1][k];
-      }
-      u8x32 codes[groups * parts];
-      F::codes(m, a, b, chunk + i, codes);
-      UNROLL
-      for (int g = 0; g < groups; g++) {
-        s32x8 sum = {};
-        UNROLL
-        for (int k = 0; k < parts; k += depth) {
-          Dot<F::kDepth> dot;
-          dot.clear();
-          for (int d = 0; d < depth; d++) {
-            const int8_t* sixteen = codes_of_x + F::kChunk * i + F::kGroup * g + 16 * (k + d);
-            dot.add(codes[parts * g + k + d], (s32x8)two(sixteen, sixteen));
-          }
-          sum = dot.finish(sum);
-        }
-        sums[i * groups + g] = sum;
-      }
-    }
-    ahead.step(bytes);
-    UNROLL
-    for (int g = 0; g < some * groups; g += 4) {
-      to.sums[((chunk - first) * groups + g) / 4][pair] = sums_of_fours(sums + g);
-    }
+    for (int d = 0; d < depth; d++) dot.add(codes[v + d], broadcast4(x + 4 * (v + d)));
+    sum = dot.finish(sum);
+  }
+  return sum;
+}
+
+// Whether a chunk fits there. Codes from codebooks, 256 of eight rows, would be much code.
+template <class F>
+constexpr bool in_registers = in_blocks<F>(0) || F::kChunk <= 64;
+
+// A chunk of eight rows times x, added to `total`; its first group is group `g` of the slice.
+template <class F>
+INLINE void add_chunk(const f32x8* scale, const f32x8* offset, const Four* codes, const RoundedSlice& x, int g,
+                      f32x8& total) {
+  UNROLL
+  for (int i = 0; i < F::kChunk / F::kGroup; i++, g++) {
+    const int32_t raised = F::kGroup == 16 ? x.raised16[g] : x.raised32[g];
+    const s32x8 sum = sum_of_group<F>((const u8x32*)codes + F::kGroup / 4 * i, x.codes + F::kGroup * g, raised);
+    total += floats(sum) * (scale[i] * broadcast(x.scale[g * F::kGroup / 32]));
+    if (F::kOffset) total += offset[i] * broadcast(F::kGroup == 16 ? x.sum16[g] : x.sum32[g]);
   }
 }
 
-// As `rounded_rows`, in the order in which the matrix lies in memory, and with the same sums.
+// A chunk of eight rows from `row` on that are read one by one. Words stay out of memory: it would take long until they
+// have arrived there.
+template <class F>
+INLINE void read_rows(const Matrix& m, int64_t row, int64_t chunk, f32x8* scale, f32x8* offset, Four* codes) {
+  constexpr int parts = F::kChunk / 16;
+  uint32_t of_row[kRows][F::kWords];
+  UNROLL
+  for (int r = 0; r < kRows; r++) F::head(m, row + r, chunk, of_row[r]);
+  u32x8 words[F::kWords];
+  UNROLL
+  for (int i = 0; i < F::kWords; i++) {
+    words[i] = u32x8{of_row[0][i], of_row[1][i], of_row[2][i], of_row[3][i],
+                     of_row[4][i], of_row[5][i], of_row[6][i], of_row[7][i]};
+  }
+  F::scales(words, scale, offset);
+  u8x32 pairs[4][parts];
+  UNROLL
+  for (int r = 0; r < 4; r++) F::codes(m, row + r, row + r + 4, chunk, pairs[r]);
+  UNROLL
+  for (int i = 0; i < parts; i++) {
+    s32x8 four[4] = {(s32x8)pairs[0][i], (s32x8)pairs[1][i], (s32x8)pairs[2][i], (s32x8)pairs[3][i]};
+    transpose(four);
+    codes[i] = {{(u8x32)four[0], (u8x32)four[1], (u8x32)four[2], (u8x32)four[3]}};
+  }
+}
+
+// Chunks [first, last) of a slice, of eight rows from `row` on, times x.
+template <class F>
+INLINE f32x8 times_slice(const Matrix& m, int64_t row, int64_t first, int64_t last, const RoundedSlice& x) {
+  constexpr int groups = F::kChunk / F::kGroup;
+  f32x8 total = {};
+  Blocks blocks{row_of(m, 0, row), m.row_bytes[0], 3 * m.row_bytes[0]};
+  if constexpr (in_blocks<F>(0)) blocks.p += F::kBlock * first;
+  for (int64_t chunk = first; chunk < last; chunk++) {
+    f32x8 scale[groups], offset[groups];
+    Four codes[F::kChunk / 16];
+    if constexpr (in_blocks<F>(0)) {
+      u32x8 words[F::kWords];
+      F::heads(blocks, words), F::scales(words, scale, offset), F::codes(blocks, codes), blocks.p += F::kBlock;
+    } else {
+      read_rows<F>(m, row, chunk, scale, offset, codes);
+    }
+    add_chunk<F>(scale, offset, codes, x, int(chunk - first) * groups, total);
+  }
+  return total;
+}
+
 template <class F>
 static void rounded_row(const Product& p, const RoundedX& x, int64_t begin, int64_t end) {
-  constexpr int slice = kSlice / F::kChunk, groups = F::kChunk / F::kGroup, some = groups < 4 ? 4 / groups : 1;
+  constexpr int slice = kSlice / F::kChunk, groups = F::kChunk / F::kGroup;
   const Matrix& m = p.matrix;
-  const int64_t chunks = (m.cols + F::kChunk - 1) / F::kChunk;
-  const int64_t bytes = 2 * some * m.row_bytes[0] / chunks;
-  Ahead ahead{row_of(m, 0, begin), (least(end, m.rows) - begin) * m.row_bytes[0], 0, 0};
-  Stretch<F> stretch;
+  const int64_t chunks = (m.cols + F::kChunk - 1) / F::kChunk, bytes = kRows * m.row_bytes[0];
+  Ahead ahead{row_of(m, 0, begin), (least(end, m.rows) - begin) * m.row_bytes[0], bytes + kAhead, 0, 0};
   for (int64_t row = begin; row < end; row += kRows) {
     f32x8 sums = {};
-    for (int64_t first = 0; first < chunks; first += kStretch * slice) {
-      const int64_t last = least(first + kStretch * slice, chunks);
-      const RoundedSlice* slices = x.slices + first / slice * x.rows + p.x_row;
-      for (int pair = 0; pair < 4; pair++) {
-        multiply_pair<F>(m, row + 2 * pair, pair, first, last, slices, x.rows, bytes, ahead, stretch);
-      }
-      for (int64_t chunk = first; chunk < last; chunk += slice) {
-        const RoundedSlice& of_x = slices[(chunk - first) / slice * x.rows];
-        const int64_t count = least(slice, last - chunk);
-        f32x8 scale[kSlice / F::kGroup], offset[kSlice / F::kGroup], total = {};
-        for (int64_t i = 0; i < count; i++) {
-          F::scales((const u32x8*)stretch.heads[chunk - first + i], scale + groups * i, offset + groups * i);
-        }
-        for (int g = 0; g < count * groups; g += 4) {
-          s32x8* four = stretch.sums[((chunk - first) * groups + g) / 4];
-          transpose(four);
-          for (int k = 0; k < least(4, count * groups - g); k++) {
-            total += floats(four[k]) * (scale[g + k] * broadcast(of_x.scale[(g + k) * F::kGroup / 32]));
-            if (F::kOffset) total += offset[g + k] * broadcast(F::kGroup == 16 ? of_x.sum16[g + k] : of_x.sum32[g + k]);
-          }
-        }
-        sums += total;
+    for (int64_t first = 0; first < chunks; first += slice) {
+      const int64_t last = least(first + slice, chunks);
+      const RoundedSlice& of_x = x.slices[first / slice * x.rows + p.x_row];
+      ahead.step(bytes * (last - first) / chunks);
+      if (in_registers<F> && row + kRows <= m.rows) {
+        if constexpr (in_registers<F>) sums += times_slice<F>(m, row, first, last, of_x);
+      } else {
+        Codes panel;
+        decode_codes<F>(m, row, first, last, panel);
+        add_codes<F::kGroup, F::kOffset, F::kDepth, 1>(panel, int(last - first) * groups, &of_x, &sums);
       }
     }
-    write(p.y + row, __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7), end - row);
+    write(p.y + row, sums, end - row);
   }
 }
 

@@ -25,31 +25,64 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- panels ----
 
+// Whether a format's rows are blocks, which are read eight at a time (decode.h).
+template <class F>
+constexpr auto in_blocks(int) -> decltype(F::kBlock > 0) { return true; }
+template <class F>
+constexpr bool in_blocks(...) { return false; }
+
+// The block of eight rows from `row` on. Rows beyond the matrix repeat its last one, in a copy.
+template <class F>
+INLINE Blocks blocks_of(const Matrix& m, int64_t row, int64_t chunk, uint8_t* copy) {
+  const uint8_t* p = row_of(m, 0, row) + F::kBlock * chunk;
+  if (row + kRows <= m.rows) return {p, m.row_bytes[0], 3 * m.row_bytes[0]};
+  for (int r = 0; r < kRows; r++) {
+    memcpy(copy + F::kBlock * r, p + (least(row + r, m.rows - 1) - row) * m.row_bytes[0], F::kBlock);
+  }
+  return {copy, F::kBlock, 3 * F::kBlock};
+}
+
 // Rows from `row` on, chunks [first, last) of the columns. Rows beyond the matrix repeat its last one.
 template <class F>
 static void decode_codes(const Matrix& m, int64_t row, int64_t first, int64_t last, Codes& panel) {
   constexpr int parts = F::kChunk / 16, groups = F::kChunk / F::kGroup;
-  alignas(32) uint32_t heads[kSlice / F::kChunk][F::kWords][kRows];
-  int64_t rows[kRows];
-  for (int r = 0; r < kRows; r++) rows[r] = least(row + r, m.rows - 1);
-  for (int64_t chunk = first; chunk < last; chunk++) {
-    for (int r = 0; r < kRows; r++) {
-      uint32_t words[F::kWords];
-      F::head(m, rows[r], chunk, words);
-      for (int i = 0; i < F::kWords; i++) heads[chunk - first][i][r] = words[i];
+  if constexpr (in_blocks<F>(0)) {
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      const int64_t at = chunk - first;
+      uint8_t copy[kRows * F::kBlock];
+      const Blocks blocks = blocks_of<F>(m, row, chunk, copy);
+      u32x8 words[F::kWords];
+      F::heads(blocks, words);
+      F::scales(words, panel.scale + groups * at, panel.offset + groups * at);
+      F::codes(blocks, (Four*)(panel.codes + 4 * parts * at));
     }
-    s32x8 codes[4][parts];
-    UNROLL
-    for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
-    UNROLL
-    for (int i = 0; i < parts; i++) {
-      s32x8 words[4] = {codes[0][i], codes[1][i], codes[2][i], codes[3][i]};
-      transpose(words);
-      for (int k = 0; k < 4; k++) panel.codes[4 * (parts * (chunk - first) + i) + k] = (u8x32)words[k];
+  } else {
+    alignas(32) uint32_t heads[kSlice / F::kChunk][F::kWords][kRows];
+    int64_t rows[kRows];
+    for (int r = 0; r < kRows; r++) rows[r] = least(row + r, m.rows - 1);
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      for (int r = 0; r < kRows; r++) {
+        uint32_t words[F::kWords];
+        F::head(m, rows[r], chunk, words);
+        for (int i = 0; i < F::kWords; i++) heads[chunk - first][i][r] = words[i];
+      }
+      s32x8 codes[4][parts];
+      if constexpr (F::kChunk > 64) {  // much code: once
+        for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
+      } else {
+        UNROLL
+        for (int r = 0; r < 4; r++) F::codes(m, rows[r], rows[r + 4], chunk, (u8x32*)codes[r]);
+      }
+      UNROLL
+      for (int i = 0; i < parts; i++) {
+        s32x8 words[4] = {codes[0][i], codes[1][i], codes[2][i], codes[3][i]};
+        transpose(words);
+        for (int k = 0; k < 4; k++) panel.codes[4 * (parts * (chunk - first) + i) + k] = (u8x32)words[k];
+      }
     }
-  }
-  for (int64_t at = 0; at < last - first; at++) {  // not above: the words have arrived in memory by now
-    F::scales((const u32x8*)heads[at], panel.scale + groups * at, panel.offset + groups * at);
+    for (int64_t at = 0; at < last - first; at++) {  // not above: the words have arrived in memory by now
+      F::scales((const u32x8*)heads[at], panel.scale + groups * at, panel.offset + groups * at);
+    }
   }
 }
 
@@ -87,11 +120,12 @@ static void floats_of(const Codes& codes, int columns, Floats& panel) {
 // `groups` groups of a panel times T slices of rows of x.
 template <int kGroup, bool kOffset, int kDepth, int T>
 static void add_codes(const Codes& panel, int groups, const RoundedSlice* x, f32x8* sums) {
-  constexpr int vectors = kGroup / 4, depth = kDepth == 0 || kDepth > vectors ? vectors : kDepth;
+  constexpr int vectors = kGroup / 4, depth = depth_of<kDepth, T>(vectors);
   f32x8 total[T] = {};
   const u8x32* w = panel.codes;
   for (int g = 0; g < groups; g++) {
-    s32x8 group[T] = {};
+    s32x8 group[T];
+    for (int t = 0; t < T; t++) group[t] = start<kDepth>(kGroup == 16 ? x[t].raised16[g] : x[t].raised32[g]);
     for (int v = 0; v < vectors; v += depth) {
       Dot<kDepth> dot[T];
       for (int t = 0; t < T; t++) dot[t].clear();

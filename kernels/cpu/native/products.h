@@ -6,8 +6,8 @@ namespace jaxllm { namespace JAXLLM_LEVEL {
 
 // ---- rounding x ----
 
-// 32 columns of a row as codes from -127 to 127 with a scale. There are `count` of them; the rest counts as zeros.
-INLINE void round_block(const float* x, int64_t count, int8_t* codes, float* scale, float* sum16, float* sum32) {
+// Columns 32 * b .. of a slice as codes from -127 to 127 with a scale. There are `count`; the rest counts as zeros.
+INLINE void round_block(const float* x, int64_t count, int64_t b, RoundedSlice& to) {
   float copy[32] = {};
   if (count < 32) x = (const float*)memcpy(copy, x, 4 * count);
   f32x8 block[4], most = {}, finite = {};
@@ -25,21 +25,19 @@ INLINE void round_block(const float* x, int64_t count, int8_t* codes, float* sca
     const f32x8 big = block[i] * inverse + 12582912.0f;
     code[i] = ((s32x8)big & 0x7fffff) - 0x400000;
   }
-  store(codes, bytes(code));
-  *scale = largest / 127 + sum_of(finite);  // NaN where an integer cannot stand for x: it is NaN or infinite
+  store(to.codes + 32 * b, bytes(code));
+  const float scale = largest / 127 + sum_of(finite);  // NaN where an integer cannot stand for x: it is NaN or infinite
   const int first = sum_of(code[0] + code[1]), second = sum_of(code[2] + code[3]);
-  sum16[0] = *scale * float(first), sum16[1] = *scale * float(second);
-  *sum32 = *scale * float(first + second);
+  to.scale[b] = scale, to.sum32[b] = scale * float(first + second), to.raised32[b] = -128 * (first + second);
+  to.sum16[2 * b] = scale * float(first), to.sum16[2 * b + 1] = scale * float(second);
+  to.raised16[2 * b] = -128 * first, to.raised16[2 * b + 1] = -128 * second;
 }
 
 // Rows [begin, end) of x.
 static void round_rows(const float* x, int64_t cols, int64_t begin, int64_t end, const RoundedX& to) {
   for (int64_t row = begin; row < end; row++) {
     for (int64_t k = 0; k < cols; k += 32) {
-      RoundedSlice& slice = to.slices[k / kSlice * to.rows + row];
-      const int64_t b = k % kSlice / 32;
-      round_block(x + row * cols + k, cols - k, slice.codes + 32 * b, slice.scale + b, slice.sum16 + 2 * b,
-                  slice.sum32 + b);
+      round_block(x + row * cols + k, cols - k, k % kSlice / 32, to.slices[k / kSlice * to.rows + row]);
     }
   }
 }

@@ -26,6 +26,7 @@ typedef int32_t s32x8 __attribute__((vector_size(32)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t s8x8 __attribute__((vector_size(8)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
@@ -168,9 +169,10 @@ INLINE u8x32 lookup(u8x16 table, u8x32 index) {
 
 // Sums of four neighbouring products, added to 8 sums. Codes are unsigned and below 128 if `kDepth` is above 0, and then
 // AVX2 may add up `kDepth` products of pairs in 16 bits: 127 * 2 * kDepth * (largest code) stays below 2^15. With
-// `kDepth` 0 they are signed, from -127 on. x is from -127 to 127.
+// `kDepth` 0 they are signed. x is from -127 to 127.
 //
-// `Sum` is what a kernel keeps while it goes through the `kDepth` vectors; `finish` adds it to the sums.
+// `Sum` is what a kernel keeps while it goes through the `kDepth` vectors; `finish` adds it to the sums. VNNI takes
+// unsigned codes: signed ones are raised by 128, and the sums `start` with -128 times the sum of x.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define JAXLLM_VNNI(a, b, c) _mm256_dpbusd_epi32(a, b, c)
 #elif defined(__AVXVNNI__)
@@ -183,12 +185,7 @@ struct Dot {
   s32x8 sum;
   inline __attribute__((always_inline)) void clear() { sum = s32x8{}; }
   inline __attribute__((always_inline)) void add(u8x32 code, s32x8 x) {
-    if (kDepth > 0) {
-      sum = (s32x8)JAXLLM_VNNI((__m256i)sum, (__m256i)code, (__m256i)x);
-    } else {
-      const __m256i size = _mm256_abs_epi8((__m256i)code);
-      sum = (s32x8)JAXLLM_VNNI((__m256i)sum, size, _mm256_sign_epi8((__m256i)x, (__m256i)code));
-    }
+    sum = (s32x8)JAXLLM_VNNI((__m256i)sum, (__m256i)(kDepth > 0 ? code : code ^ 128), (__m256i)x);
   }
   inline __attribute__((always_inline)) s32x8 finish(s32x8 total) { return total + sum; }
 #elif defined(__AVX2__)
@@ -234,16 +231,132 @@ struct Dot {
 #endif
 };
 
+// How many of a group's `vectors` one Dot adds up, of `kSums` that are computed at a time. VNNI takes four cycles for
+// each; so several are under way.
+template <int kDepth, int kSums>
+constexpr int depth_of(int vectors) {
+#if defined(JAXLLM_VNNI)
+  return kSums == 1 ? 2 : vectors;
+#else
+  return kDepth == 0 || kDepth > vectors ? vectors : kDepth;
+#endif
+}
+
+// What the sums of a group start with; see Dot.
+template <int kDepth>
+INLINE s32x8 start(int32_t raised) {
+#if defined(JAXLLM_VNNI)
+  if (kDepth == 0) return s32x8{} + raised;
+#endif
+  return s32x8{};
+}
+
 // Four vectors as the rows of two matrices of 4 x 4 words, one in each half, transposed.
 INLINE void transpose(s32x8 r[4]) {
   const s32x8 a = __builtin_shufflevector(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13);
   const s32x8 b = __builtin_shufflevector(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
   const s32x8 c = __builtin_shufflevector(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13);
   const s32x8 d = __builtin_shufflevector(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
-  r[0] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-  r[1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-  r[2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
-  r[3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  // As words of 64 bits: GCC 12 has a slower instruction for the same in words of 32.
+  const auto first = [](s32x8 p, s32x8 q) { return (s32x8)__builtin_shufflevector((u64x4)p, (u64x4)q, 0, 4, 2, 6); };
+  const auto last = [](s32x8 p, s32x8 q) { return (s32x8)__builtin_shufflevector((u64x4)p, (u64x4)q, 1, 5, 3, 7); };
+  r[0] = first(a, c), r[1] = last(a, c), r[2] = first(b, d), r[3] = last(b, d);
+}
+
+// ---- eight rows at once ----
+
+// 16 columns of eight rows: in each vector four columns, as the lanes of a panel have them.
+struct Four {
+  u8x32 v[4];
+};
+
+INLINE Four operator|(Four a, Four b) { return {{a.v[0] | b.v[0], a.v[1] | b.v[1], a.v[2] | b.v[2], a.v[3] | b.v[3]}}; }
+
+// `count` bits of each byte, from bit `from` on, moved to bit `to`.
+INLINE u8x32 moved(u8x32 x, int from, int count, int to) {
+  const u16x16 words = to < from ? (u16x16)x >> (from - to) : (u16x16)x << (to - from);
+  const uint8_t mask = uint8_t(((1 << count) - 1) << to);
+  return (u8x32)words & mask;
+}
+
+INLINE Four moved(Four x, int from, int count, int to) {
+  UNROLL
+  for (u8x32& v : x.v) v = moved(v, from, count, to);
+  return x;
+}
+
+INLINE Four low(Four x) { return moved(x, 0, 4, 0); }
+
+INLINE Four high(Four x) { return moved(x, 4, 4, 0); }
+
+INLINE Four lookup(u8x16 table, Four index) {
+  UNROLL
+  for (u8x32& v : index.v) v = lookup(table, v);
+  return index;
+}
+
+// Blocks of eight rows.
+struct Blocks {
+  const uint8_t* p;  // of the first row
+  int64_t row_bytes, three_rows;
+
+  inline __attribute__((always_inline)) const uint8_t* row(int r) const {
+    const uint8_t* q = r < 4 ? p : p + 4 * row_bytes;
+    return r % 4 == 3 ? q + three_rows : q + r % 4 * row_bytes;
+  }
+
+  // Columns that have a byte each, from byte `at` on; or one of their parts.
+  inline __attribute__((always_inline)) Four bytes(int at) const {
+    s32x8 words[4];
+    UNROLL
+    for (int r = 0; r < 4; r++) words[r] = (s32x8)two(row(r) + at, row(r + 4) + at);
+    transpose(words);
+    return {{(u8x32)words[0], (u8x32)words[1], (u8x32)words[2], (u8x32)words[3]}};
+  }
+
+  inline __attribute__((always_inline)) u32x8 word(int at) const {
+    const auto of = [&](int r) { return load<uint32_t>(row(r) + at); };
+    return u32x8{of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)};
+  }
+
+  // Two words, in half as many loads.
+  inline __attribute__((always_inline)) void two_words(int at, u32x8* words) const {
+    const auto of = [&](int r) { return load<uint64_t>(row(r) + at); };
+    const u32x8 a = (u32x8)u64x4{of(0), of(1), of(4), of(5)}, b = (u32x8)u64x4{of(2), of(3), of(6), of(7)};
+    words[0] = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+    words[1] = __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  }
+};
+
+// Byte `i` of each word, in all of its bytes.
+template <int i>
+INLINE u8x32 spread(u32x8 word) {
+  const u8x32 w = (u8x32)word;
+  return __builtin_shufflevector(w, w, i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i,
+                                 12 + i, 12 + i, 12 + i, 12 + i, 16 + i, 16 + i, 16 + i, 16 + i,
+                                 20 + i, 20 + i, 20 + i, 20 + i, 24 + i, 24 + i, 24 + i, 24 + i,
+                                 28 + i, 28 + i, 28 + i, 28 + i);
+}
+
+// Where `bits` are set in x, `more` is added.
+INLINE u8x32 add_where(u8x32 x, u8x32 bits, u8x32 codes, uint8_t more) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask32 set = _mm256_test_epi8_mask((__m256i)x, (__m256i)bits);
+  return (u8x32)_mm256_mask_add_epi8((__m256i)codes, set, (__m256i)codes, _mm256_set1_epi8(char(more)));
+#else
+  return codes | ((u8x32)((x & bits) == bits) & more);
+#endif
+}
+
+// Adds `more` to codes of 32 columns whose bit is set in words that have them in order; codes are below it.
+INLINE void add_bits(u32x8 word, uint8_t more, Four* codes) {
+  const u8x32 eight[4] = {spread<0>(word), spread<1>(word), spread<2>(word), spread<3>(word)};
+  const u8x32 first = (u8x32)(u32x8{} + 0x08040201), last = first << 4;
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    u8x32* columns = codes[i / 2].v + i % 2 * 2;
+    columns[0] = add_where(eight[i], first, columns[0], more), columns[1] = add_where(eight[i], last, columns[1], more);
+  }
 }
 
 }}  // namespace jaxllm::JAXLLM_LEVEL
