@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -88,8 +89,7 @@ class Executables:
         ahead = self._ahead.pop(file, None)
         program = ahead.result() if ahead else _read(file, self._mesh)
         if program is not None:
-            with suppress(OSError):
-                os.utime(file)
+            _used_now(file)
             return program
         with _jax_cache_off():
             program = compile()
@@ -153,12 +153,20 @@ def _write(file: Path, program: jax.stages.Compiled) -> None:
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
             unfinished.write(content)
         Path(unfinished.name).replace(file)
+        _used_now(file)
         for old in set(file.parent.iterdir()).difference(_newest("*", MOST)):
             old.unlink(missing_ok=True)
 
 
 def _folder() -> Path:
     return cache_folder("executables")
+
+
+def _used_now(file: Path) -> None:
+    """By this clock, because the kernel's own times of files may move in steps of 10 ms."""
+    now = time.time_ns()
+    with suppress(OSError):
+        os.utime(file, ns=(now, now))
 
 
 def _newest(pattern: str, count: int) -> list[Path]:
