@@ -117,7 +117,7 @@ def optimizations(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-MOST_MAPPINGS, MOST_MODELS = 20_000, 12
+MOST_MAPPINGS, MOST_MODELS = 25_000, 12
 TESTS = itertools.count(1)
 
 
@@ -127,7 +127,7 @@ def forget_programs():
     tests died of a segmentation fault. Listing them takes longer than most tests, so that not all look."""
     yield
     maps = Path("/proc/self/maps")
-    if next(TESTS) % 8 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if next(TESTS) % 16 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 
