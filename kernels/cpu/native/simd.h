@@ -244,7 +244,7 @@ constexpr int depth_of(int vectors) {
 
 // What the sums of a group start with; see Dot.
 template <int kDepth>
-INLINE s32x8 start(int32_t raised) {
+INLINE s32x8 start([[maybe_unused]] int32_t raised) {
 #if defined(JAXLLM_VNNI)
   if (kDepth == 0) return s32x8{} + raised;
 #endif
