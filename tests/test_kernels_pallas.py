@@ -18,7 +18,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic.primitives import pack_elementwise_p
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import (
+    ATTENTION,
     PLANES,
+    SHAPES,
     AttentionCases,
     BlockFP8Cases,
     KernelCases,
@@ -85,6 +87,11 @@ def simulated(module, *names):
 @pytest.mark.usefixtures("no_races")
 class TestMXFP4(Quickly, MXFP4Cases):
     module = simulated(mxfp4, "matmul", "grouped_matmul")
+
+    # Blocks and tiles are cut by what the other kernels share, which have tests of more shapes.
+    @pytest.mark.parametrize("shape", some([*SHAPES], ["all ragged", "many rows"]))
+    def test_matmul(self, shape):
+        super().test_matmul(shape)
 
     @pytest.mark.parametrize("shape", [(1, 128, 256), (3, 72, 96)])
     def test_float32(self, shape):
@@ -158,6 +165,13 @@ SUMMED = ["4 bits, offsets", "Q3_K", "Q4_K", "IQ4_XS"]
 class TestPlanes(Quickly, PlanesCases):
     module = simulated(planes, "matmul", "grouped_matmul")
 
+    # Few rows of the others are multiplied below, and compared more closely, or in tiles or of another shape.
+    @pytest.mark.parametrize(
+        "kind", some([*PLANES], ["3 bits", "act-order", "Q2_K", "Q5_K", "Q1_0", "NVFP4", "INT8 per row"])
+    )
+    def test_few_rows(self, kind):
+        super().test_few_rows(kind)
+
     @pytest.mark.parametrize("kind", ["Q4_K", "8 bits, zeros of floats", "NF4"])
     def test_float32(self, kind):
         x, weight = numbers(3, 256), PLANES[kind](40, 256)
@@ -230,11 +244,20 @@ class TestManySteps(Quickly, KernelCases):
         np.testing.assert_array_equal(got, dequantized(weight))
 
 
+# Everything that attention is told, once for a token and once for a prompt.
+FEW = ["a token of many heads", "a prompt", "a prompt in a window, with sinks", "a token in a ring"]
+FEW += ["a prompt in a ring", "latents of every head", "int8", "latents in 8 bits"]
+
+
 @pytest.mark.usefixtures("no_races")
 class TestAttention(Quickly, AttentionCases):
     """In small blocks, so that there are several, some of which nobody sees."""
 
     module = simulated(flash, "attention")
+
+    @pytest.mark.parametrize("name", some([*ATTENTION], FEW))
+    def test_attention(self, name):
+        super().test_attention(name)
 
     @pytest.fixture(autouse=True)
     def small_blocks(self, monkeypatch):
