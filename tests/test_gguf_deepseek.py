@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from compiled import assert_same_weights
 from covering import in_turn, some
 from deepseek_numpy import Transformer, load
 from hf_to_gguf import convert
@@ -54,11 +54,8 @@ def assert_logits(model, name):
 
 
 def assert_equal(model, other):
-    """The same parameters; what they give, other tests say."""
     assert fields(model.config) == fields(other.config)
-    for p, q in zip(model.placed, other.placed, strict=True):
-        assert p.name == q.name
-        jax.tree.map(np.testing.assert_array_equal, p.weight, q.weight)
+    assert_same_weights(model, other)
 
 
 def assert_golden(model, name):

@@ -43,7 +43,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # Of a layer. OLMo 2 has one more, for the norms over all heads, and Gemma 3n for the spread of a layer's width.
 SUMS = {"checkpoints/qwen2_moe": 2, "checkpoints/phi3": 2, "deepseek/v3": 2, "checkpoints/olmo2": 3}
 SUMS |= {"checkpoints/gemma3n": [3, 3, 3, 2, 2, 2]}
-PLANNED = [*in_turn(SUMS, "tp=2,ep=4", "tp=8"), *some([], [("checkpoints/qwen2_moe", "tp=8")])]
+PLANNED = in_turn(SUMS, "tp=2,ep=4", "tp=8")
 PLANNED += [(name, "tp=1") for name in some([*SUMS], ["checkpoints/qwen2_moe"])]
 
 
@@ -65,10 +65,11 @@ def test_a_plan_is_what_loading_gives(load_once, name, mesh):
     assert found == (([[]] * len(made.kinds), []) if mesh == "tp=1" else expected)
 
 
-@pytest.mark.parametrize(("name", "cached"), [("checkpoints/qwen2_moe", "int8"), ("deepseek/v3", "fp8")])
+@pytest.mark.parametrize(("name", "cached"), [("deepseek/v3", "fp8"), *some([("checkpoints/qwen2_moe", "int8")], [])])
 def test_a_cache_in_8_bits_is_what_loading_gives(load_once, name, cached):
     made = jaxllm.plan(str(GOLDEN / name), "cpu:8", "tp=8", context=64, cache_dtype=cached)
     loaded = load_once(GOLDEN / name, mesh="tp=8", weights="packed", cache_dtype=cached)
+    assert sum(made.weights.values()) == sum(device_bytes(p.weight) for p in loaded.placed)
     assert made.cache == device_bytes(loaded.programs.empty_cache(1, 512))
 
 
@@ -114,7 +115,7 @@ for mesh in sys.argv[1:]:
 
 def test_deepseek_v3_on_256_devices():
     """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. docs/planning.md has the table."""
-    meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=8,ep=32", "tp=32,ep=8"])
+    meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=32,ep=8"])
     command = [sys.executable, "-c", CODE, *meshes]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | QUICK)
     assert done.returncode == 0, done.stderr
@@ -140,7 +141,7 @@ def test_deepseek_v3_on_256_devices():
     [
         ("gpt-oss-20b", 20.9, 3.61, 0.01),
         ("deepseek-v2-lite-16b", 15.7, 2.4, 0.03),
-        ("deepseek-v2-236b", 235.7, 21, 0.03),
+        *some([("deepseek-v2-236b", 235.7, 21, 0.03)], []),
         ("deepseek-v3-671b", 671.0, 37, 0.03),
     ],
 )
@@ -178,9 +179,8 @@ def test_costs_of_a_dense_model_by_hand():
 )
 def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
     described, short, long = describe(model), 4096, 8192
-    (decode, prefill), (decode_long, prefill_long) = (
-        Sketch.of(described, topology("cpu:1"), "tp=1", 1, n).costs for n in (short, long)
-    )
+    sketch = Sketch.of(described, topology("cpu:1"), "tp=1", 1, short)
+    (decode, prefill), (decode_long, prefill_long) = sketch.costs, dataclasses.replace(sketch, context=long).costs
     assert decode_long.flops - decode.flops == of_a_position * (long - short)
     pairs = (long * (long + 1) - short * (short + 1)) / 2
     linear = prefill_long.flops - prefill.flops - of_a_pair * pairs  # the matrices, and windows
@@ -225,8 +225,9 @@ def test_a_gather_that_is_started():
 
 
 def test_a_search_ranks_every_mesh():
-    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:4", context=64, search=True)
-    assert sorted(r.mesh for r in made.ranking) == sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
+    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:2", context=64, search=True)
+    assert sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
+    assert sorted(r.mesh for r in made.ranking) == sorted(meshes(2)) == ["tp=1,ep=2", "tp=2,ep=1"]
     assert made.mesh == made.ranking[0].mesh and all(r.fits and r.compiled for r in made.ranking)
     assert all(ranked.mesh in str(made) for ranked in made.ranking)
 
@@ -258,7 +259,7 @@ def test_layers_that_share_a_cache():
 
 def test_what_does_not_fit_says_what_would(monkeypatch):
     """With a byte too little, on a mesh that holds everything twice and on one that does not; and far too little."""
-    path = str(GOLDEN / "checkpoints/gemma2")
+    path = str(GOLDEN / "checkpoints/llama")
     needed = {mesh: jaxllm.plan(path, "cpu:2", mesh, context=64).total for mesh in ("ep=2", "tp=2")}
     cases = [
         ("ep=2", needed["ep=2"] - 1, "the mesh tp=2,ep=1 would"),
