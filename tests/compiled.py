@@ -1,5 +1,5 @@
-"""The compiled programs of a model, as tests look for them; one that decodes weights; and how tests have processes
-compile quickly."""
+"""The compiled programs of a model, as tests look for them; models that need none, as they hold what another does; a
+program that decodes weights; and how tests have processes compile quickly."""
 
 from functools import partial
 
@@ -23,6 +23,13 @@ def _decoded(weight, dtype):
 def dequantized(weight, dtype=jnp.float32):
     """A weight's matrix, in numpy: one program is compiled sooner than each operation of its decoder."""
     return np.asarray(_decoded(weight, dtype))
+
+
+def assert_same_weights(model, other):
+    """What they give, other tests say."""
+    for p, q in zip(model.placed, other.placed, strict=True):
+        assert p.name == q.name
+        jax.tree.map(np.testing.assert_array_equal, p.weight, q.weight)
 
 
 def decode_steps(model):

@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import covering
 import deepseek_numpy
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compiled import decode_steps
-from covering import FULL, in_turn, some
+from covering import in_turn, some
 from deepseek_numpy import Transformer, act_quant, load, read_safetensors
 from safetensors.numpy import save_file
 
@@ -27,8 +28,14 @@ from jaxllm.plan import collectives
 CHECKPOINTS = Path(__file__).parent / "golden" / "deepseek"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
-CASES = [*in_turn(NAMES, "tp=1", "tp=2,ep=4")]
-CASES += [("v3_fp8_small_blocks", "tp=8"), *some([(name, "ep=4") for name in NAMES], [("v3", "tp=2,ep=4")])]
+# Models whose blocks are cut in ways of their own are on many devices; the others differ in what each device computes.
+FEW = {"v2": "tp=2,ep=4", "v3": "tp=2,ep=4", "v3_fp8_small_blocks": "tp=8"}
+CASES = some(
+    [*in_turn(NAMES, "tp=1", "tp=2,ep=4", "ep=4"), ("v3_fp8_small_blocks", "tp=8")],
+    [(name, FEW.get(name, "tp=1")) for name in NAMES],
+)
+# Those that decode in ways of their own: groups of experts, queries without latents, the rotations, scales.
+STEPS = ["v2", "v3_fp8_small_blocks", "v3_half_rope", "v3_no_q_lora", "v3_unlike_demo"]
 
 
 def golden(name):
@@ -42,28 +49,28 @@ def test_logits_and_tokens_are_those_of_transformers(load_once, name, mesh):
     expected = golden(name)
     model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32", weights="packed")
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-3)
-    if name == "v3" or FULL:
+    if name == "v3" or covering.FULL:
         assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
 
 
-@pytest.mark.parametrize(("name", "mesh"), some(CASES, [case for case in CASES if case[0] != "v3"]))
+@pytest.mark.parametrize(("name", "mesh"), some(CASES, [case for case in CASES if case[0] in STEPS]))
 def test_token_by_token_equals_all_at_once(load_once, name, mesh):
     """Every step of this is absorbed, and of the other side naive."""
-    tokens = golden(name)["tokens"]
+    tokens, logits = golden(name)["tokens"], golden(name)["logits"]
     model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32", weights="packed")
     cache, steps = model.programs.empty_cache(2, 32), []
     for t in range(tokens.shape[1]):
         hidden, cache = model.programs.extend(cache, tokens[:, t : t + 1], np.ones(2, np.int32), 32)
         steps.append(np.asarray(model.programs.head(hidden[:, 0])))
-    np.testing.assert_allclose(np.stack(steps, 1), model.logits(tokens), atol=1e-3)
+    np.testing.assert_allclose(np.stack(steps, 1), logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=8"], ["tp=2", "tp=8"]))
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=8"], ["tp=8"]))
 def test_every_heads_keys_and_values_can_be_kept_instead(load_once, mesh):
     expected = golden("v3")
     model = load_once(CHECKPOINTS / "v3", mesh=mesh, dtype="float32", attention="naive")
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-3)
-    if mesh == "tp=2":
+    if mesh == "tp=8":
         assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
     heads = {"tp=1": 4, "tp=2": 4, "tp=8": 8}[mesh]  # of the last, 4 are zeros
     assert model.programs.empty_cache(1, 256).keys[0].shape == (1, heads, 256, 16)
@@ -113,12 +120,11 @@ def test_scales_are_cut_with_their_weights(load_once, mesh):
 def test_activations_in_fp8_are_the_demos(load_once):
     """Both round the same activations, so they differ by rounding order only, but for a value at a rounding border."""
     name = "v3_fp8_small_blocks"
-    tokens = golden(name)["tokens"][:, :8]
+    tokens, plain = golden(name)["tokens"][:, :8], golden(name)["logits"][:, :8]
     params, args = load(CHECKPOINTS / name)
     expected = Transformer(params, args, gemm_impl="fp8", attn_impl="absorb")(tokens)
     model = load_once(CHECKPOINTS / name, mesh="tp=1", dtype="float32", matmul="fp8")
     got = np.asarray(model.logits(tokens))
-    plain = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=1", dtype="float32", weights="packed").logits(tokens))
     assert np.abs(got - plain).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=0.02)
 
@@ -131,12 +137,12 @@ def test_scales_of_powers_of_two_where_the_config_says_ue8m0(load_once, tmp_path
     config["quantization_config"]["scale_fmt"] = "ue8m0"
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tokens = golden(name)["tokens"]
+    tokens = golden(name)["tokens"][:, :8]
     params, args = load(tmp_path)
+    other = Transformer(params, args, gemm_impl="fp8", attn_impl="absorb")(tokens)
     monkeypatch.setattr(deepseek_numpy, "act_quant", partial(kernel_cases.act_quant, power_of_two=True))
     expected = Transformer(params, args, gemm_impl="fp8", attn_impl="absorb")(tokens)
     got = np.asarray(load_once(tmp_path, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
-    other = np.asarray(load_once(CHECKPOINTS / name, mesh="tp=2", dtype="float32", matmul="fp8").logits(tokens))
     assert np.abs(got - other).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=0.02)
 

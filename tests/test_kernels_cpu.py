@@ -1,6 +1,7 @@
 """The native CPU kernels: every format, instruction set and number of threads; attention; what happens without them."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from native_cases import COLS, ROWS, WEIGHTS, affine, check, floats, ggml
 
 import jaxllm
 from jaxllm import parallel
+from jaxllm.cli import main
 from jaxllm.errors import InputError
 from jaxllm.kernels import dense, dispatch
 from jaxllm.kernels.activations import rounding
@@ -26,7 +28,6 @@ from jaxllm.kernels.cpu import library, native_cpu
 from jaxllm.kernels.norm import rms_norm
 from jaxllm.parallel import COLUMN, ROW
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
@@ -34,45 +35,44 @@ def test_every_format():
     check(*WEIGHTS)
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, *code],
-        env=os.environ | QUICK | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=HERE,
-    )
+OTHER = "dotprod" if platform.machine() in ("aarch64", "arm64") else "avx2"
 
 
-@pytest.mark.parametrize(("instructions", "threads"), [("portable", "2"), ("avx2", "1"), ("dotprod", "1")])
+@pytest.mark.parametrize(("instructions", "threads"), [("portable", "2"), (OTHER, "1")])
 def test_every_instruction_set(instructions, threads):
     """The best one, with this machine's threads, is what `test_every_format` runs."""
-    done = run(["native_cases.py"], JAXLLM_CPU=instructions, JAXLLM_THREADS=threads)
+    environment = os.environ | QUICK | {"JAXLLM_CPU": instructions, "JAXLLM_THREADS": threads}
+    command = [sys.executable, Path(__file__).with_name("native_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     if "this processor has no such instruction set" in done.stderr:
         pytest.skip(f"{instructions} is not here")
     assert done.stdout == f"{instructions} {threads}\n", done.stderr[-2000:]
 
 
-def test_an_impossible_environment_is_one_line(monkeypatch):
-    done = run(["-m", "jaxllm", "generate", "--model", "demo", "--prompt", "x"], JAXLLM_CPU="mmx")
-    assert done.returncode == 2
-    assert "JAXLLM_CPU=mmx: this processor has no such instruction set" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+@pytest.fixture
+def looked_for_anew(monkeypatch):
+    """The library is found as by a new process. (test_processes starts one with an impossible environment.)"""
+    monkeypatch.setattr(library, "native", library.native.__wrapped__)
+
+
+@pytest.mark.usefixtures("looked_for_anew")
+def test_an_impossible_environment_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("JAXLLM_CPU", "mmx")
+    assert main(["generate", "--model", "demo", "--prompt", "x"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "JAXLLM_CPU=mmx: this processor has no such instruction set" in line
     monkeypatch.setenv("JAXLLM_THREADS", "many")
     with pytest.raises(InputError, match="^JAXLLM_THREADS=many: must be 1 or above$"):
         library.threads()
 
 
-def test_without_them_everything_works(tmp_path):
-    code = (
-        "import jax, jax.numpy as jnp; from native_cases import *; from jaxllm.kernels import dispatch\n"
-        "w = ggml('Q4_K'); x = floats(2, COLS)\n"
-        "assert jnp.allclose(dispatch.matmul(x, w), x @ w.dequantize().T, atol=1e-3)\n"
-        "print(dispatch.explain('matmul', x, w))"
-    )
-    done = run(["-c", code], JAXLLM_CPU="off")
-    assert "reference (native_cpu cannot: the native kernels are switched off (JAXLLM_CPU=off))" in done.stdout, done
+@pytest.mark.usefixtures("looked_for_anew")
+def test_without_them_everything_works(monkeypatch):
+    monkeypatch.setenv("JAXLLM_CPU", "off")
+    w, x = ggml("Q4_K"), floats(2, COLS)
+    np.testing.assert_allclose(jax.jit(lambda: dispatch.matmul(x, w))(), x @ dequantized(w).T, atol=1e-3)
+    said = dispatch.explain("matmul", x, w)
+    assert "reference (native_cpu cannot: the native kernels are switched off (JAXLLM_CPU=off))" in said
 
 
 def test_numbers_that_are_not_finite_are_passed_on():
@@ -110,19 +110,22 @@ def test_tiles_of_experts(name):
 
 
 def test_several_stacks_in_one_call():
-    stacks = [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), w) for w in (ggml("Q4_K"), ggml("Q6_K", 5))]
+    pair = jax.device_get([ggml("Q4_K"), ggml("Q6_K", 5)])
+    stacks = [jax.tree.map(lambda leaf: jax.device_put(np.stack([leaf, leaf[::-1]])), weight) for weight in pair]
     x, expert = floats(3, COLS), jnp.array([1, -1, 0], jnp.int32)
-    for got, stack in zip(dispatch.grouped_matmuls([x] * 2, stacks, expert), stacks, strict=True):
-        np.testing.assert_array_equal(got, native_cpu.grouped_matmul(x, stack, expert))
+    together = jax.jit(dispatch.grouped_matmuls)([x] * 2, stacks, expert)
+    alone = jax.jit(lambda x, stacks: [native_cpu.grouped_matmul(x, stack, expert) for stack in stacks])(x, stacks)
+    for got, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got, expected)
     g = [floats(3, stack.shape[1], seed=i) for i, stack in enumerate(stacks)]
 
     def loss(x):
         ys = dispatch.grouped_matmuls([x] * 2, stacks, expert)
         return sum(jnp.vdot(y[::2], each[::2]) for y, each in zip(ys, g, strict=True))
 
-    matrices = [np.asarray(stack.dequantize()) for stack in stacks]
+    matrices = [dequantized(stack) for stack in stacks]
     expected = [sum(each[row] @ w[e] for each, w in zip(g, matrices, strict=True)) for row, e in ((0, 1), (2, 0))]
-    np.testing.assert_allclose(jax.grad(loss)(x)[::2], expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x)[::2], expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("spec", [COLUMN, ROW])

@@ -18,7 +18,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic.primitives import pack_elementwise_p
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import (
+    ATTENTION,
     PLANES,
+    SHAPES,
     AttentionCases,
     BlockFP8Cases,
     KernelCases,
@@ -86,6 +88,11 @@ def simulated(module, *names):
 class TestMXFP4(Quickly, MXFP4Cases):
     module = simulated(mxfp4, "matmul", "grouped_matmul")
 
+    # Blocks and tiles are cut by what the other kernels share, which have tests of more shapes.
+    @pytest.mark.parametrize("shape", some([*SHAPES], ["all ragged", "many rows"]))
+    def test_matmul(self, shape):
+        super().test_matmul(shape)
+
     @pytest.mark.parametrize("shape", [(1, 128, 256), (3, 72, 96)])
     def test_float32(self, shape):
         m, n, k = shape
@@ -118,7 +125,7 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
         seen = rounded(x, 128)
         self.check_matmul_of(seen, self.run(self.module.matmul, x, weight), weight)
 
-    @pytest.mark.parametrize("block", [(1, None), (None, None), (64, None)])
+    @pytest.mark.parametrize("block", [(1, None), (None, None), *some([(64, None)], [])])
     def test_one_scale_for_rows(self, block):
         """Results are scaled, so that only x is rounded."""
         values = jnp.asarray(numbers(3, 136, 160, seed=1)).astype(jnp.float8_e4m3fn)
@@ -157,6 +164,11 @@ SUMMED = ["4 bits, offsets", "Q3_K", "Q4_K", "IQ4_XS"]
 @pytest.mark.usefixtures("no_races")
 class TestPlanes(Quickly, PlanesCases):
     module = simulated(planes, "matmul", "grouped_matmul")
+
+    # Few rows of the others are multiplied below, and compared more closely, or in tiles or of another shape.
+    @pytest.mark.parametrize("kind", some([*PLANES], ["3 bits", "Q2_K", "Q5_K", "Q1_0", "INT8 per row"]))
+    def test_few_rows(self, kind):
+        super().test_few_rows(kind)
 
     @pytest.mark.parametrize("kind", ["Q4_K", "8 bits, zeros of floats", "NF4"])
     def test_float32(self, kind):
@@ -230,11 +242,20 @@ class TestManySteps(Quickly, KernelCases):
         np.testing.assert_array_equal(got, dequantized(weight))
 
 
+# Everything that attention is told, each at least once.
+FEW = ["a token of many heads", "a prompt", "a token in a ring", "a prompt in a ring", "latents of every head"]
+FEW += ["int8", "latents in 8 bits"]
+
+
 @pytest.mark.usefixtures("no_races")
 class TestAttention(Quickly, AttentionCases):
     """In small blocks, so that there are several, some of which nobody sees."""
 
     module = simulated(flash, "attention")
+
+    @pytest.mark.parametrize("name", some([*ATTENTION], FEW))
+    def test_attention(self, name):
+        super().test_attention(name)
 
     @pytest.fixture(autouse=True)
     def small_blocks(self, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +44,18 @@ GOLDEN = Path(__file__).parent / "golden"
 # Of a layer. OLMo 2 has one more, for the norms over all heads, and Gemma 3n for the spread of a layer's width.
 SUMS = {"checkpoints/qwen2_moe": 2, "checkpoints/phi3": 2, "deepseek/v3": 2, "checkpoints/olmo2": 3}
 SUMS |= {"checkpoints/gemma3n": [3, 3, 3, 2, 2, 2]}
-PLANNED = [*in_turn(SUMS, "tp=2,ep=4", "tp=8"), *some([], [("checkpoints/qwen2_moe", "tp=8")])]
-PLANNED += [(name, "tp=1") for name in some([*SUMS], ["checkpoints/qwen2_moe"])]
+PLANNED = in_turn(SUMS, "tp=2,ep=4", "tp=8")
+PLANNED += [(name, "tp=1") for name in some([*SUMS], ["checkpoints/phi3"])]
+
+
+@cache
+def planned(name, devices, mesh):
+    return jaxllm.plan(str(GOLDEN / name), f"cpu:{devices}", mesh, context=64)
 
 
 @pytest.mark.parametrize(("name", "mesh"), PLANNED)
 def test_a_plan_is_what_loading_gives(load_once, name, mesh):
-    made = jaxllm.plan(str(GOLDEN / name), f"cpu:{1 if mesh == 'tp=1' else 8}", mesh, context=64)
+    made = planned(name, 1 if mesh == "tp=1" else 8, mesh)
     loaded = load_once(GOLDEN / name, mesh=mesh, weights="packed")
     held = {p.name: device_bytes(p.weight) for p in loaded.placed}
     assert sum(made.weights.values()) == sum(held.values())
@@ -65,10 +71,11 @@ def test_a_plan_is_what_loading_gives(load_once, name, mesh):
     assert found == (([[]] * len(made.kinds), []) if mesh == "tp=1" else expected)
 
 
-@pytest.mark.parametrize(("name", "cached"), [("checkpoints/qwen2_moe", "int8"), ("deepseek/v3", "fp8")])
+@pytest.mark.parametrize(("name", "cached"), [("deepseek/v3", "fp8"), *some([("checkpoints/qwen2_moe", "int8")], [])])
 def test_a_cache_in_8_bits_is_what_loading_gives(load_once, name, cached):
     made = jaxllm.plan(str(GOLDEN / name), "cpu:8", "tp=8", context=64, cache_dtype=cached)
     loaded = load_once(GOLDEN / name, mesh="tp=8", weights="packed", cache_dtype=cached)
+    assert sum(made.weights.values()) == sum(device_bytes(p.weight) for p in loaded.placed)
     assert made.cache == device_bytes(loaded.programs.empty_cache(1, 512))
 
 
@@ -114,7 +121,7 @@ for mesh in sys.argv[1:]:
 
 def test_deepseek_v3_on_256_devices():
     """Sizes by hand; 18432 / 32 = 576 is no multiple of 128. docs/planning.md has the table."""
-    meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=8,ep=32", "tp=32,ep=8"])
+    meshes = some(["tp=8,ep=32", "tp=16,ep=16", "tp=32,ep=8"], ["tp=32,ep=8"])
     command = [sys.executable, "-c", CODE, *meshes]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | QUICK)
     assert done.returncode == 0, done.stderr
@@ -140,7 +147,7 @@ def test_deepseek_v3_on_256_devices():
     [
         ("gpt-oss-20b", 20.9, 3.61, 0.01),
         ("deepseek-v2-lite-16b", 15.7, 2.4, 0.03),
-        ("deepseek-v2-236b", 235.7, 21, 0.03),
+        *some([("deepseek-v2-236b", 235.7, 21, 0.03)], []),
         ("deepseek-v3-671b", 671.0, 37, 0.03),
     ],
 )
@@ -178,9 +185,8 @@ def test_costs_of_a_dense_model_by_hand():
 )
 def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
     described, short, long = describe(model), 4096, 8192
-    (decode, prefill), (decode_long, prefill_long) = (
-        Sketch.of(described, topology("cpu:1"), "tp=1", 1, n).costs for n in (short, long)
-    )
+    sketch = Sketch.of(described, topology("cpu:1"), "tp=1", 1, short)
+    (decode, prefill), (decode_long, prefill_long) = sketch.costs, dataclasses.replace(sketch, context=long).costs
     assert decode_long.flops - decode.flops == of_a_position * (long - short)
     pairs = (long * (long + 1) - short * (short + 1)) / 2
     linear = prefill_long.flops - prefill.flops - of_a_pair * pairs  # the matrices, and windows
@@ -225,19 +231,21 @@ def test_a_gather_that_is_started():
 
 
 def test_a_search_ranks_every_mesh():
-    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:4", context=64, search=True)
-    assert sorted(r.mesh for r in made.ranking) == sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
+    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:2", context=64, search=True)
+    assert sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
+    assert sorted(r.mesh for r in made.ranking) == sorted(meshes(2)) == ["tp=1,ep=2", "tp=2,ep=1"]
     assert made.mesh == made.ranking[0].mesh and all(r.fits and r.compiled for r in made.ranking)
     assert all(ranked.mesh in str(made) for ranked in made.ranking)
 
 
-def test_a_chips_bounds():
+def test_a_chips_bounds(monkeypatch):
     """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding."""
+    monkeypatch.setattr("jaxllm.planning.planner.COMPILED", 2)
     chip = CHIPS["v5e"]
     devices = dataclasses.replace(topology("cpu:8"), chip=chip)
     made = best(describe(str(GOLDEN / "checkpoints/qwen2_moe")), devices, 1, 64)
     bounds = [ranked.bound for ranked in made.ranking if ranked.compiled]
-    assert len(bounds) == 3 < len(made.ranking) and bounds == sorted(bounds, reverse=True)
+    assert len(bounds) == 2 < len(made.ranking) and bounds == sorted(bounds, reverse=True)
     assert made.decode.bound(made.limits) == bounds[0] and made.decode.binds(made.limits) == "memory"
     sent = sum(c.sent for c in made.ends) + sum(kind.count * c.sent for kind in made.kinds for c in kind.collectives)
     assert made.decode.sent == sent
@@ -258,7 +266,7 @@ def test_layers_that_share_a_cache():
 
 def test_what_does_not_fit_says_what_would(monkeypatch):
     """With a byte too little, on a mesh that holds everything twice and on one that does not; and far too little."""
-    path = str(GOLDEN / "checkpoints/gemma2")
+    path = str(GOLDEN / "checkpoints/llama")
     needed = {mesh: jaxllm.plan(path, "cpu:2", mesh, context=64).total for mesh in ("ep=2", "tp=2")}
     cases = [
         ("ep=2", needed["ep=2"] - 1, "the mesh tp=2,ep=1 would"),
@@ -295,7 +303,7 @@ def test_as_text_json_and_picture(capsys):
     options = ["--model", path, "--topology", "cpu:8", "--mesh", "tp=2,ep=4", "--context", "64"]
     assert main(["plan", *options, "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
-    made = jaxllm.plan(path, "cpu:8", "tp=2,ep=4", context=64)
+    made = planned("checkpoints/qwen2_moe", 8, "tp=2,ep=4")
     assert got == json.loads(json.dumps(made.json())) and got["fits"] is True
     assert main(["plan", *options]) == 0
     assert capsys.readouterr().out == f"{made}\n"
@@ -304,7 +312,7 @@ def test_as_text_json_and_picture(capsys):
 
 def test_a_plan_on_another_chip():
     """The bounds by hand: the slowest of the three limits, from the numbers of NVIDIA's data sheet of the H100 SXM."""
-    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:8", "tp=2,ep=4", context=64)
+    made = planned("checkpoints/qwen2_moe", 8, "tp=2,ep=4")
     there = made.on("h100")
     assert there.topology == "h100:8" and there.fits and there.verdict.startswith("fits, 74.5")  # of 80e9 bytes
     step = made.decode
