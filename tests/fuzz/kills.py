@@ -108,10 +108,10 @@ def commands(root: Path) -> list[Command]:
     tiny_gguf.write(model, tiny_gguf.Tiny(256, 256, 3, 4, 2, 64, vocab=300, type=T.F16))
     chat, data = tiny_chat.write_chat(root / "chat.gguf"), root / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"the {i} things"}) + "\n" for i in range(20)))
-    learn = ("--steps", "20", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
+    learn = ("--steps", "10", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
     listed = (
         Command("convert", ("convert", str(source), "--to", "bfloat16", "--checksums"), Path("out")),
-        Command("quantize", ("convert", str(model), "--to", "q4_k", "--checksums"), Path("out.gguf")),
+        Command("quantize", ("convert", str(model), "--to", "q8_0", "--checksums"), Path("out.gguf")),
         Command("finetune", ("finetune", "--model", str(chat), "--data", str(data), *learn, "--out"), Path("adapter")),
     )
     made = []
