@@ -7,6 +7,7 @@ import jax
 import jupytext
 import matplotlib
 import pytest
+from compiled import QUICK
 from covering import some
 from nbclient import NotebookClient
 
@@ -33,7 +34,8 @@ def test_both_halves_hold_the_same_cells(path):
 @pytest.mark.filterwarnings("default")  # what the kernel's own machinery warns about is not ours
 @pytest.mark.parametrize("path", some(NOTEBOOKS, [FOLDER / "layers.py"]), ids=lambda path: path.stem)
 def test_a_notebook_runs_in_jupyter(path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     notebook = jupytext.read(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
@@ -42,7 +44,8 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 
 
 # So that less is computed. Drawing more than the first token would take another program, and a second for each.
-SHORTER = {"max_new_tokens=24": "max_new_tokens=1", '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
+SHORTER = {"max_new_tokens=24": "max_new_tokens=1", "max_new_tokens=12": "max_new_tokens=1"}
+SHORTER |= {'"tp=2", "tp=8"': '"tp=8"', '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
 SHORTER |= {
     "for layer in (1, 2, 3)": "for layer in (1,)",
     "layers.20.": "layers.1.",
