@@ -38,7 +38,8 @@ def check(model, base, expected):
 
 
 EXPERTS = ["each_expert", "experts", "latents", "transposed"]
-MESHED = in_turn(some(NAMES, [name for name in NAMES if name not in EXPERTS]), "tp=1", "tp=2", "tp=8")
+ATTACHED = ["patterns", "second"]  # and taken off again, in a test of its own
+MESHED = in_turn(some(NAMES, [name for name in NAMES if name not in (*EXPERTS, *ATTACHED)]), "tp=1", "tp=2", "tp=8")
 MESHED += in_turn(EXPERTS, "ep=4", "tp=2,ep=2")
 
 
@@ -80,7 +81,7 @@ def test_a_gguf_adapter_adds_what_it_adds_in_llama_cpp(load_once, llama_gguf, na
 def test_stacks_of_experts_add_what_they_add_in_llama_cpp(load_once, tmp_path):
     convert(base := GOLDEN / "checkpoints" / "qwen2_moe", tmp_path / "base.gguf")
     adapter = ADAPTERS / "gguf" / "experts.gguf"
-    for path in (base, tmp_path / "base.gguf"):
+    for path in some((base, tmp_path / "base.gguf"), [tmp_path / "base.gguf"]):
         model = load_once(path, mesh="tp=2,ep=4", dtype="float32", adapters=(adapter,))
         check(model, base, np.load(adapter.with_suffix(".npy")))
 
@@ -182,10 +183,10 @@ def test_answers_are_of_the_adapters_that_are_attached(load_once):
             del model.adapters[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "container"),
-    [("biases", "huggingface"), ("experts", "gguf"), ("latents", "huggingface"), ("transposed", "gguf")],
-)
+MERGED = [("biases", "huggingface"), ("latents", "huggingface"), ("transposed", "gguf")]
+
+
+@pytest.mark.parametrize(("name", "container"), some([*MERGED, ("experts", "gguf")], MERGED))
 def test_a_checkpoint_that_was_merged_with_an_adapter(load_once, tmp_path, name, container):
     merged = tmp_path / ("out.gguf" if container == "gguf" else "out")
     options = {"to": "float32", "container": container, "progress": False}

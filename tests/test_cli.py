@@ -192,8 +192,8 @@ def test_debug_shows_the_traceback(run):
 
 @pytest.mark.optimized
 def test_what_a_newcomer_sees(run):
-    """`make run` shows an answer that is drawn, ends by itself and does not go in circles, and how fast it went. Without
-    --full, its beginning."""
+    """`make run` shows an answer that is drawn, ends by itself and does not go in circles, and how fast it went. Its
+    beginning is enough without --full."""
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     options, prompt = (re.search(rf"^{name} .?= (.*)$", makefile, re.M)[1] for name in ("SAMPLING", "PROMPT"))
     _, out, err = run("--prompt", prompt, *options.split(), *some([], ["--max-new-tokens", "20"]))

@@ -90,7 +90,7 @@ def test_rows_of_other_architectures(load_once, name):
 def test_answers_of_the_demo_are_those_given_alone(load_once, short_demo, whole):
     """With activations rounded to int8, where the slightest difference would grow: greedy, drawn, and guessed ahead."""
     model = load_once("demo" if whole else short_demo)
-    prompts = ["1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3,", "Once upon a time", "A B C A B C A B"]
+    prompts = ["1, 2, 1, 2, 1,", "Once upon a time", "A B C A B C A B"]
     options = [{"temperature": 0.9 if i % 2 else 0.0, "seed": i} for i in range(len(prompts))]
     alone = one_by_one(jaxllm.Engine(model, 2, 256), prompts, options, 12)
     for drafter in (None, jaxllm.PromptLookup()):

@@ -44,7 +44,11 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 
 
 # So that less is computed. Drawing more than the first token would take another program, and a second for each.
-SHORTER = {"max_new_tokens=24": "max_new_tokens=1", "max_new_tokens=12": "max_new_tokens=1"}
+SHORTER = {
+    "max_new_tokens=24": "max_new_tokens=1",
+    "max_new_tokens=12": "max_new_tokens=1",
+    "max_new_tokens=32": "max_new_tokens=1",
+}
 SHORTER |= {'"tp=2", "tp=8"': '"tp=8"', '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
 SHORTER |= {
     "for layer in (1, 2, 3)": "for layer in (1,)",
