@@ -69,12 +69,9 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 
 # So that less is computed. Drawing more than the first token would take another program, and a second for each.
 SHORTER = {
-    "max_new_tokens=24": "max_new_tokens=1",
-    "max_new_tokens=12": "max_new_tokens=1",
-    "max_new_tokens=32": "max_new_tokens=1",
-}
-SHORTER |= {'"tp=2", "tp=8"': '"tp=8"', '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
-SHORTER |= {
+    **{f"max_new_tokens={count}": "max_new_tokens=1" for count in (12, 24, 32)},
+    '"tp=2", "tp=8"': '"tp=8"',
+    '"num_hidden_layers": 4': '"num_hidden_layers": 2',
     "layers.20.": "layers.1.",
     'will turn. " * 24': 'will turn. " * 12',
 }
