@@ -34,15 +34,24 @@ def _run(code, args, environment, spent, out, err):
 
 
 class Forked:
-    """A process of `python -c code *args` without input; it compiles quickly, unless `environment` says otherwise."""
+    """A process of `python -c code *args` without input; it compiles quickly, unless `environment` says otherwise.
 
-    def __init__(self, code, *args, environment=None):
+    Its stderr is a file, as its stdout is, or a terminal of the name `terminal`.
+    """
+
+    def __init__(self, code, *args, environment=None, terminal=None):
         self._folder = tempfile.TemporaryDirectory()
         self.args = [*map(str, args)]
         self._files = [Path(self._folder.name) / name for name in ("spent", "stdout", "stderr")]
+        self.stderr = self._files[-1]
+        self.stderr.touch()
         given = {**os.environ, **QUICK, **(environment or {})}
-        self._process = CONTEXT.Process(target=_run, args=(code, self.args, given, *map(str, self._files)))
+        paths = *map(str, self._files[:-1]), terminal or str(self.stderr)
+        self._process = CONTEXT.Process(target=_run, args=(code, self.args, given, *paths))
         self._process.start()
+
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
 
     def finished(self, timeout=280):
         """Its exit code, stdout and stderr, as `subprocess.run` has them."""

@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TINY = Tiny(layers=1)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (12, 3, 40, 1, 25, 7)]
+SHORT = [PROMPTS[i] for i in (0, 1, 5)]  # which take one size of program; so do engines that all have 4 slots
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def one_by_one(engine, prompts, options, count):
 # Each answer is what it is alone.
 
 
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=2,dp=2"])
+@pytest.mark.parametrize("mesh", some(["tp=1", "tp=2", "tp=2,dp=2"], ["tp=1", "tp=2,dp=2"]))
 def test_answers_are_those_given_alone(load_once, file, mesh):
     """More requests than slots, which come while others are answered; against the model written out in numpy."""
     model = load_once(file[0], mesh=mesh, dtype="float32", weights="packed")
@@ -70,16 +71,18 @@ def test_answers_are_those_given_alone(load_once, file, mesh):
     assert engine.stats.generated_tokens == sum(lengths)
 
 
-@pytest.mark.parametrize("name", ["checkpoints/mistral", "gpt_oss/mxfp4", "deepseek/v3"])
+@pytest.mark.parametrize("name", some(["checkpoints/mistral", *(few := ["gpt_oss/mxfp4", "deepseek/v3"])], few))
 def test_rows_of_other_architectures(load_once, name):
-    """Rings, sinks and latents, with some of the rows in use."""
-    model, text = load_once(GOLDEN / name, mesh="tp=1", dtype="float32", weights="packed"), list(range(1, 23))
-    prompts = [text, text[3:], text[::-1]]
-    alone = [one_by_one(jaxllm.Engine(model, 2, 64), [prompt], [{}], 10) for prompt in prompts]
-    engine = jaxllm.Engine(model, 2, 64)
-    answers = [engine.add(prompt, 10, eos_ids=()) for prompt in prompts]
+    """Rings, sinks and latents: steps of two of four sequences, of different lengths, give what transformers gives."""
+    model = load_once(GOLDEN / name, mesh="tp=1", dtype="float32", weights="packed")
+    golden = np.load(GOLDEN / name / "golden.npz")
+    (text, other), greedy = golden["tokens"].tolist(), golden["greedy"].tolist()
+    engine = jaxllm.Engine(model, 4, 64)
+    asked = [(other, 1), (text, 8), (other, 1), (text + greedy[:4], 8)]
+    answers = [engine.add(prompt, count, eos_ids=()) for prompt, count in asked]
     run(engine)
-    assert [[answer.completion.tokens] for answer in answers] == alone
+    likeliest = [int(golden["logits"][1, -1].argmax())]
+    assert [answer.completion.tokens for answer in answers] == [likeliest, greedy[:8], likeliest, greedy[4:]]
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
@@ -87,7 +90,7 @@ def test_rows_of_other_architectures(load_once, name):
 def test_answers_of_the_demo_are_those_given_alone(load_once, short_demo, whole):
     """With activations rounded to int8, where the slightest difference would grow: greedy, drawn, and guessed ahead."""
     model = load_once("demo" if whole else short_demo)
-    prompts = ["1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3,", "Once upon a time", "A B C A B C A B"]
+    prompts = ["1, 2, 1, 2, 1,", "Once upon a time", "A B C A B C A B"]
     options = [{"temperature": 0.9 if i % 2 else 0.0, "seed": i} for i in range(len(prompts))]
     alone = one_by_one(jaxllm.Engine(model, 2, 256), prompts, options, 12)
     for drafter in (None, jaxllm.PromptLookup()):
@@ -113,15 +116,14 @@ def test_draws_depend_on_seed_and_stream_alone(model):
 
 def test_a_program_for_each_number_of_rows_and_no_more(model):
     engine = jaxllm.Engine(model, 4, 64)
-    model.programs.compiled.clear()
     for temperature in (0.0, 0.7, 1.3):
         for count in (1, 2, 3, 4):
             for prompt in PROMPTS[:count]:
                 engine.add(prompt[:8], 5, temperature=temperature, top_p=0.9 if count > 2 else None)
             run(engine)
-    steps = {key[1][0] for key in model.programs.compiled if key[0] == "advance" and key[1][1] == 1}
-    assert steps == {1, 2, 4}
-    assert len([key for key in model.programs.compiled if key[0] == "advance" and key[1][1] == 1]) == 3
+    programs = [key for key in model.programs.compiled if key[0] == "advance"]
+    steps = [shape for _, shape, _, slots, *_ in programs if slots == 4 and shape[1] == 1]
+    assert sorted(steps) == [(1, 1), (2, 1), (4, 1)]  # also of the tests before
 
 
 def test_what_is_new_near_the_end_of_a_slot_takes_programs_of_few_sizes(tmp_path):
@@ -142,7 +144,7 @@ def test_what_is_new_near_the_end_of_a_slot_takes_programs_of_few_sizes(tmp_path
 
 def test_an_answer_is_not_written_over_its_end(model, file):
     """The cache is as long as prompt and answers, and neighbours are longer."""
-    engine = jaxllm.Engine(model, 2, 64)
+    engine = jaxllm.Engine(model, 4, 64)
     assert engine.capacity == 512
     short, long = engine.add(PROMPTS[1], 5, eos_ids=()), engine.add(RNG.integers(0, 50, 100).tolist(), 29, eos_ids=())
     run(engine)
@@ -162,7 +164,7 @@ def test_a_beginning_is_computed_once(model, file, monkeypatch):
     watch(monkeypatch, model, lambda batch: is_step(batch) or counts.append(int(batch.counts.sum())))
     system = RNG.integers(0, 50, 30).tolist()
     prompts = [[*system, *PROMPTS[1]], [*system, *PROMPTS[0]], [*system, 5]]
-    engine = jaxllm.Engine(model, 3, 64)
+    engine = jaxllm.Engine(model, 4, 64)
     answers = [engine.add(prompt, 6, eos_ids=()) for prompt in prompts]  # at the same time: two wait for the first
     run(engine)
     again = engine.add(prompts[1], 6, eos_ids=())
@@ -215,7 +217,7 @@ def test_a_cancelled_answer_frees_its_slot(model, file):
 
 def test_prompts_do_not_silence_answers(model):
     """While a long prompt is processed in pieces, an answer gets a token after each of them."""
-    engine = jaxllm.Engine(model, 2, 128)
+    engine = jaxllm.Engine(model, 4, 128)
     events = []
     answer = engine.add(PROMPTS[0], 100, eos_ids=())
     engine.step()
@@ -303,7 +305,7 @@ class Stuck:
 @pytest.mark.parametrize("good", [0, 3])
 def test_a_grammar_that_is_stuck_ends_its_own_answer_alone(model, file, monkeypatch, good):
     monkeypatch.setattr(jaxllm.Engine, "_guide", lambda self, constraint: Stuck(good))
-    engine = jaxllm.Engine(model, 2, 64)
+    engine = jaxllm.Engine(model, 4, 64)
     stuck, other = engine.add(PROMPTS[0], 10, constraint="any"), engine.add(PROMPTS[1], 6, eos_ids=())
     told = []
     while engine.busy:
@@ -340,11 +342,10 @@ class Oracle:
 @pytest.mark.parametrize("wrong", [0, 2, 99])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "top_k": 20, "frequency_penalty": 0.2}])
 def test_guesses_change_no_answer(model, options, wrong):
-    prompts = PROMPTS[:3]
-    expected = [model.generate(p, 15, eos_ids=(), seed=4, **options).tokens for p in prompts]
-    oracle = Oracle([[*p, *tokens] for p, tokens in zip(prompts, expected, strict=True)], wrong)
+    expected = [model.generate(p, 15, eos_ids=(), seed=4, **options).tokens for p in SHORT]
+    oracle = Oracle([[*p, *tokens] for p, tokens in zip(SHORT, expected, strict=True)], wrong)
     engine = jaxllm.Engine(model, 4, 64, drafter=oracle)
-    answers = [engine.add(p, 15, seed=4, eos_ids=(), **options) for p in prompts]
+    answers = [engine.add(p, 15, seed=4, eos_ids=(), **options) for p in SHORT]
     run(engine)
     assert [answer.completion.tokens for answer in answers] == expected
     stats = engine.stats
@@ -366,16 +367,16 @@ def test_rings_survive_wrong_guesses(load_once):
     assert answer.completion.tokens == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}])
+@pytest.mark.parametrize("options", some([{}, {"temperature": 0.8}], [{"temperature": 0.8}]))
 def test_a_model_guesses(load_once, model, tmp_path_factory, options):
     """Itself, which is always right; and another, which shares only the vocabulary."""
-    expected = [model.generate(p, 15, eos_ids=(), seed=4, **options).tokens for p in PROMPTS[:3]]
+    expected = [model.generate(p, 15, eos_ids=(), seed=4, **options).tokens for p in SHORT]
     path = tmp_path_factory.mktemp("other") / "other.gguf"
     write(path, Tiny(layers=1, seed=5))
     other = load_once(path, mesh="tp=1", dtype="float32", weights="packed")
     for helper in (model, other):
-        engine = jaxllm.Engine(model, 2, 64, drafter=jaxllm.DraftModel(helper, 3))
-        answers = [engine.add(p, 15, seed=4, eos_ids=(), **options) for p in PROMPTS[:3]]
+        engine = jaxllm.Engine(model, 4, 64, drafter=jaxllm.DraftModel(helper, 4))
+        answers = [engine.add(p, 15, seed=4, eos_ids=(), **options) for p in SHORT]
         run(engine)
         assert [answer.completion.tokens for answer in answers] == expected
         stats = engine.stats

@@ -29,13 +29,34 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """Lets this process keep programs, as a command line does, in an empty folder; returns the entries."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def keep_in(folder, monkeypatch):
+    """Let this process keep programs, as a command line does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(sources, "_begun", None)  # which it is again afterwards
     sources.remember()
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Programs are kept in an empty folder; returns the entries."""
+    keep_in(tmp_path, monkeypatch)
     return lambda: sorted((tmp_path / "jaxllm" / "executables").glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    """A first answer, and the folder with what was kept of it."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        keep_in(folder, patch)
+        return answer(model), folder
+
+
+@pytest.fixture
+def first(kept, made, tmp_path):
+    """The first answer, whose programs have been kept."""
+    shutil.copytree(made[1], tmp_path, dirs_exist_ok=True)
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +91,16 @@ def answer(path, **options):
     return model.generate([[1, 2, 3], [4, 5]], 4, logprobs=1)
 
 
+def added(*made_of, size=3):
+    """What a small program gives, which is kept or found."""
+    x = jnp.ones(size)
+
+    def compile():
+        return jax.jit(lambda x: x + 1).lower(x).compile()
+
+    return Executables(make_mesh("tp=1"), made_of, ()).get("add", (x,), compile)(x).tolist()
+
+
 @pytest.mark.parametrize("options", [{}, {"mesh": "tp=2,dp=2", "dtype": "float32"}], ids=["one", "four"])
 def test_nothing_is_traced_the_second_time(model, kept, traced, options):
     first = answer(model, **options)
@@ -83,8 +114,7 @@ def test_nothing_is_traced_the_second_time(model, kept, traced, options):
     assert {file: file.stat().st_ino for file in kept()} == entries
 
 
-def test_what_was_used_last_is_read_while_weights_are(model, kept, monkeypatch):
-    answer(model)
+def test_what_was_used_last_is_read_while_weights_are(model, kept, first, monkeypatch):
     begun, fill = [], filling.fill
 
     def fill_and_look(*args):
@@ -98,9 +128,9 @@ def test_what_was_used_last_is_read_while_weights_are(model, kept, monkeypatch):
     assert other.programs._executables._ahead == executables._ahead == {}
 
 
-def test_processes_that_run_more_than_this_package_keep_nothing(model, kept, monkeypatch):
+def test_processes_that_run_more_than_this_package_keep_nothing(kept, monkeypatch):
     monkeypatch.setattr(sources, "_begun", None)
-    answer(model)
+    assert added(1) == [2, 2, 2]
     assert kept() == []
 
 
@@ -118,8 +148,7 @@ def test_programs_of_jax_s_cache_are_compiled_again(model, kept, monkeypatch):
     assert [a.tokens for a in again] == [a.tokens for a in first]
 
 
-def test_damaged_entries_are_mended(model, kept, traced):
-    first = answer(model)
+def test_damaged_entries_are_mended(model, kept, first, traced):
     traced()
     entries = {file: file.read_bytes() for file in kept()}
     cut, scribbled, other, *_ = entries
@@ -135,13 +164,13 @@ def test_damaged_entries_are_mended(model, kept, traced):
     assert traced() == set()
 
 
-def test_another_constant_is_another_program(model, kept, traced, tmp_path):
+def test_another_constant_is_another_program(model, kept, first, traced, tmp_path):
     """Shapes are the same; what differs is a number in the programs."""
     key, content = b"attention.layer_norm_rms_epsilon", model.read_bytes()
     where = content.index(key) + len(key) + 4
     other = tmp_path / "other.gguf"
     other.write_bytes(content[:where] + jnp.float32(0.5).tobytes() + content[where + 4 :])
-    first, entries = answer(model), kept()
+    entries = kept()
     traced()
     assert [a.logprobs for a in answer(other)] != [a.logprobs for a in first]
     assert traced() >= {"advance"}
@@ -171,27 +200,19 @@ def test_other_settings_are_other_programs(model, kept, monkeypatch):
     assert len({usual, *others}) == 1 + len(others)
 
 
-def test_nothing_is_written_once_a_source_has_changed(model, kept, monkeypatch):
+def test_nothing_is_written_once_a_source_has_changed(kept, monkeypatch):
     files = sources.remembered()
     monkeypatch.setattr(sources, "_files", lambda: [*files[:-1], (*files[-1][:3], files[-1][3] + 1)])
-    answer(model)
+    assert added(1) == [2, 2, 2]
     assert kept() == []
 
 
 def test_what_has_no_name_is_not_kept(kept):
-    mesh = make_mesh("tp=1")
-
-    def program(*made_of, size=3):
-        def compile():
-            return jax.jit(lambda x: x + 1).lower(jnp.ones(size)).compile()
-
-        return Executables(mesh, made_of, ()).get("add", (jnp.ones(size),), compile)
-
-    assert program(lambda: 1)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert added(lambda: 1) == [2, 2, 2]
     assert kept() == []
-    assert program(1)(jnp.ones(3)).tolist() == program(1)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert added(1) == added(1) == [2, 2, 2]
     assert len(kept()) == 1
-    assert program(1, size=2)(jnp.ones(2)).tolist() == [2, 2]  # arguments of other shapes
+    assert added(1, size=2) == [2, 2]  # arguments of other shapes
     assert len(kept()) == 2
 
 

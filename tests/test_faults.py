@@ -20,7 +20,7 @@ import numpy as np
 import openai
 import pytest
 import tiny_gguf
-from compiled import QUICK
+from compiled import QUICK, dequantized
 from covering import FULL, some
 from forked import Forked
 from gguf import GGMLQuantizationType as T
@@ -55,12 +55,6 @@ def gguf(tmp_path_factory):
 
 def copied(path, folder):
     return Path(shutil.copytree(path, folder / "copy") if path.is_dir() else shutil.copy(path, folder / path.name))
-
-
-def started(*args, **options):
-    """A Python process that has ended, and has compiled quickly."""
-    options = {"capture_output": True, "text": True, "timeout": 200, "env": os.environ | QUICK} | options
-    return subprocess.run([sys.executable, *map(str, args)], **options)
 
 
 def flipped(path, offset):
@@ -167,7 +161,7 @@ def test_what_is_counted_decodes_to_no_number(type):
     blocks = blocks.reshape(-1, size)
     if type == "Q8_K":
         blocks[:, 2] |= 0x80
-    values = np.asarray(BLOCK_TYPES[type].decode(blocks))
+    values = dequantized(GGML(blocks[:, None], type))
     bad = ~np.isfinite(values).all(-1)
     for some_blocks, count in ((blocks[bad], bad.sum()), (blocks[~bad], 0)):
         assert GGML(some_blocks, type).not_finite("blocks", some_blocks) == count
@@ -247,7 +241,7 @@ sys.exit(main(["generate", "--model", sys.argv[1], "--prompt-ids", "1", "--max-n
 def test_a_file_that_is_cut_after_it_was_opened_is_an_error(gguf, tmp_path):
     """Of a mapped file, the process would die of SIGBUS."""
     path = copied(gguf, tmp_path)
-    done = started("-c", CUT, path)
+    done = Forked(CUT, path).finished()
     said = f"error: {path}: was changed or cut short while it was read\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
@@ -360,9 +354,13 @@ placing.read_runs = slow
 """
 
 
-def begun(code, *args, **options):
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(command, text=True, env=os.environ | QUICK, **options)
+def await_(condition):
+    """Its value, as soon as it is true."""
+    for _ in range(6000):
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError("it does not come true")
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +370,9 @@ def chat(tmp_path_factory):
 
 def test_an_answer_is_interrupted_with_a_line_break(chat):
     args = ("generate", "--model", chat, "--raw", "--prompt", "th", "--max-new-tokens", 60_000)
-    with begun(COMMAND, *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", COMMAND, *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=os.environ | QUICK, **pipes) as process:
         first = process.stdout.read(8)
         process.send_signal(signal.SIGINT)
         rest, said = process.communicate(timeout=60)
@@ -383,33 +383,31 @@ def test_an_answer_is_interrupted_with_a_line_break(chat):
 def test_a_server_is_interrupted_while_it_answers(chat, grace, signals):
     """It waits for as long as it was told; who presses Ctrl-C twice does not want to wait."""
     args = ("serve", "--model", chat, "--port", 0, "--slots", 1, "--capacity", 1 << 16, "--grace", grace)
-    with begun(COMMAND, *args, stderr=subprocess.PIPE) as process:
-        url = process.stderr.readline().split()[-1]
-        fields = {"model": "chat.gguf", "prompt": "th", "max_tokens": 60_000, "logit_bias": {EOS: -100}}
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            stream = client.completions.create(**fields, stream=True)
-            next(stream)
+    process = Forked(COMMAND, *args)
+    url = await_(lambda: re.fullmatch(r"serving .* at (.*)\n", process.stderr.read_text()))[1]
+    fields = {"model": "chat.gguf", "prompt": "th", "max_tokens": 60_000, "logit_bias": {EOS: -100}}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(**fields, stream=True)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        next(stream)
+        if signals == 2:
             process.send_signal(signal.SIGINT)
-            next(stream)
-            if signals == 2:
-                process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIConnectionError):
-                list(stream)
-        said = process.communicate(timeout=60)[1]
-    assert (process.returncode, "Traceback" in said) == (0, False), said
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+    done = process.finished(timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 def test_a_training_that_is_asked_to_end_keeps_its_checkpoint(chat, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "the thing"}\n' * 4)
     out = tmp_path / "out"
     args = ("--data", tmp_path / "data.jsonl", "--out", out, "--steps", 10_000, "--save-every", 1, "--rank", 1)
-    with begun(COMMAND, "finetune", "--model", chat, *args, stderr=subprocess.PIPE) as process:
-        content = tmp_path / ".out.partial" / "content"
-        while process.poll() is None and not list(content.glob("checkpoint-*")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-    assert (process.returncode, said) == (128 + signal.SIGTERM, "")
+    process, content = Forked(COMMAND, "finetune", "--model", chat, *args), tmp_path / ".out.partial" / "content"
+    await_(lambda: any(content.glob("checkpoint-*")))
+    process.send_signal(signal.SIGTERM)
+    done = process.finished(timeout=60)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
     assert not out.exists()
     kept = max(content.glob("checkpoint-*"))  # the one before it may be about to be removed
     assert {"adapter_model.safetensors", "state.safetensors", "training.json"} < {path.name for path in kept.iterdir()}
@@ -421,20 +419,18 @@ def test_a_slow_disk(gguf, pace):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     args = (pace, "generate", "--model", gguf, "--prompt-ids", "1,2,3", "--max-new-tokens", 2)
-    with begun(HEEDED + SLOW + COMMAND, *args, stdout=subprocess.PIPE, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        while b"loading:" not in shown:
-            shown += os.read(ours, 1000)
-        if pace > 0.1:
-            time.sleep(0.5)
-            sent = time.monotonic()
-            process.send_signal(signal.SIGINT)
-        out = process.stdout.read()
-        code = process.wait(60)
-        assert (code, out.count(",")) == ((130, 0) if pace > 0.1 else (0, 1))
-        if pace > 0.1:
-            assert time.monotonic() - sent < 10
+    process, shown = Forked(HEEDED + SLOW + COMMAND, *args, terminal=os.ttyname(theirs)), b""
+    while b"loading:" not in shown:
+        shown += os.read(ours, 1000)
+    if pace > 0.1:
+        time.sleep(0.5)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+    done = process.finished(timeout=60)
+    assert (done.returncode, done.stdout.count(",")) == ((130, 0) if pace > 0.1 else (0, 1))
+    if pace > 0.1:
+        assert time.monotonic() - sent < 10
+    os.close(theirs)
     with suppress(OSError):
         while more := os.read(ours, 10_000):
             shown += more
@@ -443,10 +439,13 @@ def test_a_slow_disk(gguf, pace):
 
 
 def test_what_is_killed_goes_on_to_the_same_bytes():
-    """A conversion, a quantization and a training, at a new moment each; the output says the seed."""
-    done = Forked("from fuzz.kills import main\nmain()", "--moments", 50 if FULL else 1).finished(timeout=None)
+    """A conversion, a quantization and a training, at a new moment each; the output says the seed. Without --full, no
+    quantization, which goes on as conversions do."""
+    commands = some(["convert", "quantize", "finetune"], ["convert", "finetune"])
+    args = ("--moments", 50 if FULL else 1, "--only", *commands)
+    done = Forked("from fuzz.kills import main\nmain()", *args).finished(timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^\| (\w+) \| \d+ ", done.stdout, re.MULTILINE) == ["convert", "quantize", "finetune"]
+    assert re.findall(r"^\| (\w+) \| \d+ ", done.stdout, re.MULTILINE) == commands
 
 
 # ---- many conversations ---------------------------------------------------------------------------------------------
@@ -465,7 +464,10 @@ def test_many_conversations_take_no_more_than_few():
 # A file that grows beyond a limit is refused as on a full disk, but with another number.
 FULL_DISK = """
 import contextlib, io, json, resource, signal, sys
+import jax
 from jaxllm.cli import main
+jax.config.update("jax_enable_compilation_cache", False)  # compiled programs would be too large as well
+jax.config.update("jax_compilation_cache_dir", "unused")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 done = []
 for command in json.loads(sys.argv[1]):
@@ -491,9 +493,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_pat
         "adapter": ("finetune", "--model", chat, "--data", tmp_path / "data", "--out", tmp_path / "adapter", *LEARN),
     }
     given = json.dumps([[*map(str, command)] for command in commands.values()])
-    # Compiled programs are kept nowhere here: they would be too large as well.
-    nowhere = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    done = started("-c", FULL_DISK, given, env=os.environ | QUICK | nowhere)
+    done = Forked(FULL_DISK, given).finished()
     assert done.returncode == 0, done.stderr
     for name, (code, said) in zip(commands, json.loads(done.stdout), strict=True):
         assert (code, said.count("\n")) == (2, 1), said
@@ -507,8 +507,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_pat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_to_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "jaxllm", "--help"]
     with Path("/dev/full").open("w") as full:
-        done = started("-m", "jaxllm", "--help", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(command, text=True, stdout=full, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (2, "error: not written: [Errno 28] No space left on device\n")
-        done = started("-m", "jaxllm", "--help", capture_output=False, stdout=full, stderr=full)
+        done = subprocess.run(command, stdout=full, stderr=full)
         assert done.returncode == 2

@@ -48,22 +48,22 @@ def training(model, name, settings, length=32):
 
 MESHES = [
     ("llama", "tp=8", {"batch": 1, "accumulate": 2}),  # two texts in each row
-    ("qwen3_moe", "tp=2,ep=2", {}),
-    ("deepseek", "tp=2", {"remat": True}),
+    ("deepseek", "tp=2,ep=4", {"remat": True}),  # also trains experts, as the others below do
     ("gpt_oss", "tp=1", {}),
+    ("qwen3_moe", "tp=2,ep=2", {}),
     ("llama", "dp=2", {}),
     ("llama", "tp=1", {"remat": True}),
     ("llama", "tp=2", {}),
     ("qwen3_moe", "tp=1", {"remat": True}),
     ("qwen3_moe", "tp=8", {}),
     ("deepseek", "tp=1", {}),
-    ("deepseek", "tp=2,ep=4", {}),
+    ("deepseek", "tp=2", {}),
     ("gpt_oss", "ep=2", {"batch": 1, "accumulate": 2}),
     ("gpt_oss", "tp=8", {}),
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "settings"), some(MESHES, MESHES[:4]))
+@pytest.mark.parametrize(("name", "mesh", "settings"), some(MESHES, MESHES[:3]))
 def test_losses_are_those_of_torch(name, mesh, settings):
     model = jaxllm.load(base_of(name), mesh=mesh, dtype="float32", progress=False)
     run, factors, golden = training(model, name, settings)

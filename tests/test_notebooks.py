@@ -1,12 +1,14 @@
 """Every notebook runs from top to bottom, and its two halves say the same."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import jax
 import jupytext
 import matplotlib
 import pytest
+from compiled import QUICK
 from covering import some
 from nbclient import NotebookClient
 
@@ -16,8 +18,8 @@ SAYS = {"quickstart": "largest difference between 1 and 8 devices: ", "layers": 
 SAYS |= {"quantizing": " MB: ", "formats": "by hand: [ 0.12817383 ", "shard": "both ends: all-reduce of 1024 bytes"}
 SAYS |= {"deepseek": "80 numbers a token and layer", "gpt_oss": "layer 0: keys of 80 positions"}
 SAYS |= {"planning": "(memory binds)", "finetuning": "adapter_model.safetensors: "}
-# The functions of the others have tests of their own.
-CHEAP = [path for path in NOTEBOOKS if path.stem not in ("planning", "finetuning")]
+# The functions of the others have tests of their own, and they call what there is; they run with --full.
+CHEAP = [FOLDER / f"{name}.py" for name in ("quickstart", "quantizing", "formats", "shard")]
 
 
 def test_there_are_notebooks():
@@ -30,10 +32,34 @@ def test_both_halves_hold_the_same_cells(path):
     assert cells[0] == cells[1]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_calls_exists(path):
+    """What it imports, with the attributes and the keywords that it uses."""
+    cells = [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "code"]
+    nodes, names = list(ast.walk(ast.parse("\n".join(cells)))), {}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "cell", "exec"), names)
+
+    def found(node):
+        """What an expression of imported names and attributes stands for; None for others."""
+        if isinstance(node, ast.Attribute):
+            owner = found(node.value)
+            return None if owner is None else getattr(owner, node.attr)
+        return names.get(node.id) if isinstance(node, ast.Name) else None
+
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            found(node)
+        if isinstance(node, ast.Call) and getattr(called := found(node.func), "__module__", "").startswith("jaxllm"):
+            inspect.signature(called).bind_partial(**{given.arg: None for given in node.keywords if given.arg})
+
+
 @pytest.mark.filterwarnings("default")  # what the kernel's own machinery warns about is not ours
 @pytest.mark.parametrize("path", some(NOTEBOOKS, [FOLDER / "layers.py"]), ids=lambda path: path.stem)
 def test_a_notebook_runs_in_jupyter(path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     notebook = jupytext.read(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
@@ -42,18 +68,17 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 
 
 # So that less is computed. Drawing more than the first token would take another program, and a second for each.
-SHORTER = {"max_new_tokens=24": "max_new_tokens=1", '"num_hidden_layers": 4': '"num_hidden_layers": 2'}
-SHORTER |= {
-    "for layer in (1, 2, 3)": "for layer in (1,)",
+SHORTER = {
+    **{f"max_new_tokens={count}": "max_new_tokens=1" for count in (12, 24, 32)},
+    '"tp=2", "tp=8"': '"tp=8"',
+    '"num_hidden_layers": 4': '"num_hidden_layers": 2',
     "layers.20.": "layers.1.",
     'will turn. " * 24': 'will turn. " * 12',
 }
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "path", some([], [path for path in CHEAP if path.stem != "layers"]), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", some([], CHEAP), ids=lambda path: path.stem)
 def test_a_notebook_runs(path, monkeypatch, capsys, short_demo):
     """Without Jupyter, in this process, with fewer layers."""
     monkeypatch.chdir(FOLDER)

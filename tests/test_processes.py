@@ -87,7 +87,7 @@ jax.distributed.shutdown()
 
 
 FULL = [(count, [(name, 6) for name in (*MODELS, DEMO)]) for count in (2, 4)]
-FEW = [(2, [(MODELS[0], 6), (MODELS[1], 0)]), (4, [(SIMPLE, 0)])]
+FEW = [(2, [(MODELS[0], 0), (MODELS[1], 0)]), (4, [(SIMPLE, 0)])]
 
 
 @pytest.mark.parametrize(("count", "models"), some(FULL, FEW))

@@ -101,7 +101,7 @@ def test_all_attacks_at_once(live, monkeypatch):
     """The script of two minutes, for some seconds."""
     for name, value in (("connection.HEADERS", 1.0), ("connection.PATIENCE", 2.0), ("app.PATIENCE", 2.0)):
         monkeypatch.setattr(f"jaxllm.serving.{name}", value)
-    options = ["--port", str(live.port), "--pid", str(os.getpid()), "--model", "tiny", "--seconds", "3", "--size", "10"]
+    options = ["--port", str(live.port), "--pid", str(os.getpid()), "--model", "tiny", "--seconds", "1", "--size", "4"]
     done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
     print(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import tokenizers
+from covering import in_turn
 from test_answer_parts import byte_tokenizer
 from tokenizers import decoders, models, normalizers
 
@@ -149,7 +150,7 @@ SCHEMAS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize(("name", "tokenizer"), in_turn(SCHEMAS, *TOKENIZERS), indirect=["tokenizer"])
 def test_answers_are_valid_under_their_schema(tokenizer, name):
     for seed in range(4):
         answer = generate(tokenizer, Constraint.json_schema(SCHEMAS[name]), seed)

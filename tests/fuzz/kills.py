@@ -108,7 +108,7 @@ def commands(root: Path) -> list[Command]:
     tiny_gguf.write(model, tiny_gguf.Tiny(256, 256, 3, 4, 2, 64, vocab=300, type=T.F16))
     chat, data = tiny_chat.write_chat(root / "chat.gguf"), root / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"the {i} things"}) + "\n" for i in range(20)))
-    learn = ("--steps", "20", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
+    learn = ("--steps", "10", "--save-every", "2", "--batch", "2", "--length", "32", "--rank", "4")
     listed = (
         Command("convert", ("convert", str(source), "--to", "bfloat16", "--checksums"), Path("out")),
         Command("quantize", ("convert", str(model), "--to", "q4_k", "--checksums"), Path("out.gguf")),
@@ -146,13 +146,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fuzz.kills", description=__doc__)
     parser.add_argument("--moments", type=int, default=50, help="of each command (50)")
     parser.add_argument("--seed", default=secrets.token_hex(4), help="of the moments; by default a new one")
-    parser.add_argument("--only", metavar="COMMAND", help="convert, quantize or finetune")
+    parser.add_argument("--only", nargs="+", metavar="COMMAND", help="convert, quantize or finetune")
     options = parser.parse_args()
     print(f"Seed {options.seed}.\n\n| command | moments | target whole | gone on with | begun anew | other bytes |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for command in commands(Path(root)):
-            if options.only not in (None, command.name):
+            if options.only and command.name not in options.only:
                 continue
             at = random.Random(f"{options.seed} {command.name}")
             seconds = command.finish()
