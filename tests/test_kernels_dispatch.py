@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compiled import dequantized
+from covering import in_turn
 from kernel_cases import block_fp8, mxfp4, numbers
 
 import jaxllm
@@ -299,10 +300,13 @@ def test_layers_and_experts_use_what_was_chosen(calls, monkeypatch):
     assert calls == ["matmul"]
 
 
-@pytest.mark.parametrize("spec", [COLUMN, ROW])
-@pytest.mark.parametrize("weight", [mxfp4(256, 256), block_fp8(256, 256, group=128)], ids=["MXFP4", "FP8"])
-def test_a_real_kernel_on_each_devices_shards(monkeypatch, weight, spec):
+REAL = {"MXFP4": mxfp4(256, 256), "FP8": block_fp8(256, 256, group=128)}
+
+
+@pytest.mark.parametrize(("name", "spec"), in_turn(REAL, ROW, COLUMN))
+def test_a_real_kernel_on_each_devices_shards(monkeypatch, name, spec):
     """The TPU kernels, interpreted, where a mesh of two devices says that it is of TPUs."""
+    weight = REAL[name]
     interpreted = [
         replace(k, function=partial(k.function, interpret=True)) if k.platform == "tpu" else k for k in registry.KERNELS
     ]
@@ -331,8 +335,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("spec", [COLUMN, ROW])
-@pytest.mark.parametrize("name", [*CASES, "Q8_0"])
+@pytest.mark.parametrize(("name", "spec"), in_turn([*CASES, "Q8_0"], COLUMN, ROW))
 def test_gradients_are_those_of_the_decoded_matrix(name, spec):
     weight = CASES.get(name, GGML.from_dense(numbers(256, 256), "Q8_0"))
     x, g = jnp.asarray(numbers(4, 256)), jnp.asarray(numbers(4, 256, seed=5))
