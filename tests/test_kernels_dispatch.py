@@ -271,13 +271,12 @@ def test_a_backend_from_outside(monkeypatch):
     ):
         dispatch.choose("matmul", X, WEIGHTS["FP8 128x128"])
 
-    tokens = np.arange(5)[None]
-    expected = np.asarray(jaxllm.load(V3, progress=False, weights="float32", dtype="float32").logits(tokens))
+    golden = np.load(V3 / "golden.npz")
     model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32", mesh="tp=2")
     shown = {row[0]: (row[1], row[3], row[4]) for row in model.summary().rows}
     [o_proj] = [row for name, row in shown.items() if name.endswith("o_proj.weight")]
     assert o_proj[1:] == ("interleaved", "toy") and "FP8" in o_proj[0]
-    np.testing.assert_allclose(model.logits(tokens), expected, atol=1e-3)
+    np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
     assert calls
 
 

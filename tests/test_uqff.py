@@ -64,12 +64,13 @@ def tolerance(version: str, type: str) -> float:
 
 @pytest.fixture(scope="module")
 def decoded():
-    """Models whose weights were decoded. Those of a folder differ in nothing but numbers: one's programs do for all."""
+    """Models whose weights were decoded. Those of a kind differ in nothing but numbers: one's programs do for all."""
     models = {}
 
     def load(name, type):
         loaded = jaxllm.load(path_of(name, type), weights="float32", dtype="float32", progress=False)
-        compiled = models.setdefault(name, loaded)
+        kind = repr(loaded.config), *(leaf.shape for leaf in loaded.programs.leaves)
+        compiled = models.setdefault(kind, loaded)
         compiled.programs.leaves = loaded.programs.leaves
         return compiled
 
