@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.formats.dense import Dense
+
 # What conftest.py does in the process of the tests: no optimizations, and XLA's older emitters, all in one module.
 EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
 QUICK = {
@@ -22,6 +24,8 @@ def _decoded(weight, dtype):
 
 def dequantized(weight, dtype=jnp.float32):
     """A weight's matrix, in numpy: one program is compiled sooner than each operation of its decoder."""
+    if isinstance(weight, Dense):
+        return np.asarray(weight.values).astype(dtype)
     return np.asarray(_decoded(weight, dtype))
 
 

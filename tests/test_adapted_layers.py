@@ -12,7 +12,7 @@ import pytest
 from covering import in_turn, some
 from quantized_writers import FORMATS
 from test_layers import check_product, example, run
-from test_quantized_layers import EXPERT_MESHES, FEW, LINEAR_MESHES, Kind, linears, made, stacks
+from test_quantized_layers import EXPERT_MESHES, LINEAR_MESHES, Kind, linears, made, stacks
 
 from jaxllm import make_mesh, parallel
 from jaxllm.formats.adapted import Adapted, LowRank
@@ -23,6 +23,8 @@ from jaxllm.layers import COLUMN, ROW, Embedding, Linear
 from jaxllm.plan import collectives_of
 
 RANK = 3
+# Of every kind of base one: what is added to its product does not depend on it.
+FEW = ["fp8-block", "gptq-act-order", "bnb-nf4", "bnb-int8", "mxfp4"]
 
 
 def low_rank(shape, seed=3):

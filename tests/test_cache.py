@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import in_turn
+from covering import FULL, in_turn
 
 import jaxllm
 from jaxllm.layers.cache import CacheShape, ring_positions, write_ring
@@ -33,8 +33,8 @@ def test_rings_give_what_transformers_gives(small_rings, name, mesh):
     alone = model.generate(tokens, 12).tokens
     if "greedy" in expected:
         assert alone == expected["greedy"].tolist()
-    # Beside a shorter prompt, of which the same chunks are mostly padding.
-    assert model.generate([tokens, tokens[:5]], 12)[0].tokens == alone
+    if name == "mistral" or FULL:  # beside a shorter prompt, of which the same chunks are mostly padding
+        assert model.generate([tokens, tokens[:5]], 12)[0].tokens == alone
 
 
 def test_a_conversation_goes_back_as_far_as_its_rings_allow(small_rings):

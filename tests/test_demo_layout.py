@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -76,9 +74,9 @@ def whole(path):
     return {name: t for file in raw(path) for name, t in file.items()}
 
 
-def run(*args):
-    command = [sys.executable, "-m", "jaxllm.convert", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+def converted_by(*args):
+    """The exit code of `python -m jaxllm.convert`; tests/test_convert.py has processes of its own."""
+    return execute(jaxllm.convert.parser(), jaxllm.convert.run, [*map(str, args)])
 
 
 @pytest.mark.parametrize(("name", "mesh"), in_turn(["v3", "v3_no_q_lora"], "tp=2,ep=2", "tp=2", *some(["tp=1"], [])))
@@ -327,8 +325,9 @@ def test_fp8_made_plain_is_numpys(tmp_path, monkeypatch, fp8, name, to):
     assert index["weight_map"].keys() == expected.keys()
 
 
+@pytest.mark.filterwarnings("default")  # printed, as by a process of its own
 @pytest.mark.parametrize("declared", [True, False])
-def test_fp8_without_scales_is_kept_and_warned_about(tmp_path, declared):
+def test_fp8_without_scales_is_kept_and_warned_about(tmp_path, capsys, declared):
     """By the options of the demo's own script. What was written then still says that it has FP8."""
     kept = [DOWN, "model.layers.1.self_attn.o_proj.weight"]
     source = hf(tmp_path, "v3_fp8", without(*(f"{name}_scale_inv" for name in kept)))
@@ -338,9 +337,10 @@ def test_fp8_without_scales_is_kept_and_warned_about(tmp_path, declared):
         block = said.pop("quantization_config")["weight_block_size"]
         assert block == [128, 128]
         (source / "config.json").write_text(json.dumps(said))
-    done = run("--output-bf16-hf-path", tmp_path / "b", "--input-fp8-hf-path", source)
-    assert (done.returncode, done.stdout) == (0, "")
-    *warned, _ = done.stderr.splitlines()
+    code = converted_by("--output-bf16-hf-path", tmp_path / "b", "--input-fp8-hf-path", source)
+    out, err = capsys.readouterr()
+    assert (code, out) == (0, "")
+    *warned, _ = err.splitlines()
     assert sorted(warned) == sorted(
         f"warning: '{name}' is FP8, but '{name}_scale_inv' is missing; it stays FP8" for name in kept
     )
@@ -523,17 +523,17 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path, capsys, name)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_flags_of_the_demos_own_script(tmp_path):
+@pytest.mark.filterwarnings("default")
+def test_the_flags_of_the_demos_own_script(tmp_path, capsys):
     paths = ["--hf-ckpt-path", CHECKPOINTS / "v3", "--save-path", tmp_path / "b"]
-    done = run(*paths, "--n-experts", 8, "--model-parallel", 2)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
+    code, (out, err) = converted_by(*paths, "--n-experts", 8, "--model-parallel", 2), capsys.readouterr()
+    assert (code, out, err.count("\n")) == (0, "", 1)
     assert sorted(file.name for file in (tmp_path / "b").glob("*.safetensors")) == [
         "model0-mp2.safetensors",
         "model1-mp2.safetensors",
     ]
-    done = run(CHECKPOINTS / "v3_half_rope", "--to", "demo", tmp_path / "c", "--model-parallel", 1)
-    assert done.returncode == 0
-    assert done.stderr.startswith("warning: the demo's ModelArgs cannot say this model's interleaved")
+    assert converted_by(CHECKPOINTS / "v3_half_rope", "--to", "demo", tmp_path / "c", "--model-parallel", 1) == 0
+    assert capsys.readouterr().err.startswith("warning: the demo's ModelArgs cannot say this model's interleaved")
 
 
 def test_blocks_that_lie_across_files_are_refused(tmp_path):

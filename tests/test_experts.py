@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import in_turn
 
 from jaxllm.formats.dense import Dense
 from jaxllm.formats.ggml import GGML
@@ -44,8 +45,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("tile", [1, 4, 64])
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("name", "tile"), in_turn(CHOICES, 1, 4, 64))
 def test_grouped_equals_one_by_one(name, tile):
     rng = np.random.default_rng(1)
     chosen = CHOICES[name](rng).astype(np.int32)

@@ -13,6 +13,7 @@ from compiled import dequantized
 from covering import some
 from quantized_writers import write_safetensors
 from safetensors.numpy import load_file
+from same_model import assert_same_config, assert_same_parameters
 
 import jaxllm
 from jaxllm.checkpoint.exports import EXPORTS
@@ -39,7 +40,8 @@ TINY = ("llama", "qwen3_moe", "deepseek")
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exporting")
-    return SOURCES | {name: tiny_hf.write(folder / name, name) for name in TINY}
+    few_shapes = {"num_key_value_heads": tiny_hf.HEADS, "vocab_size": 64}  # encoders are compiled for each
+    return SOURCES | {name: tiny_hf.write(folder / name, name, **few_shapes) for name in TINY}
 
 
 def load(path, **options):
@@ -54,10 +56,16 @@ def matrices(model):
     }
 
 
-def same(model, other):
-    theirs = matrices(other)
+def assert_near(model, expected):
+    """Matrices of 8 or 4 bits for each number, in the checkpoint's order."""
+    theirs = matrices(expected)
     for name, values in matrices(model).items():
-        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+        assert np.linalg.norm(values - theirs[name]) < 0.2 * np.linalg.norm(theirs[name]), name
+
+
+# GGUF files hold Gemma's norms and DeepSeek's latents in another way than directories do.
+OTHERWISE = ["gemma3_text", "deepseek"]
+COMPUTED = some([*SOURCES, *TINY], OTHERWISE)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +75,14 @@ def test_to_gguf_and_back_is_the_same_model(load_once, sources, tmp_path, name):
     model = load_once(sources[name], dtype="float32", weights="packed")
     convert(sources[name], tmp_path / "a.gguf", to="float32", container="gguf", progress=False)
     there = load(tmp_path / "a.gguf")
-    np.testing.assert_allclose(there.logits(TOKENS), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    if name in COMPUTED:
+        np.testing.assert_allclose(there.logits(TOKENS), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    else:  # the logits follow
+        assert_same_parameters(there, model)
+        assert_same_config(there.config, model.config)
     convert(tmp_path / "a.gguf", tmp_path / "b", to="float32", progress=False)
     back = load(tmp_path / "b")
-    same(model, back)
+    assert_same_parameters(back, model)
     assert back.config == model.config
     assert not [path for path in tmp_path.iterdir() if path.name not in ("a.gguf", "b")]
 
@@ -98,13 +110,17 @@ HELD = ["fp8_block", "fp8", "int4", "int8", "mxfp4", "nf4", "nvfp4"]
 @pytest.mark.parametrize(
     ("name", "type"), [("llama", t) for t in HELD] + [("qwen3_moe", "int4"), ("deepseek", "fp8_block")]
 )
-def test_a_directory_holds_what_quantizing_makes(sources, tmp_path, name, type):
+def test_a_directory_holds_what_quantizing_makes(load_once, sources, tmp_path, name, type):
     convert(sources[name], tmp_path / "a", to=type, progress=False)
     said = json.loads((tmp_path / "a" / "config.json").read_text())
     assert said["quantization_config"]["quant_method"]
     there, ours, plain = (
-        matrices(load(path, **o))
-        for path, o in ((tmp_path / "a", {}), (sources[name], {"quantize": type}), (sources[name], {}))
+        matrices(model)
+        for model in (
+            load(tmp_path / "a"),
+            load(sources[name], quantize=type),
+            load_once(sources[name], dtype="float32", weights="packed"),
+        )
     )
     kept = 0
     for path, values in there.items():
@@ -127,10 +143,10 @@ def test_gpt_oss_has_its_experts_in_mxfp4(tmp_path):
 
 
 @pytest.mark.parametrize("type", ["afq4", "afq8", "mxfp8"])
-def test_a_directory_of_mlx(sources, tmp_path, type):
+def test_a_directory_of_mlx(load_once, sources, tmp_path, type):
     convert(sources["llama"], tmp_path / "a", to=type, container="mlx", progress=False)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization"]["bits"] == int(type[-1])
-    load(tmp_path / "a").logits(TOKENS)
+    assert_near(load(tmp_path / "a"), load_once(sources["llama"], dtype="float32", weights="packed"))
 
 
 def test_what_is_in_its_type_already_keeps_its_bits(tmp_path):
@@ -207,7 +223,7 @@ def test_a_directory_keeps_the_names_of_its_source(tmp_path, name):
     assert after == before
     plan = convert(source, tmp_path / "b", to="int8", progress=False)
     assert {row.name for row in plan.rows} <= before
-    load(tmp_path / "b").logits(TOKENS)
+    assert_near(load(tmp_path / "b"), load(source))
 
 
 EVERYWHERE = [(c, t) for c, t in EXPORTS if "gptq" not in t and t not in ("awq", "mxfp4_experts")]
@@ -218,9 +234,7 @@ FEW = [("huggingface", "fp8_block"), ("mlx", "afq4")]
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek"])
 def test_every_directory_of_experts_is_read_again(load_once, sources, tmp_path, name, container, type):
     convert(sources[name], tmp_path / "a", to=type, container=container, progress=False)
-    there, ours = load(tmp_path / "a"), load_once(sources[name], dtype="float32", weights="packed")
-    found, expected = np.asarray(there.logits(TOKENS)), np.asarray(ours.logits(TOKENS))
-    assert np.square(found - expected).mean() < 0.3 * np.square(expected).mean()
+    assert_near(load(tmp_path / "a"), load_once(sources[name], dtype="float32", weights="packed"))
     if container == "mlx" and name != "gpt_oss":
         assert any("switch_mlp" in n for n in load_file(tmp_path / "a" / "model.safetensors"))
 

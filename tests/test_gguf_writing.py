@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
+from compiled import dequantized
 from hf_to_gguf import convert
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -96,7 +97,7 @@ class Model:
 
 
 def value(source):
-    parts = [np.asarray(part.dequantize(), np.float32) for part in source.parts]
+    parts = [dequantized(part) for part in source.parts]
     array = np.stack(parts) if source.stacked else parts[0]
     return array if source.rows is None else array.take(source.rows, max(array.ndim - 2, 0))
 
@@ -185,7 +186,7 @@ def test_huggingface_tensors_are_those_that_transformers_saved(name):
     written = {w.name: w for w in model.described(HUGGING_FACE).written}
     assert written.keys() == tensors.keys()
     for tensor_name, w in written.items():
-        wanted = np.asarray(tensors[tensor_name].dequantize(), np.float32)
+        wanted = dequantized(tensors[tensor_name])
         assert w.shape(model.shapes) == wanted.shape, tensor_name
         np.testing.assert_array_equal(stored(w, values), wanted, err_msg=tensor_name)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_demo_layout
 import tiny_hf
+from covering import some
 from quantized_writers import quantized_checkpoint, read_safetensors, write_safetensors
 from test_tokenizer import HELLO, render
 from tiny_tokenizer import tokenizer as tiny_tokenizer
@@ -257,7 +258,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", some([*HOSTILE], [name for name in HOSTILE if name != "endless loops"]))  # 2 s each
 def test_a_template_cannot_take_all_time_or_memory(name):
     source, message = HOSTILE[name]
     with pytest.raises(InputError, match=f"chat template: .*({message})"):
@@ -332,7 +333,7 @@ LAUGHS = "0: {isq: &a [x,x,x,x,x,x,x,x]}\n" + "".join(
         ("2001-99-99: {isq: q8_0}", "'2001-99-99' is no layer"),
         ("9" * 900 + ": {isq: q8_0}", "is no layer"),
         ("0: {isq: " + "9" * 5000 + "}", "cannot quantize to"),
-        ("0: " + "[" * 5000, "not YAML"),
+        ("0: " + "[" * 2000, "not YAML"),
         ("0: !!int x", "is not of the form"),
         ("!!python/object/apply:os.system [ls]", "expected entries such as"),
         ("'/(/': {isq: q8_0}", "no regular expression"),

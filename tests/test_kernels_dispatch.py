@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compiled import dequantized
+from covering import in_turn
 from kernel_cases import block_fp8, mxfp4, numbers
 
 import jaxllm
@@ -270,13 +271,12 @@ def test_a_backend_from_outside(monkeypatch):
     ):
         dispatch.choose("matmul", X, WEIGHTS["FP8 128x128"])
 
-    tokens = np.arange(5)[None]
-    expected = np.asarray(jaxllm.load(V3, progress=False, weights="float32", dtype="float32").logits(tokens))
+    golden = np.load(V3 / "golden.npz")
     model = jaxllm.load(V3, progress=False, weights="packed", dtype="float32", mesh="tp=2")
     shown = {row[0]: (row[1], row[3], row[4]) for row in model.summary().rows}
     [o_proj] = [row for name, row in shown.items() if name.endswith("o_proj.weight")]
     assert o_proj[1:] == ("interleaved", "toy") and "FP8" in o_proj[0]
-    np.testing.assert_allclose(model.logits(tokens), expected, atol=1e-3)
+    np.testing.assert_allclose(model.logits(golden["tokens"]), golden["logits"], atol=1e-3)
     assert calls
 
 
@@ -299,10 +299,13 @@ def test_layers_and_experts_use_what_was_chosen(calls, monkeypatch):
     assert calls == ["matmul"]
 
 
-@pytest.mark.parametrize("spec", [COLUMN, ROW])
-@pytest.mark.parametrize("weight", [mxfp4(256, 256), block_fp8(256, 256, group=128)], ids=["MXFP4", "FP8"])
-def test_a_real_kernel_on_each_devices_shards(monkeypatch, weight, spec):
+REAL = {"MXFP4": mxfp4(256, 256), "FP8": block_fp8(256, 256, group=128)}
+
+
+@pytest.mark.parametrize(("name", "spec"), in_turn(REAL, ROW, COLUMN))
+def test_a_real_kernel_on_each_devices_shards(monkeypatch, name, spec):
     """The TPU kernels, interpreted, where a mesh of two devices says that it is of TPUs."""
+    weight = REAL[name]
     interpreted = [
         replace(k, function=partial(k.function, interpret=True)) if k.platform == "tpu" else k for k in registry.KERNELS
     ]
@@ -331,8 +334,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("spec", [COLUMN, ROW])
-@pytest.mark.parametrize("name", [*CASES, "Q8_0"])
+@pytest.mark.parametrize(("name", "spec"), in_turn([*CASES, "Q8_0"], COLUMN, ROW))
 def test_gradients_are_those_of_the_decoded_matrix(name, spec):
     weight = CASES.get(name, GGML.from_dense(numbers(256, 256), "Q8_0"))
     x, g = jnp.asarray(numbers(4, 256)), jnp.asarray(numbers(4, 256, seed=5))

@@ -1,10 +1,13 @@
 """DeepSeek's kernels, and their counterparts for MXFP4, as functions, against numpy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import dequantized
 from kernel_cases import act_quant, mxfp4, numbers, plain
 
 from jaxllm.errors import InputError
@@ -26,10 +29,10 @@ def weight(out, in_, block=128):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_act_quant_is_bit_exact(dtype):
-    """Thousands of groups, compiled and not: half of them differ where XLA multiplies by 1 / 448."""
+    """Thousands of groups, compiled and, once, not: half of them differ where XLA multiplies by 1 / 448."""
     x = (numbers(500, 1024) * np.exp(2 * numbers(500, 1, seed=3))).clip(-6e4, 6e4).astype(dtype)
     x[3, :128] = 0
-    for run in (jax.jit(block_fp8.act_quant), block_fp8.act_quant):
+    for run in (jax.jit(block_fp8.act_quant), *([block_fp8.act_quant] if dtype == np.float32 else [])):
         codes, scales = run(jnp.asarray(x))
         expected, wanted = act_quant(x)
         np.testing.assert_array_equal(np.asarray(scales), wanted)
@@ -42,7 +45,7 @@ def test_act_quant_of_other_blocks_and_scales():
         ({"block_size": 48}, act_quant(x, 48)),
         ({"scale_fmt": "ue8m0"}, act_quant(x, 128, power_of_two=True)),
     ):
-        got = block_fp8.act_quant(jnp.asarray(x), **options)
+        got = jax.jit(partial(block_fp8.act_quant, **options))(x)
         for ours, theirs in zip(got, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
     assert (np.frexp(got[1])[0] == 0.5).all()
@@ -72,10 +75,10 @@ def test_fp8_gemm():
 
 def test_mxfp4():
     stored, x = mxfp4(72, 96), numbers(2, 3, 96)
-    w = np.asarray(stored.dequantize())
+    w = dequantized(stored)
     for blocks in (stored.blocks, np.asarray(stored.blocks).reshape(72, 3, 16)):
         np.testing.assert_array_equal(functions.dequantize(blocks, stored.scales, jnp.float32), w)
-        got = functions.matmul(x, blocks, stored.scales, jnp.float32)
+        got = jax.jit(functions.matmul, static_argnums=3)(x, blocks, stored.scales, jnp.float32)
         np.testing.assert_allclose(got, plain(x, w), atol=1e-4 * np.abs(w).max())
     assert functions.matmul(x, stored.blocks, stored.scales).dtype == jnp.bfloat16
 
@@ -95,10 +98,14 @@ def test_the_platforms_kernels_are_used(monkeypatch):
     toys = [kernel(op, dispatch.Scaled) for op in ops] + [kernel("matmul", functions.MXFP4)]
     monkeypatch.setattr(dispatch.registry, "KERNELS", [*toys, *before])
     b, b_s, _ = weight(128, 128)
-    block_fp8.fp8_gemm(*block_fp8.act_quant(jnp.ones((2, 128))), b, b_s)
-    block_fp8.weight_dequant(b, b_s)
     stored = mxfp4(32, 32)
-    functions.matmul(jnp.ones((1, 32)), stored.blocks, stored.scales)
+
+    def calls():
+        block_fp8.fp8_gemm(*block_fp8.act_quant(jnp.ones((2, 128))), b, b_s)
+        block_fp8.weight_dequant(b, b_s)
+        functions.matmul(jnp.ones((1, 32)), stored.blocks, stored.scales)
+
+    jax.eval_shape(calls)
     assert called == ["act_quant", "matmul", "weight_dequant", "matmul"]
 
 

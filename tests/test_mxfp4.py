@@ -1,6 +1,7 @@
 """MXFP4 against ml_dtypes, a slow decoder and gguf-py, and its three operations against one another."""
 
 from fractions import Fraction
+from functools import partial
 
 import gguf
 import jax
@@ -45,9 +46,12 @@ def bits(x):
     return np.asarray(x, np.float32).view(np.uint32)
 
 
-@jax.jit
-def decoded(weight):
-    return weight.dequantize()
+@partial(jax.jit, static_argnums=1)
+def decoded(weight, dtype=jnp.float32):
+    return weight.dequantize(dtype)
+
+
+encoded = jax.jit(MXFP4.encoded)  # what `from_dense` calls once it has checked the values
 
 
 @pytest.mark.optimized
@@ -74,7 +78,7 @@ def test_decoding_agrees_with_ml_dtypes():
 def test_bfloat16_holds_every_value():
     blocks, scales = everything()
     weight = MXFP4(blocks[4:250], scales[4:250])  # those whose values are normal
-    np.testing.assert_array_equal(np.asarray(weight.dequantize(jnp.bfloat16), np.float32), weight.dequantize())
+    np.testing.assert_array_equal(np.asarray(decoded(weight, jnp.bfloat16), np.float32), decoded(weight))
 
 
 @pytest.mark.optimized
@@ -109,21 +113,21 @@ def test_encoding_is_ocps(scale):
     w[1, :8] = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -4.0]) * 2.0 ** np.round(np.log2(scale))  # ties
     w[1, 8:32] = 0
     w = w.astype(np.float32)
-    np.testing.assert_array_equal(MXFP4.from_dense(w).dequantize(), nearest(w))
+    np.testing.assert_array_equal(decoded(encoded(w)), nearest(w))
 
 
 @pytest.mark.optimized
 def test_encoding_saturates():
     w = np.full((1, 32), 7.9, np.float32)  # the exponent of 4, so 6 is the most there is
-    assert (np.asarray(MXFP4.from_dense(w).dequantize()) == 6).all()
+    assert (np.asarray(decoded(MXFP4.from_dense(w))) == 6).all()
 
 
 @pytest.mark.optimized
 def test_encoding_again_changes_nothing():
     blocks, scales = RNG(3).integers(0, 256, (4, 48), np.uint8), RNG(3).integers(3, 250, (4, 3), np.uint8)
     blocks[:, ::16] = 7  # each block has its largest code, so that its scale is the one the rule gives
-    once = MXFP4(blocks, scales).dequantize()
-    np.testing.assert_array_equal(bits(MXFP4.from_dense(once).dequantize()), bits(once))
+    once = decoded(MXFP4(blocks, scales))
+    np.testing.assert_array_equal(bits(decoded(encoded(once))), bits(once))
 
 
 @pytest.mark.parametrize(("w", "message"), [(np.ones((2, 48)), "rows of 48"), (np.full((2, 32), np.inf), "not finite")])
@@ -143,7 +147,7 @@ def stack(seed=4):
 
     def one(out, in_):
         matrix = rng.normal(size=(EXPERTS, out, in_)).astype(np.float32) * 2 / in_**0.5
-        return MXFP4.from_dense(matrix), Dense(rng.normal(size=(EXPERTS, out, 1)).astype(np.float32))
+        return encoded(matrix), Dense(rng.normal(size=(EXPERTS, out, 1)).astype(np.float32))
 
     (gate, b), (up, c), (down, d) = one(INTERMEDIATE, HIDDEN), one(INTERMEDIATE, HIDDEN), one(HIDDEN, INTERMEDIATE)
     return Gated(gate, up, down, Gated(b, c, d))
@@ -163,7 +167,7 @@ def test_linear():
 def test_gather_forward(of_each_choice):
     s, ids = stack(), chosen()
     x = RNG(7).normal(size=(TOKENS, CHOICES, HIDDEN) if of_each_choice else (TOKENS, HIDDEN)).astype(np.float32)
-    w, bias = np.asarray(s.gate.dequantize(), np.float64), np.asarray(s.bias.gate.values)[..., 0]
+    w, bias = np.asarray(decoded(s.gate), np.float64), np.asarray(s.bias.gate.values)[..., 0]
     rows = x if of_each_choice else np.repeat(x[:, None], CHOICES, 1)
     expected = np.einsum("tki,tkoi->tko", rows, w[ids]) + bias[ids]
     got = jax.jit(gather_forward)(x, s.gate, ids, s.bias.gate)
@@ -176,13 +180,17 @@ def test_the_gathered_the_grouped_and_the_dense_route_agree():
     x, scores = RNG(8).normal(size=(TOKENS, HIDDEN)).astype(np.float32) * 3, RNG(9).random((TOKENS, CHOICES))
     scores = scores.astype(np.float32)
 
-    gate, up = (gather_forward(x, w, ids, b) for w, b in ((s.gate, s.bias.gate), (s.up, s.bias.up)))
-    gathered = np.sum(gather_forward(ACTIVATION(gate, up), s.down, ids, s.bias.down) * scores[..., None], 1)
+    @jax.jit
+    def by_choice(x, scores, ids, s):
+        gate, up = (gather_forward(x, w, ids, b) for w, b in ((s.gate, s.bias.gate), (s.up, s.bias.up)))
+        return jnp.sum(gather_forward(ACTIVATION(gate, up), s.down, ids, s.bias.down) * scores[..., None], 1)
 
-    grouped = grouped_mlp(x, scores, ids, s, tile_size(ids.size, EXPERTS), ACTIVATION)
+    gathered = by_choice(x, scores, ids, s)
+    by_expert = jax.jit(grouped_mlp, static_argnums=(4, 5))
+    grouped = by_expert(x, scores, ids, s, tile_size(ids.size, EXPERTS), ACTIVATION)
 
     def every(x, w, b):  # every token times every expert
-        product = np.einsum("...i,eoi->...eo" if x.ndim == 2 else "...ei,eoi->...eo", x, np.asarray(w.dequantize()))
+        product = np.einsum("...i,eoi->...eo" if x.ndim == 2 else "...ei,eoi->...eo", x, np.asarray(decoded(w)))
         return product + np.asarray(b.values)[..., 0]
 
     gate, up = every(x, s.gate, s.bias.gate), every(x, s.up, s.bias.up)
@@ -208,10 +216,11 @@ def test_a_gather_needs_the_memory_of_the_chosen_experts_only():
 
 def test_an_index_out_of_range():
     """Zeros, or, where checks are asked for, an error."""
-    s, x = stack(), jnp.ones((1, HIDDEN))
-    for ids in ([[0, EXPERTS]], [[0, -1]]):
-        got = np.asarray(gather_forward(x, s.gate, jnp.array(ids), s.bias.gate))
+    s, x = stack(), np.ones((1, HIDDEN), np.float32)
+    gathered, checked = (jax.jit(f) for f in (gather_forward, checkify.checkify(gather_forward)))
+    for ids in (np.array([[0, EXPERTS]], np.int32), np.array([[0, -1]], np.int32)):
+        got = np.asarray(gathered(x, s.gate, ids, s.bias.gate))
         assert got[0, 0].any() and not got[0, 1].any()
-        error, _ = checkify.checkify(lambda i: gather_forward(x, s.gate, i, s.bias.gate))(jnp.array(ids))
+        error, _ = checked(x, s.gate, ids, s.bias.gate)
         with pytest.raises(checkify.JaxRuntimeError, match="an expert index is not one of the 6 experts"):
             error.throw()

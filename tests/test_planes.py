@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -78,16 +79,19 @@ def test_the_same_numbers(name, transposed):
     np.testing.assert_array_equal(dequantized(made), expected)
 
 
-@pytest.mark.parametrize("name", ["Q5_K", "affine, act-order", "NF4", "NVFP4, divided"])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "transposed"), in_turn(["Q5_K", "affine, act-order", "NF4", "NVFP4, divided"], False, True)
+)
 def test_rows_are_looked_up(name, transposed):
     weight, ids = ALL[name](), jnp.asarray([[3, 0, 36]])
     rows = jax.jit(lambda w: w.take(ids).dequantize())(as_planes(weight, transposed))
     np.testing.assert_array_equal(np.asarray(rows), dequantized(weight)[np.asarray(ids)])
 
 
-@pytest.mark.parametrize("rows", [3, 37, 300])
-@pytest.mark.parametrize("count", [2, FEW + 1])
+LANES = [*product((3, 37, 300), (2, FEW + 1))]
+
+
+@pytest.mark.parametrize(("rows", "count"), some(LANES, [(3, 2), (37, 2), (300, FEW + 1)]))
 def test_rows_that_lie_along_lanes(rows, count):
     """One by one, of the lanes around each, or all at once."""
     weight = ggml("Q4_K", rows, 256)
@@ -98,8 +102,10 @@ def test_rows_that_lie_along_lanes(rows, count):
     np.testing.assert_array_equal(dequantized(taken), dequantized(weight)[np.asarray(ids)])
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "transposed"),
+    in_turn(["Q4_K", "Q6_K", "affine, act-order", "NF4", "NVFP4 in order", "LLM.int8"], True, False),
+)
 def test_stacks(name, transposed):
     weight = ALL[name]()
     stack = jax.tree.map(lambda leaf: np.stack([leaf, leaf, np.zeros_like(leaf)]), weight)
@@ -128,8 +134,10 @@ def test_where_a_bit_stands(bits):
             begin += chunk(bits) * width // 32
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("tp", None), PartitionSpec(None, "tp")], ids=["rows", "columns"])
-@pytest.mark.parametrize("name", ["Q4_K", "affine 4", "NVFP4 in order"])
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    in_turn(["Q4_K", "affine 4", "NVFP4 in order"], PartitionSpec(None, "tp"), PartitionSpec("tp", None)),
+)
 def test_on_a_mesh(name, spec):
     """Repacked where it lies: each device's part is that of the whole matrix."""
     mesh = make_mesh("tp=2")

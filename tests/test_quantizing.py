@@ -26,7 +26,7 @@ MODELS = ("llama", "qwen3_moe", "deepseek")
 MESHES = ("tp=2", "tp=8", "tp=2,ep=2", "tp=4,ep=2")
 # One of each kind of groups: along rows, across rows, by matrix, by blocks of both, by rows.
 TYPES = ("q8_0", "q4_0", "hqq4", "hqq8", "fp8", "fp8_block", "nf4", "nvfp4", "mxfp4", "mxfp8", "int8", "afq4", "f8q8")
-TYPES = some(TYPES, ("q4_0", "hqq4", "fp8", "fp8_block", "nvfp4", "int8", "afq4"))
+TYPES = some(TYPES, ("q4_0", "hqq4", "fp8", "fp8_block", "nvfp4", "int8"))
 CASES = [(type, MODELS[i % 3], mesh) for i, (type, mesh) in enumerate(in_turn(TYPES, *MESHES))]
 
 
@@ -69,7 +69,7 @@ def test_a_mesh_does_not_change_the_bits(folders, on_one_device, type, name, mes
         assert all(len(leaf.addressable_shards) == there.mesh.devices.size for leaf in leaves)
 
 
-@pytest.mark.parametrize(("type", "name", "mesh"), CASES[::2])
+@pytest.mark.parametrize(("type", "name", "mesh"), some(CASES[::2], CASES[2:5:2]))  # both kinds of experts
 def test_a_loaded_model_is_quantized_where_it_lies(folders, on_one_device, type, name, mesh):
     model = load(folders[name], dtype="float32", mesh=mesh, weights="packed", progress=False)
     tokens = [[1, 2, 3]]
@@ -139,13 +139,13 @@ def test_values_that_are_not_finite_are_named(folders, tmp_path):
         jaxllm.load(tmp_path / "bad", quantize="q4_0", progress=False)
 
 
-HIDDEN, INNER, VOCABULARY, LAYERS = 1024, 4096, 16000, 8
+HIDDEN, INNER, VOCABULARY, LAYERS = 1024, 4096, 8000, 4
 LARGEST = 4 * VOCABULARY * HIDDEN  # the embedding table as float32
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """130 million weights of zero, in a file that takes no space."""
+    """70 million weights of zero, in a file that takes no space."""
     folder = tmp_path_factory.mktemp("large")
     config = (
         tiny_hf.COMMON | tiny_hf.LLAMA | {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": VOCABULARY}
@@ -182,7 +182,7 @@ STREAMED = {
 @pytest.mark.parametrize("name", STREAMED)
 def test_memory_is_bounded_while_quantizing(large, folders, tmp_path, name):
     """By what is placed, two of the largest matrix as floats, and 150 MB more than after a tiny model; the file has
-    270 MB, and as floats it would be twice that."""
+    140 MB, and as floats it would be twice that."""
     action, placed = STREAMED[name]
     tiny, measured = (
         action.format(source=str(source), out=str(tmp_path / out))

@@ -183,7 +183,7 @@ class Weight(ABC):
 
     def add_delta(self, delta: jax.Array) -> Self:
         """The matrix plus a delta `[*batch, out, in]`, in the same format. Raises InputError as `like` does."""
-        return self.like(self.dequantize() + delta)
+        return self.like(_sum(self, delta))
 
     def pad_to(self, mesh: Mesh, spec: PartitionSpec) -> Self:
         """The same matrix with zero blocks appended so that `spec`, on this mesh, divides every leaf."""
@@ -223,6 +223,11 @@ class Weight(ABC):
         assert all(axes[0] == Cut("out") for axes in cut.values()), f"{self.format} cannot look up single rows"
         taken = self.with_leaves({name: self.leaf(name)[ids] for name in cut})
         return dataclasses.replace(taken, **{name: weight.take(ids) for name, weight in self.inner.items()})
+
+
+@jax.jit
+def _sum(weight: Weight, delta: jax.Array) -> jax.Array:
+    return weight.dequantize() + delta
 
 
 def _common_unit(axes: Mapping[str, Axes], dim: str) -> int:

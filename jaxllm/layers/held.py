@@ -89,11 +89,16 @@ def with_delta(param: nnx.Param, delta: np.ndarray | jax.Array) -> Weight:
     """
     weight, declared = held(param), param.declared
     mesh = jax.tree.leaves(weight)[0].sharding.mesh
-    arranged = declared.arrange(jnp.asarray(delta, jnp.float32))
+    arranged = _arranged(jnp.asarray(delta, jnp.float32), declared)
     arranged = jax.device_put(arranged, NamedSharding(mesh, declared.spec))
     changed = weight.add_delta(arranged)
     specs = changed.shard_specs(declared.spec, mesh)
     return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), changed, specs)
+
+
+@partial(jax.jit, static_argnums=1)
+def _arranged(delta: jax.Array, declared: Declaration) -> jax.Array:
+    return declared.arrange(delta)
 
 
 def requantized(param: nnx.Param, type: str | int) -> Weight:
