@@ -1,5 +1,5 @@
-"""The compiled programs of a model, as tests look for them; models that need none, as they hold what another does; a
-program that decodes weights; and how tests have processes compile quickly."""
+"""The compiled programs of a model, as tests look for them; one that decodes weights; and how tests have processes
+compile quickly."""
 
 from functools import partial
 
@@ -27,13 +27,6 @@ def dequantized(weight, dtype=jnp.float32):
     if isinstance(weight, Dense):
         return np.asarray(weight.values).astype(dtype)
     return np.asarray(_decoded(weight, dtype))
-
-
-def assert_same_weights(model, other):
-    """What they give, other tests say."""
-    for p, q in zip(model.placed, other.placed, strict=True):
-        assert p.name == q.name
-        jax.tree.map(np.testing.assert_array_equal, p.weight, q.weight)
 
 
 def decode_steps(model):

@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compiled import assert_same_weights, dequantized
+from compiled import dequantized
 from covering import in_turn, some
 from hf_to_gguf import convert as as_gguf
 from quantized_writers import write_safetensors
 from safetensors.numpy import load_file
+from same_model import assert_same_parameters
 
 import jaxllm
 from jaxllm.checkpoint.matformer import sliced
@@ -47,7 +48,7 @@ def check(model, what="logits", tokens="tokens"):
 
 def assert_same(model, other):
     assert model.config == other.config
-    assert_same_weights(model, other)
+    assert_same_parameters(model, other)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

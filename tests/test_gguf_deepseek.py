@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compiled import assert_same_weights
 from covering import in_turn, some
 from deepseek_numpy import Transformer, load
 from hf_to_gguf import convert
 from safetensors.numpy import save_file
+from same_model import assert_same_parameters
 
 import jaxllm
 from jaxllm.checkpoint.opening import open_checkpoint
@@ -55,7 +55,7 @@ def assert_logits(model, name):
 
 def assert_equal(model, other):
     assert fields(model.config) == fields(other.config)
-    assert_same_weights(model, other)
+    assert_same_parameters(model, other)
 
 
 @pytest.mark.parametrize(("name", "form", "mesh"), CASES)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 with it)
 import numpy as np
 import pytest
-from compiled import assert_same_weights, decode_steps, dequantized
+from compiled import decode_steps, dequantized
 from covering import in_turn, some
 from flax import nnx
 from hf_to_gguf import convert
 from safetensors.numpy import load_file, save_file
+from same_model import assert_same_parameters
 
 import jaxllm
 from jaxllm.checkpoint.opening import open_checkpoint
@@ -165,7 +166,7 @@ def test_other_layouts(load_once, tmp_path, name):
     path = rewritten(tmp_path, lambda p, e: apart(p, e, blocks, scales, bytes_of), config)
     model = load_once(path, mesh="tp=2", dtype="float32", weights="packed")
     assert sum(isinstance(p.weight, MXFP4) for p in model.placed) == 9
-    assert_same_weights(model, load_once(CHECKPOINTS / "mxfp4", mesh="tp=2", dtype="float32", weights="packed"))
+    assert_same_parameters(model, load_once(CHECKPOINTS / "mxfp4", mesh="tp=2", dtype="float32", weights="packed"))
 
 
 def test_declared_mxfp4_but_plain(load_once, tmp_path):
@@ -176,7 +177,7 @@ def test_declared_mxfp4_but_plain(load_once, tmp_path):
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     model, expected = (load_once(path, dtype="float32") for path in (tmp_path / "plain", CHECKPOINTS / "bf16"))
     assert model.config == expected.config
-    assert_same_weights(model, expected)
+    assert_same_parameters(model, expected)
 
 
 E0 = "model.layers.0.mlp.experts."

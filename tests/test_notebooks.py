@@ -19,7 +19,7 @@ SAYS |= {"quantizing": " MB: ", "formats": "by hand: [ 0.12817383 ", "shard": "b
 SAYS |= {"deepseek": "80 numbers a token and layer", "gpt_oss": "layer 0: keys of 80 positions"}
 SAYS |= {"planning": "(memory binds)", "finetuning": "adapter_model.safetensors: "}
 # The functions of the others have tests of their own, and they call what there is; they run with --full.
-CHEAP = [FOLDER / f"{name}.py" for name in ("quickstart", "quantizing", "formats", "shard")]
+CHEAP = [path for path in NOTEBOOKS if path.stem not in ("planning", "finetuning", "layers")]
 
 
 def test_there_are_notebooks():
@@ -72,6 +72,7 @@ SHORTER = {
     **{f"max_new_tokens={count}": "max_new_tokens=1" for count in (12, 24, 32)},
     '"tp=2", "tp=8"': '"tp=8"',
     '"num_hidden_layers": 4': '"num_hidden_layers": 2',
+    "for layer in (1, 2, 3)": "for layer in (1,)",
     "layers.20.": "layers.1.",
     'will turn. " * 24': 'will turn. " * 12',
 }
