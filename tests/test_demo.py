@@ -37,6 +37,7 @@ def test_logits_are_those_of_transformers_on_every_mesh(load_once, mesh):
         np.testing.assert_allclose(last[golden["top5"]], golden["top5v"], rtol=1e-4)
 
 
+MOST = some(64, 24)  # tokens; each of them takes a while, as these programs are not optimized
 # Steps on several devices, and weights that are decoded, test_llama has of a tiny model with as many heads.
 ANSWERS = [(golden, "packed", "tp=1") for golden in GOLDEN]
 ANSWERS += some([*((FRANCE, "packed", f"tp={n}") for n in (2, 3, 4, 8)), (STORY, "float32", "tp=1")], [])
@@ -45,9 +46,10 @@ ANSWERS += some([*((FRANCE, "packed", f"tp={n}") for n in (2, 3, 4, 8)), (STORY,
 @pytest.mark.parametrize(("golden", "weights", "mesh"), ANSWERS, ids=lambda x: x["prompt"] if x in GOLDEN else x)
 def test_greedy_tokens_are_those_of_transformers(load_once, golden, weights, mesh):
     model = load_once("demo", dtype="float32", weights=weights, **({"mesh": mesh} if mesh != "tp=1" else {}))
-    answer = model.chat([{"role": "user", "content": golden["prompt"]}], max_new_tokens=64)
-    assert answer.tokens == golden["new"]
-    assert answer.text == golden["text"].removesuffix("<|im_end|>")
+    answer = model.chat([{"role": "user", "content": golden["prompt"]}], max_new_tokens=MOST)
+    assert answer.tokens == golden["new"][:MOST]
+    text = golden["text"].removesuffix("<|im_end|>")
+    assert answer.text and answer.text == (text if len(golden["new"]) <= MOST else text[: len(answer.text)])
     assert answer.finish_reason == ("stop" if golden["new"][-1] == 2 else "length")
 
 

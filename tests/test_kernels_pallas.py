@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compiled import dequantized
-from covering import some
+from covering import in_turn, some
 from jax import lax
 from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -21,6 +21,7 @@ from kernel_cases import (
     ATTENTION,
     PLANES,
     SHAPES,
+    TILES,
     AttentionCases,
     BlockFP8Cases,
     KernelCases,
@@ -88,12 +89,18 @@ def simulated(module, *names):
 class TestMXFP4(Quickly, MXFP4Cases):
     module = simulated(mxfp4, "matmul", "grouped_matmul")
 
-    # Blocks and tiles are cut by what the other kernels share, which have tests of more shapes.
+    # Blocks and tiles are cut by what all kernels share, of which the others have tests of more shapes.
     @pytest.mark.parametrize("shape", some([*SHAPES], ["all ragged", "many rows"]))
     def test_matmul(self, shape):
         super().test_matmul(shape)
 
-    @pytest.mark.parametrize("shape", [(1, 128, 256), (3, 72, 96)])
+    @pytest.mark.parametrize(
+        ("tiles", "shape"), some(in_turn(TILES, (72, 96), (128, 256)), [("prefill", (72, 96)), ("decode", (128, 256))])
+    )
+    def test_grouped_matmul(self, tiles, shape):
+        super().test_grouped_matmul(tiles, shape)
+
+    @pytest.mark.parametrize("shape", some([(1, 128, 256), (3, 72, 96)], [(3, 72, 96)]))
     def test_float32(self, shape):
         m, n, k = shape
         x, weight = numbers(m, k), mxfp4_weight(n, k)
@@ -116,6 +123,11 @@ class TestMXFP4(Quickly, MXFP4Cases):
 @pytest.mark.usefixtures("no_races")
 class TestBlockFP8(Quickly, BlockFP8Cases):
     module = simulated(block_fp8, "matmul", "grouped_matmul", "act_quant", "weight_dequant")
+
+    # A few rows are compared more closely below.
+    @pytest.mark.parametrize("shape", some([*SHAPES], ["one row", "all ragged", "many rows"]))
+    def test_activations_in_fp8(self, shape):
+        super().test_activations_in_fp8(shape)
 
     @pytest.mark.parametrize(
         "block", some([*BlockFP8Cases.BLOCKS, (8, 16), (256, 256)], [(128, 64), (8, 16), (256, 256)])
