@@ -87,7 +87,8 @@ def floats(source: Source, number: int = 0) -> jax.Array:
     one = source.parts[number] if source.stacked else one_matrix(source.parts[0], number)
     with on_host():
         values = _dequantized(_host(one))
-    return values if source.rows is None else values[source.rows]
+        # Rows are picked by numpy, for which nothing has to be compiled.
+        return values if source.rows is None else jnp.asarray(np.asarray(values)[source.rows])
 
 
 def one_matrix(weight: Weight, number: int) -> Weight:

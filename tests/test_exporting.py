@@ -89,7 +89,7 @@ def test_to_gguf_and_back_is_the_same_model(load_once, sources, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "type"),
-    [("llama", "q8_0"), ("qwen3_moe", "q4_0"), ("deepseek", "iq4_nl"), ("llama", "mxfp4"), ("phi3", "q4_k")],
+    [("llama", "iq4_nl"), ("qwen3_moe", "q4_0"), ("deepseek", "q8_0"), ("llama", "mxfp4"), ("phi3", "q4_k")],
 )
 def test_a_gguf_file_holds_what_quantizing_while_loading_makes(sources, tmp_path, name, type):
     plan = convert(sources[name], tmp_path / "a.gguf", to=type, container="gguf", progress=False)
@@ -142,7 +142,7 @@ def test_gpt_oss_has_its_experts_in_mxfp4(tmp_path):
         np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
-@pytest.mark.parametrize("type", ["afq4", "afq8", "mxfp8"])
+@pytest.mark.parametrize("type", some(["afq4", "afq8", "mxfp8"], ["afq8", "mxfp8"]))  # experts below are in afq4
 def test_a_directory_of_mlx(load_once, sources, tmp_path, type):
     convert(sources["llama"], tmp_path / "a", to=type, container="mlx", progress=False)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization"]["bits"] == int(type[-1])
