@@ -63,8 +63,9 @@ def pytest_configure(config):
 
 
 # Workers take whole files. One that took long and came last would leave the other worker idle.
-LONGEST = "quantized_models processes kernels_pallas notebooks cli hf plan demo finetuning gpt_oss deepseek"
-LONGEST += " quantized_layers llama"
+LONGEST = "fuzz kernels_pallas notebooks finetuning faults adapters plan deepseek engine executables hf gemma3n"
+LONGEST += " processes perplexity quantized_models cli quantizing exporting demo uqff kernels_cpu coded gpt_oss"
+LONGEST += " serving_attacks"
 
 
 def pytest_collection_modifyitems(items):

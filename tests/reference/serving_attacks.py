@@ -42,10 +42,11 @@ class Attacks:
     Args:
         model: what clients call it.
         size: how many attackers of a kind, of those that only wait.
+        longest: seconds for which those stay who never read.
     """
 
-    def __init__(self, port: int, model: str, size: int) -> None:
-        self.port, self.model, self.size = port, model, size
+    def __init__(self, port: int, model: str, size: int, longest: float) -> None:
+        self.port, self.model, self.size, self.longest = port, model, size, longest
         self.rng = random.Random(0)
 
     def body(self, **fields: object) -> dict[str, object]:
@@ -111,7 +112,7 @@ class Attacks:
         """Very many at once."""
         requests = [self.send(post(self.body(max_tokens=50)), self.status) for _ in range(self.size * 5)]
         counts = collections.Counter(await asyncio.gather(*requests))
-        await asyncio.sleep(4)
+        await asyncio.sleep(self.longest / 5)
         return " ".join(sorted(counts))
 
     async def half_closed(self) -> str:
@@ -132,7 +133,7 @@ class Attacks:
     async def never_reading(self) -> str:
         async def then(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
             writer.transport.pause_reading()
-            await asyncio.sleep(20 * self.rng.random())
+            await asyncio.sleep(self.longest * self.rng.random())
             return "left"
 
         fields = self.body(max_tokens=400, logprobs=True, top_logprobs=20, stream=self.rng.random() < 0.8)
@@ -215,7 +216,8 @@ async def live(port: int) -> float:
 
 async def run(args: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    attacks, process = Attacks(args.port, args.model, args.size), psutil.Process(args.pid)
+    attacks = Attacks(args.port, args.model, args.size, min(20, 4 * args.seconds))
+    process = psutil.Process(args.pid)
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     waited: list[float] = []
     refused: collections.Counter[str] = collections.Counter()
