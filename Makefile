@@ -12,8 +12,8 @@ run: $(VENV)/installed
 
 FAST := layering damages sampling tokenizer tokenizer_gguf gguf ggml_file ggml_formats quantized_writers deepseek_numpy sharding
 
-# Whole files to each worker, in the order of tests/conftest.py; one more than two cores, as some tests only wait.
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# Whole files to each worker, in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Case tables that cover; test-all has their full products, test-fast only what needs no model (for while one edits).
 test: $(VENV)/installed
