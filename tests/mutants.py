@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "lengths in a file are believed",
         "jaxllm/checkpoint/gguf.py",
-        "if nbytes > self.left:",
-        "if nbytes < 0:",
+        "self._advance(nbytes)\n        taken = self.opened.read(nbytes)\n        if len(taken) < nbytes:",
+        "self.offset += nbytes\n        taken = self.opened.read(nbytes)\n        if nbytes < 0:",
         FUZZ,
     ),
     Mutant(

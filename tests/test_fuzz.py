@@ -31,7 +31,7 @@ def test_what_is_sound_is_answered(tmp_path):
 def test_damage_is_answered_or_refused():
     """New damage each time; the output says the seed, with which `python -m fuzz` does the same again."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))}
-    command = [sys.executable, "-m", "fuzz", "--seconds", "50"]  # a minute with its start
+    command = [sys.executable, "-m", "fuzz", "--seconds", "60"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
