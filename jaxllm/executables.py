@@ -181,7 +181,10 @@ def _newest(pattern: str, count: int) -> list[Path]:
 def _key(*parts: object) -> str | None:
     """A name for what programs are made of, the same in every process; None if there is none."""
     named = io.BytesIO()
-    pickler = pickle.Pickler(named)
+    # Otherwise the second of two equal objects would be named by the first if it is the same one, which differs between
+    # processes: threads that load weights may make one object or two. Python's pickler, as C's fast one fails in depth.
+    pickler = pickle._Pickler(named)
+    pickler.fast = True
     pickler.dispatch_table = {**copyreg.dispatch_table, type(jax.devices()[0]): _device}
     variables = sorted(pair for pair in os.environ.items() if pair[0].startswith(VARIABLES))
     try:
