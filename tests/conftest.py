@@ -1,8 +1,11 @@
-"""Eight emulated CPU devices, strict dtypes, and a compilation cache that stays inside the checkout."""
+"""Eight emulated CPU devices, strict dtypes, and caches that stay inside the checkout.
+
+What the tests compile in their own process is kept nowhere: hardly any program is compiled twice, and to write one takes
+30 ms. The command lines that they start keep theirs, as users' do.
+"""
 
 import collections
 import gc
-import itertools
 import os
 from pathlib import Path
 
@@ -24,6 +27,7 @@ import jaxllm  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # of tiny models, compiling takes longer than running
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)
 gc.freeze()  # tracing makes many objects, of which few are garbage in cycles: looking for those took 7% of the time
 gc.set_threshold(100_000, 20, 50)
 
@@ -38,11 +42,14 @@ def field(number, payload):
 # sets, for all tests. Messages that follow each other are merged.
 OLD_EMITTERS = field(3, field(3, field(500, field(1, b"xla_cpu_disable_new_fusion_emitters") + field(2, b"true"))))
 get_compile_options = compiler.get_compile_options
+compiled = 0  # programs, since mappings were listed
 
 
 def quick_compile_options(*args, **kwargs):
     """Where optimizations are off, also XLA's older emitters, all in one module: a MLIR context for each fusion is what
     the newer ones spend a third of the compiler's time on."""
+    global compiled
+    compiled += 1
     options = get_compile_options(*args, **kwargs)
     if options.executable_build_options.debug_options.xla_backend_optimization_level == 0:
         options = options.ParseFromString(options.SerializeAsString() + OLD_EMITTERS)
@@ -118,19 +125,22 @@ def optimizations(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-MOST_MAPPINGS, MOST_MODELS = 25_000, 12
-TESTS = itertools.count(1)
+MOST_MAPPINGS, MOST_MODELS = 40_000, 12
+LOOK = 100  # programs: listing mappings takes longer than most tests
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
     """A compiled program is about 100 mappings of memory, of which a process may have 65,530: a worker that runs many
-    tests died of a segmentation fault. Listing them takes longer than most tests, so that not all look."""
+    tests died of a segmentation fault."""
+    global compiled
     yield
     maps = Path("/proc/self/maps")
-    if next(TESTS) % 16 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    if compiled > LOOK and maps.exists():
+        compiled = 0
+        if maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(scope="module")
