@@ -17,7 +17,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Case tables that cover; test-all has their full products, test-fast only what needs no model (for while one edits).
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not simulator"
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS) --full
@@ -45,7 +45,7 @@ mutants: $(VENV)/installed
 # The kernels through the compilers of TPUs and GPUs, which need neither. Wheels that do not install here are skipped,
 # and the tests that want them say so.
 test-accelerators: .venv-accelerators/installed
-	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest $(WORKERS) tests/accelerators tests/test_kernels_triton.py
+	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest $(WORKERS) tests/accelerators tests/test_kernels_triton.py tests/test_kernels_pallas.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Eight emulated CPU devices, strict dtypes, and caches that stay inside the checkout.
 
-What the tests compile in their own process is kept nowhere: hardly any program is compiled twice, and to write one takes
+What tests compile in their own process is kept nowhere: hardly any program is compiled twice, and writing one takes
 30 ms. The command lines that they start keep theirs, as users' do.
 """
 

@@ -1,5 +1,8 @@
 """The Pallas TPU kernels against products in float64, on a simulated TPU that forgives nothing: what was not written
-is NaN, what is read out of bounds raises, and races are found."""
+is NaN, what is read out of bounds raises, and races are found.
+
+`make test` has each kernel in its longest form, over many blocks. `make test-accelerators` has all of this file.
+"""
 
 import dataclasses
 from functools import partial
@@ -85,6 +88,7 @@ def simulated(module, *names):
     return SimpleNamespace(**{name: partial(getattr(module, name), interpret=STRICT) for name in names})
 
 
+@pytest.mark.simulator
 @pytest.mark.usefixtures("no_races")
 class TestMXFP4(Quickly, MXFP4Cases):
     module = simulated(mxfp4, "matmul", "grouped_matmul")
@@ -120,6 +124,7 @@ class TestMXFP4(Quickly, MXFP4Cases):
         assert (self.run(self.module.matmul, numbers(3, 64).astype(BF16), zero) == 0).all()
 
 
+@pytest.mark.simulator
 @pytest.mark.usefixtures("no_races")
 class TestBlockFP8(Quickly, BlockFP8Cases):
     module = simulated(block_fp8, "matmul", "grouped_matmul", "act_quant", "weight_dequant")
@@ -173,6 +178,7 @@ class TestBlockFP8(Quickly, BlockFP8Cases):
 SUMMED = ["4 bits, offsets", "Q3_K", "Q4_K", "IQ4_XS"]
 
 
+@pytest.mark.simulator
 @pytest.mark.usefixtures("no_races")
 class TestPlanes(Quickly, PlanesCases):
     module = simulated(planes, "matmul", "grouped_matmul")
@@ -255,8 +261,9 @@ class TestManySteps(Quickly, KernelCases):
 
 
 # Everything that attention is told, each at least once.
-FEW = ["a token of many heads", "a prompt", "a token in a ring", "a prompt in a ring", "latents of every head"]
-FEW += ["int8", "latents in 8 bits"]
+FIRST = ["a prompt in a ring", "latents of every head"]
+FEW = ["a token of many heads", "a prompt", "a token in a ring", "int8", "latents in 8 bits"]
+LATER = [pytest.param(name, marks=pytest.mark.simulator) for name in some([*ATTENTION], FEW) if name not in FIRST]
 
 
 @pytest.mark.usefixtures("no_races")
@@ -265,7 +272,7 @@ class TestAttention(Quickly, AttentionCases):
 
     module = simulated(flash, "attention")
 
-    @pytest.mark.parametrize("name", some([*ATTENTION], FEW))
+    @pytest.mark.parametrize("name", FIRST + LATER)
     def test_attention(self, name):
         super().test_attention(name)
 
