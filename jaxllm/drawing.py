@@ -132,6 +132,13 @@ def draw(logits: jax.Array, given: Lines, asked: Asked, at: Progress) -> tuple[P
     return _advanced(at, result, rows, given.draws), result
 
 
+def begin(at: Progress, row: jax.Array, drawn: jax.Array, prompted: jax.Array) -> Progress:
+    """Progress where the answer of sequence `row` has `drawn` tokens, after a prompt of tokens bool `[vocab]`."""
+    return Progress(
+        at.newest, at.drawn.at[row].set(drawn), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
+    )
+
+
 def _gumbel(seeds: jax.Array, index: jax.Array, vocab: int) -> jax.Array:
     """Gumbel noise, float32 `[rows, vocab]`, for token `index[rows]` of each answer.
 

@@ -8,7 +8,7 @@ can be told from run time, and the compiled text can be inspected.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm import tracking
 from jaxllm.compilation_cache import damaged_entries_removed
 from jaxllm.device_memory import device_bytes, room_for
-from jaxllm.drawing import Asked, Drawn, Lines, Progress, draw
+from jaxllm.drawing import Asked, Drawn, Lines, Progress, begin, draw
 from jaxllm.executables import Executables
 from jaxllm.kernels.activations import rounding
 from jaxllm.layers.cache import KVCache
@@ -124,19 +124,7 @@ class Programs:
             last = jnp.clip(last, 0, tokens.shape[1] - 1)[..., None]
             return (cache, model.logits(jnp.take_along_axis(hidden, last, axis=1))), seen
 
-        def begin(at: Progress, row: jax.Array, drawn: jax.Array, prompted: jax.Array) -> Progress:
-            return Progress(
-                at.newest, at.drawn.at[row].set(drawn), at.prompted.at[row].set(prompted), at.answered.at[row].set(0)
-            )
-
-        def copy(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-            def copied(buffer: jax.Array) -> jax.Array:
-                return buffer.at[target].set(buffer[source])
-
-            keys, values = jax.tree.map(copied, (cache.keys, cache.values))
-            return replace(cache, keys=keys, values=values)
-
-        self._extend, self._head, self._advance, self._begin, self._copy = extend, head, advance, begin, copy
+        self._extend, self._head, self._advance = extend, head, advance
         self._replicated = NamedSharding(mesh, PartitionSpec())
 
     def refresh(self) -> None:
@@ -177,7 +165,7 @@ class Programs:
         what = f"a cache of {batch} x {capacity:,} positions"
         with room_for(what, self.mesh, lambda: device_bytes(cache), advise):
             key = "zeros", batch, capacity
-            return self._compiled(key, cache.zeros, outputs=lambda: cache.shardings, donated=None)
+            return self._compiled(key, _zeros(cache), outputs=lambda: cache.shardings, donated=None)
 
     def extend(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, window: int) -> tuple[jax.Array, KVCache]:
         """Hidden states `[batch, time, hidden]` of `tokens[batch, time]`, of which `counts[batch]` are real.
@@ -222,13 +210,13 @@ class Programs:
         """Progress (donated) where the answer of a sequence has `drawn` tokens, after a prompt of tokens bool
         `[vocab]`."""
         args = at, self.replicate(np.int32(row)), self.replicate(np.int32(drawn)), self.replicate(prompted)
-        return self._run(("begin", at.answered.shape), self._begin, *args, donated=0)
+        return self._run(("begin", at.answered.shape), begin, *args, donated=0)
 
     def copy(self, cache: KVCache, source: int, target: int) -> KVCache:
         """The cache (donated) with what it holds of one sequence copied to another; lengths and limits stay."""
         args = cache, self.replicate(np.int32(source)), self.replicate(np.int32(target))
         key = "copy", len(cache.lengths), cache.capacity
-        return self._run(key, self._copy, *args, outputs=lambda: cache.shardings, donated=0)
+        return self._run(key, KVCache.copied, *args, outputs=lambda: cache.shardings, donated=0)
 
     def _tracked(self, batch: Batch, most: int) -> tracking.Kind | None:
         """Only tokens of prompts are tracked."""
@@ -281,6 +269,12 @@ class Programs:
             del self.compiled[next(iter(self.compiled))]
         result = program(*args)
         return result if self.runs_ahead else jax.block_until_ready(result)
+
+
+@lru_cache(MOST_PROGRAMS)
+def _zeros(cache: KVCache) -> Callable[[], KVCache]:
+    """The same function for equal caches: JAX compiles it once for all models of a process, as it does `draw`."""
+    return cache.zeros
 
 
 def _advise_step(times: float) -> str:

@@ -22,6 +22,14 @@ ROOT = Path(__file__).parent.parent
 TINY = Tiny(layers=1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cached():
+    """As users have it, and not other tests."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"

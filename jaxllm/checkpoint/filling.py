@@ -22,7 +22,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
 from jaxllm.layers.held import encoded_anew
 from jaxllm.layers.parameter import parameters
-from jaxllm.placing import Source, place, place_of
+from jaxllm.placing import DerivedArray, Source, place, place_of
 from jaxllm.requantize import planned
 
 READERS = 4  # threads, each reading one parameter at a time
@@ -76,7 +76,7 @@ def fill(
         vector = len(declaration.shape) == 1
         kept = vector or declaration.keep
         encoded = source if kept else encode(name, source)
-        weight: Any = place(encoded, declaration, mesh)
+        weight: Any = place(_in_float32(encoded) if vector else encoded, declaration, mesh)
         if vector:
             weight = weight.dequantize()
         elif not kept:
@@ -95,6 +95,17 @@ def fill(
     for p in placed:
         declared[p.name].set_value(p.weight)
     return placed
+
+
+def _in_float32(source: Source) -> Source:
+    """Converted as it is read: on devices, each length of vectors would take a program of its own."""
+
+    def read(part: Weight) -> Weight:
+        if not isinstance(part, Dense):
+            return part
+        return Dense(DerivedArray(part.shape, np.dtype(np.float32), lambda: np.asarray(part.values).astype(np.float32)))
+
+    return replace(source, parts=tuple(read(part) for part in source.parts))
 
 
 def shapes(source: Source) -> Weight:

@@ -5,7 +5,7 @@ slot `p mod length` until a later position overwrites it.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import jax
@@ -85,6 +85,11 @@ class KVCache:
     def zeros(self) -> Self:
         """An empty cache of these shapes; compiled with `shardings`, it lies there."""
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)
+
+    def copied(self, source: jax.Array, target: jax.Array) -> Self:
+        """With what is held of sequence `source` in the place of `target`; lengths and limits stay."""
+        keys, values = jax.tree.map(lambda x: x.at[target].set(x[source]), (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
     @property
     def shardings(self) -> Self:
