@@ -7,6 +7,7 @@ What tests compile in their own process is kept nowhere: hardly any program is c
 import collections
 import gc
 import os
+import sys
 from pathlib import Path
 
 import covering
@@ -18,6 +19,8 @@ BEGUN = pytest.StashKey[float]()
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xdg"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # read by jaxllm, in this process and in the command lines that tests start
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # each of the processes that tests start would compile all sources
+    sys.dont_write_bytecode = False
 
 import jax  # noqa: E402
 from jax._src import compiler  # noqa: E402
