@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -150,9 +151,10 @@ class LanguageModel:
         for chunk in hidden_states(self.programs, tokens, cache, start):
             cache = chunk.cache
             if not last_only:
-                parts.append(self.programs.head(chunk.hidden)[:, : chunk.real])
+                parts.append(lax.slice_in_dim(self.programs.head(chunk.hidden), 0, chunk.real, axis=1))
         if last_only:
-            return self.programs.head(chunk.hidden[:, chunk.real - 1]), cache
+            last = lax.dynamic_index_in_dim(chunk.hidden, chunk.real - 1, axis=1, keepdims=False)
+            return self.programs.head(last), cache
         return jnp.concatenate(parts, axis=1), cache
 
     def embed(self, prompts: Sequence[Prompt], pooling: Literal["mean", "last"] = "mean") -> np.ndarray:
@@ -169,8 +171,8 @@ class LanguageModel:
         rows = []
         for ids in [np.array(self.encode(prompt), np.int32) for prompt in prompts]:
             cache = cache_for(self.programs, 1, len(ids))
-            parts = [c.hidden[0, : c.real] for c in hidden_states(self.programs, ids[None], cache, 0)]
-            whole = np.concatenate([np.asarray(part, np.float32) for part in parts])
+            chunks = hidden_states(self.programs, ids[None], cache, 0)
+            whole = np.concatenate([np.asarray(c.hidden, np.float32)[0, : c.real] for c in chunks])
             rows.append(whole.mean(axis=0) if pooling == "mean" else whole[-1])
         return np.stack(rows)
 

@@ -73,7 +73,7 @@ def pytest_configure(config):
 
 
 # Workers take whole files. One that took long and came last would leave the other worker idle.
-LONGEST = "fuzz kernels_pallas notebooks finetuning faults adapters plan deepseek engine executables hf gemma3n"
+LONGEST = "fuzz notebooks finetuning faults adapters plan deepseek engine executables hf gemma3n"
 LONGEST += " processes perplexity quantized_models cli quantizing exporting demo uqff kernels_cpu coded gpt_oss"
 LONGEST += " serving_attacks"
 
