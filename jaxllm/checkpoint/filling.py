@@ -98,14 +98,15 @@ def fill(
 
 
 def _in_float32(source: Source) -> Source:
-    """Converted as it is read: on devices, each length of vectors would take a program of its own."""
+    """A vector of floats, converted as it is read: on devices, that would take a program for each length."""
 
-    def read(part: Weight) -> Weight:
-        if not isinstance(part, Dense):
+    def converted(part: Weight) -> Weight:
+        if not isinstance(part, Dense) or part.values.dtype == np.float32:
             return part
-        return Dense(DerivedArray(part.shape, np.dtype(np.float32), lambda: np.asarray(part.values).astype(np.float32)))
+        values: Any = part.values
+        return Dense(DerivedArray(values.shape, np.dtype(np.float32), lambda: np.array(values, np.float32)))
 
-    return replace(source, parts=tuple(read(part) for part in source.parts))
+    return replace(source, parts=tuple(map(converted, source.parts)))
 
 
 def shapes(source: Source) -> Weight:
