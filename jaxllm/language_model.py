@@ -150,7 +150,7 @@ class LanguageModel:
         for chunk in hidden_states(self.programs, tokens, cache, start):
             cache = chunk.cache
             if not last_only:
-                parts.append(self.programs.head(chunk.hidden)[:, : chunk.real])
+                parts.append(jax.lax.slice_in_dim(self.programs.head(chunk.hidden), 0, chunk.real, axis=1))
         if last_only:
             return self.programs.head(chunk.hidden[:, chunk.real - 1]), cache
         return jnp.concatenate(parts, axis=1), cache

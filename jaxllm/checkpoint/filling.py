@@ -22,7 +22,7 @@ from jaxllm.formats.dense import Dense
 from jaxllm.kernels import dispatch
 from jaxllm.layers.held import encoded_anew
 from jaxllm.layers.parameter import parameters
-from jaxllm.placing import Source, place, place_of
+from jaxllm.placing import DerivedArray, Source, place, place_of
 from jaxllm.requantize import planned
 
 READERS = 4  # threads, each reading one parameter at a time
@@ -76,7 +76,7 @@ def fill(
         vector = len(declaration.shape) == 1
         kept = vector or declaration.keep
         encoded = source if kept else encode(name, source)
-        weight: Any = place(encoded, declaration, mesh)
+        weight: Any = place(_widened(encoded) if vector else encoded, declaration, mesh)
         if vector:
             weight = weight.dequantize()
         elif not kept:
@@ -95,6 +95,19 @@ def fill(
     for p in placed:
         declared[p.name].set_value(p.weight)
     return placed
+
+
+def _widened(source: Source) -> Source:
+    """A vector of floats in float32, which every model holds them in: on the devices, that takes a program for each
+    length."""
+
+    def widened(part: Weight) -> Weight:
+        if not isinstance(part, Dense) or part.values.dtype == np.float32:
+            return part
+        values: Any = part.values
+        return Dense(DerivedArray(values.shape, np.dtype(np.float32), lambda: np.array(values, np.float32)))
+
+    return replace(source, parts=tuple(map(widened, source.parts)))
 
 
 def shapes(source: Source) -> Weight:
