@@ -103,12 +103,14 @@ def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated
     Raises:
         InputError: the model has other blocks than dense Llamas, whose norms and matrices can take up the factors.
     """
+    for layer in model.model.layers:
+        matrices = {name for name, p in parameters(layer).items() if len(p.declared.shape) > 1}
+        if unknown := sorted(matrices - _DENSE):
+            raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
     result = Calibrated()
     for i, layer, statistics in _by_layer(model, tokens):
         params = parameters(layer)
         values = {name: np.asarray(dequantized(p)) for name, p in params.items() if len(p.declared.shape) > 1}
-        if unknown := sorted({*values} - _DENSE):
-            raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
         vectors, factors = {}, {name: np.ones(w.shape[1], np.float32) for name, w in values.items()}
         for names, before in _AWQ:
             products = statistics[names[0]].products

@@ -169,8 +169,8 @@ class LanguageModel:
         rows = []
         for ids in [np.array(self.encode(prompt), np.int32) for prompt in prompts]:
             cache = cache_for(self.programs, 1, len(ids))
-            parts = [c.hidden[0, : c.real] for c in hidden_states(self.programs, ids[None], cache, 0)]
-            whole = np.concatenate([np.asarray(part, np.float32) for part in parts])
+            chunks = hidden_states(self.programs, ids[None], cache, 0)
+            whole = np.concatenate([np.asarray(chunk.hidden, np.float32)[0, : chunk.real] for chunk in chunks])
             rows.append(whole.mean(axis=0) if pooling == "mean" else whole[-1])
         return np.stack(rows)
 

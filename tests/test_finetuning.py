@@ -47,8 +47,8 @@ def training(model, name, settings, length=32):
 
 
 MESHES = [
-    ("llama", "tp=8", {"batch": 1, "accumulate": 2}),  # two texts in each row
-    ("deepseek", "tp=2,ep=2", {"remat": True}),  # also trains experts, as the others below do
+    ("llama", "tp=8", {"batch": 1, "accumulate": 2, "remat": True}),  # two texts in each row
+    ("deepseek", "tp=2,ep=2", {}),  # also trains experts, as the others below do
     ("gpt_oss", "tp=1", {}),
     ("deepseek", "tp=2,ep=4", {"remat": True}),
     ("qwen3_moe", "tp=2,ep=2", {}),

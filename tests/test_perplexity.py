@@ -29,11 +29,9 @@ MOST = {"q8_0": 1.01, "q6_k": 1.01, "q4_k": 1.08, "iq4_nl": 1.25}
 
 @pytest.fixture(scope="module")
 def exact(load_once):
-    """The demo in float32, and its perplexity, of a text in several chunks."""
+    """The demo in float32, and its perplexity."""
     model = load_once("demo", dtype="float32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxllm.decoding.CHUNK", 128)
-        return model, perplexity(model, TEXT)
+    return model, perplexity(model, TEXT)
 
 
 def test_perplexity_is_that_of_llama_cpp(exact):
