@@ -26,7 +26,7 @@ from jaxllm.layers.decoder import apply
 from jaxllm.layers.held import dequantized
 from jaxllm.layers.parameter import parameters
 from jaxllm.placing import Source, place
-from jaxllm.tracking import Statistics
+from jaxllm.tracking import Statistics, added
 
 GROUPS = 128, 64, 32
 # AWQ: matrices that take the same input, and the norm or the matrix that makes it.
@@ -163,7 +163,7 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
             seen: dict[str, Statistics] = {}
             for x in states:
                 _, _, more = apply(layer, jnp.asarray(x), _cache(empty, i), context, "products")
-                seen = {name: seen[name] + each if name in seen else each for name, each in more.items()}
+                seen = added(seen, more)
             declared = {name: param.declared for name, param in parameters(layer).items()}
             yield i, layer, {name: each.restored(declared[name]) for name, each in seen.items()}
             states = [np.asarray(apply(layer, jnp.asarray(x), _cache(empty, i), context, None)[0]) for x in states]
