@@ -26,7 +26,7 @@ from jaxllm.layers.decoder import apply
 from jaxllm.layers.held import dequantized
 from jaxllm.layers.parameter import parameters
 from jaxllm.placing import Source, place
-from jaxllm.tracking import Statistics
+from jaxllm.tracking import Statistics, added
 
 GROUPS = 128, 64, 32
 # AWQ: matrices that take the same input, and the norm or the matrix that makes it.
@@ -103,12 +103,14 @@ def with_awq(model: LanguageModel, tokens: np.ndarray, group: int) -> Calibrated
     Raises:
         InputError: the model has other blocks than dense Llamas, whose norms and matrices can take up the factors.
     """
+    for layer in model.model.layers:
+        matrices = {name for name, p in parameters(layer).items() if len(p.declared.shape) > 1}
+        if unknown := sorted(matrices - _DENSE):
+            raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
     result = Calibrated()
     for i, layer, statistics in _by_layer(model, tokens):
         params = parameters(layer)
         values = {name: np.asarray(dequantized(p)) for name, p in params.items() if len(p.declared.shape) > 1}
-        if unknown := sorted({*values} - _DENSE):
-            raise InputError(f"AWQ is for dense models like Llama, whose layers do not have {unknown[0]}")
         vectors, factors = {}, {name: np.ones(w.shape[1], np.float32) for name, w in values.items()}
         for names, before in _AWQ:
             products = statistics[names[0]].products
@@ -161,7 +163,7 @@ def _by_layer(model: LanguageModel, tokens: np.ndarray) -> Iterator[tuple[int, A
             seen: dict[str, Statistics] = {}
             for x in states:
                 _, _, more = apply(layer, jnp.asarray(x), _cache(empty, i), context, "products")
-                seen = {name: seen[name] + each if name in seen else each for name, each in more.items()}
+                seen = added(seen, more)
             declared = {name: param.declared for name, param in parameters(layer).items()}
             yield i, layer, {name: each.restored(declared[name]) for name, each in seen.items()}
             states = [np.asarray(apply(layer, jnp.asarray(x), _cache(empty, i), context, None)[0]) for x in states]

@@ -223,8 +223,7 @@ class Programs:
         return self.tracks if most == 1 and batch.tokens.shape[1] > 1 else None
 
     def _keep(self, seen: dict[str, tracking.Statistics]) -> None:
-        for name, statistics in seen.items():
-            self.seen[name] = self.seen[name] + statistics if name in self.seen else statistics
+        self.seen = tracking.added(self.seen, seen)
 
     def _run[T](
         self,

@@ -61,6 +61,17 @@ class Statistics:
         return type(self)(squares, counts, products)
 
 
+def added(before: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics by name, with those of more tokens: all the sums are one program."""
+    known = {name: before[name] for name in more if name in before}
+    return {**before, **more, **(_sums(known, {name: more[name] for name in known}) if known else {})}
+
+
+@jax.jit
+def _sums(some: dict[str, Statistics], others: dict[str, Statistics]) -> dict[str, Statistics]:
+    return {name: each + others[name] for name, each in some.items()}
+
+
 @dataclass
 class Tracker:
     """What is collected while a module is traced.

@@ -110,7 +110,7 @@ def test_the_command_writes_what_loading_reads(talker, tmp_path, capsys):
         first["blk.1.ffn_down.weight"].importance, second["model.layers.1.mlp.down_proj"].importance, rtol=1e-6
     )
     plain, helped = (
-        jaxllm.load(talker, quantize="iq4_nl", imatrix=imatrix, progress=False).placed
+        jaxllm.load(talker, quantize="q4_1", imatrix=imatrix, progress=False).placed
         for imatrix in (None, tmp_path / "a.gguf")
     )
     differ = [

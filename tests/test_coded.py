@@ -73,6 +73,7 @@ CASES = [
     ("gpt_oss/bf16", {}, "tp=8", "int8"),
     ("deepseek/v3", {}, "tp=2", "fp8"),
 ]
+STEPPING = some([case[0] for case in CASES], ["checkpoints/mistral"])  # the others add two tokens, by the same program
 CASES += some(
     [("checkpoints/gemma3_text", {}, "tp=2", "int8"), ("deepseek/v3", {"attention": "naive"}, "tp=8", "int8")], []
 )
@@ -99,8 +100,8 @@ def name(request):
 
 @pytest.mark.parametrize(("path", "options", "mesh", "name"), CASES, indirect=["name"])
 def test_models_answer_as_if_numbers_were_rounded(monkeypatch, path, options, mesh, name):
-    """On a mesh, chunk by chunk and then token by token, with rings that have come around; as one device answers all
-    in chunks."""
+    """On a mesh, chunk by chunk and then in steps, with rings that have come around; as one device answers all in
+    chunks."""
     monkeypatch.setattr("jaxllm.layers.cache.REWIND", 2)
     monkeypatch.setattr("jaxllm.decoding.CHUNK", 8)
     golden = np.load(GOLDEN / path / "golden.npz")
@@ -110,9 +111,9 @@ def test_models_answer_as_if_numbers_were_rounded(monkeypatch, path, options, me
     assert np.abs(expected - golden["logits"][:, :24]).max() > 0.01  # else nothing was rounded
     model = jaxllm.load(GOLDEN / path, mesh=mesh, cache_dtype=name, **options)
     found, cache = model.forward(tokens[:, :16], model.empty_cache(len(tokens), 32))
-    parts = [found]
-    for i in range(16, 20):
-        found, cache = model.forward(tokens[:, i : i + 1], cache)
+    parts, step = [found], 1 if path in STEPPING else 2
+    for i in range(16, 20, step):
+        found, cache = model.forward(tokens[:, i : i + step], cache)
         parts.append(found)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected[:, :20], atol=2e-3)
 

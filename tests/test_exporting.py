@@ -69,7 +69,7 @@ COMPUTED = some([*SOURCES, *TINY], OTHERWISE)
 
 
 @pytest.mark.parametrize(
-    "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", *OTHERS])
+    "name", some([*SOURCES, *TINY], ["phi3", "gpt_oss", "gemma3_text", "qwen3_moe", "deepseek", "glm4_moe_groups"])
 )
 def test_to_gguf_and_back_is_the_same_model(load_once, sources, tmp_path, name):
     model = load_once(sources[name], dtype="float32", weights="packed")
@@ -89,7 +89,7 @@ def test_to_gguf_and_back_is_the_same_model(load_once, sources, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "type"),
-    [("llama", "iq4_nl"), ("qwen3_moe", "q4_0"), ("deepseek", "q8_0"), ("llama", "mxfp4"), ("phi3", "q4_k")],
+    [("llama", "q5_1"), ("qwen3_moe", "q4_0"), ("deepseek", "q8_0"), ("llama", "mxfp4"), ("phi3", "q4_k")],
 )
 def test_a_gguf_file_holds_what_quantizing_while_loading_makes(sources, tmp_path, name, type):
     plan = convert(sources[name], tmp_path / "a.gguf", to=type, container="gguf", progress=False)
@@ -247,8 +247,7 @@ def test_gptq_of_fused_matrices(tmp_path, monkeypatch):
     plan = convert(source, tmp_path / "a", to="gptq4", text=tmp_path / "text", dry_run=True, progress=False)
     assert {row.result.format for row in plan.rows if ".layers." in row.name} == {"GPTQ 4-bit"}
     convert(source, tmp_path / "a", to="gptq4", text=tmp_path / "text", progress=False)
-    found, expected = (np.asarray(load(path).logits(TOKENS)) for path in (tmp_path / "a", source))
-    assert np.square(found - expected).mean() < 0.1 * np.square(expected).mean()
+    assert_near(load(tmp_path / "a"), load(source))
 
 
 def tiny_hf_of_64(folder):

@@ -47,9 +47,10 @@ def training(model, name, settings, length=32):
 
 
 MESHES = [
-    ("llama", "tp=8", {"batch": 1, "accumulate": 2}),  # two texts in each row
-    ("deepseek", "tp=2,ep=4", {"remat": True}),  # also trains experts, as the others below do
+    ("llama", "tp=8", {"batch": 1, "accumulate": 2, "remat": True}),  # two texts in each row
+    ("deepseek", "tp=2,ep=2", {}),  # also trains experts, as the others below do
     ("gpt_oss", "tp=1", {}),
+    ("deepseek", "tp=2,ep=4", {"remat": True}),
     ("qwen3_moe", "tp=2,ep=2", {}),
     ("llama", "dp=2", {}),
     ("llama", "tp=1", {"remat": True}),
@@ -79,14 +80,16 @@ def test_a_packed_base_trains_as_the_matrices_that_it_stands_for(tmp_path, name,
     """What these are, tests/quantized_writers.py says."""
     source = tiny_hf.write(tmp_path / "source", family)
     packed_, plain = quantized_checkpoint(source, tmp_path, name, np.random.default_rng(1))
-    rng, losses = np.random.default_rng(2), []
+    rng, losses, programs = np.random.default_rng(2), [], {}
     rows = packed([Example(rng.integers(0, tiny_hf.VOCAB, 20, np.int32), np.arange(20) > 4)], 20, np.arange(1))
     for path in (packed_, plain):
         model = jaxllm.load(path, mesh="tp=2", dtype="float32", weights="packed", progress=False)
         settings = Settings(steps=6, learning_rate=1e-2, warmup=0.0, rank=4)
         places, factors = begun(model, settings.rank, settings.scale, None, 0)
         run = Training(model, settings, rows, None, places, False)
+        run.steps.compiled |= programs
         losses.append(run.run(factors, None)[1].losses)
+        programs["update"] = run.steps.compiled["update"]  # which knows nothing of the base
     assert losses[0][-1] < losses[0][0] - 0.1
     np.testing.assert_allclose(*losses, atol=1e-3)
 
@@ -94,15 +97,16 @@ def test_a_packed_base_trains_as_the_matrices_that_it_stands_for(tmp_path, name,
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_no_decoded_copy_of_the_model_is_kept(tmp_path, backend):
     """The programs' own memory is below that of the float32 matrices, of which a backward pass needs every one."""
-    tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.Tiny(hidden=256, intermediate=1024, layers=4))
+    tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.Tiny(hidden=256, intermediate=1024, layers=3))
     model = jaxllm.load(tmp_path / "m.gguf", dtype="float32", weights="packed", progress=False)
     places, factors = begun(model, 4, 2.0, None, 0)
     rows = packed([Example(np.arange(16, dtype=np.int32), np.arange(16) > 0)], 16, np.arange(1))
-    run = Training(model, Settings(steps=1), rows, None, places, False)
+    steps = Training(model, Settings(steps=1), rows, None, places, False).steps
+    trained = steps.replicated(factors)
     with nullcontext() if backend is None else dispatch.using(backend):
-        run.run(factors, None)
+        steps.add(steps.zeros(trained), trained, rows.take(np.arange(1), 1))
     decoded = sum(4 * np.prod(place.declaration.shape) for place in places.values())
-    temporary = run.steps.compiled["add"].memory_analysis().temp_size_in_bytes
+    temporary = steps.compiled["add"].memory_analysis().temp_size_in_bytes
     assert temporary < decoded / 2
 
 
@@ -126,11 +130,29 @@ def llama():
     return model
 
 
+@pytest.fixture(scope="module")
+def programs():
+    return {}
+
+
+@pytest.fixture
+def compiled_once(programs, monkeypatch):
+    """Trainings of the model above on the data above, as `SHORT` says, have the same programs, but for the leaves of a
+    model to which adapters were attached before."""
+    begin = Steps.__init__
+
+    def reusing(self, *args):
+        begin(self, *args)
+        self.compiled = programs.setdefault(len(self._leaves), {})
+
+    monkeypatch.setattr(Steps, "__init__", reusing)
+
+
 def files(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_to_the_same_bits(llama, compiled_once, tmp_path, monkeypatch):
     prompt = np.array([[5, 6, 7, 8]])
     before = np.asarray(llama.logits(prompt))
     done = jaxllm.finetune(llama, DATA, tmp_path / "whole", **SHORT)
@@ -166,7 +188,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(llama, tmp_path, monke
     np.testing.assert_allclose(other.logits(prompt), after, atol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(llama, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(llama, compiled_once, tmp_path, monkeypatch):
     step = Steps.update
 
     def third_is_lost(self, now, sums):

@@ -13,10 +13,10 @@ import jaxllm
 TOKENS = np.random.default_rng(0).integers(0, tiny_hf.VOCAB, (1, 12)).astype(np.int32)
 # Words of three-bit codes do not fit 80 rows, which DeepSeek's latents with their rotary keys have.
 UNFIT = {("deepseek", "gptq-3")}
-# One of each way in which names and shapes of tensors, or what config.json says, differ.
-FEW = ["gptq-3", "gptq-v2", "gptq-act-order", "awq", "bnb-nf4-nested", "bnb-fp4", "bnb-int8", "mlx-4", "mlx-nvfp4"]
-FEW += ["mlx-mxfp8", "hqq-4-axis0", "hqq-3", "fp8-tensor", "fp8-static", "fp8-block", "fp8-modelopt", "nvfp4-modelopt"]
-FEW += ["ct-pack-4-asym", "ct-pack-3", "ct-int8", "ct-fp8-block", "ct-nvfp4", "mxfp4"]
+# One of each way in which names and shapes of tensors differ. What else config.json can say, and numbers of bits,
+# test_quantized_layers has of every format.
+FEW = ["gptq-3", "gptq-act-order", "awq", "bnb-nf4-nested", "mlx-4", "hqq-4-axis0", "fp8-tensor", "fp8-block"]
+FEW += ["nvfp4-modelopt", "ct-pack-4-asym", "ct-fp8-block", "ct-nvfp4", "mxfp4"]
 FEW = [name for name in FORMATS if name in FEW]
 # DeepSeek has twice the layers, but no other names.
 TURNS = some(in_turn(FORMATS, *tiny_hf.MODELS), in_turn(FEW, "llama", "qwen3_moe", "deepseek", "llama", "qwen3_moe"))

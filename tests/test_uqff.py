@@ -67,8 +67,8 @@ def decoded():
     """Models whose weights were decoded. Those of a kind differ in nothing but numbers: one's programs do for all."""
     models = {}
 
-    def load(name, type):
-        loaded = jaxllm.load(path_of(name, type), weights="float32", dtype="float32", progress=False)
+    def load(path, **options):
+        loaded = jaxllm.load(path, weights="float32", dtype="float32", progress=False, **options)
         kind = repr(loaded.config), *(leaf.shape for leaf in loaded.programs.leaves)
         compiled = models.setdefault(kind, loaded)
         compiled.programs.leaves = loaded.programs.leaves
@@ -81,16 +81,18 @@ def decoded():
 def test_answers_are_those_of_mistral_rs(decoded, name, type):
     steps = GOLDENS[name, type]["steps"]
     tokens = [*PROMPT, *(step["tokens"][0] for step in steps[:-1])]
-    got = decoded(name, type).logits([tokens])[0, len(PROMPT) - 1 :]
+    got = decoded(path_of(name, type)).logits([tokens])[0, len(PROMPT) - 1 :]
     for step, logits in zip(steps, np.asarray(got), strict=True):
         ours = logits if "logits" in step else logits - np.log(np.exp(logits).sum())
         expected = step["logits" if "logits" in step else "logprobs"]
         np.testing.assert_allclose(ours[step["tokens"]], expected, atol=tolerance(name[:3], type))
 
 
-@pytest.mark.parametrize(("case", "mesh"), some(in_turn(SHARDED, *MESHES), in_turn(SHARDED[3:], *MESHES)))
+@pytest.mark.parametrize(
+    ("case", "mesh"), some(in_turn(SHARDED, *MESHES), [(SHARDED[3], "tp=8"), (SHARDED[6], "ep=2,tp=2")])
+)
 def test_a_mesh_changes_nothing(load_once, decoded, case, mesh):
-    alone = decoded(*case).logits([PROMPT])
+    alone = decoded(path_of(*case)).logits([PROMPT])
     got = load_once(path_of(*case), dtype="float32", weights="packed", mesh=mesh).logits([PROMPT])
     np.testing.assert_allclose(got, alone, atol=1e-4)
 
@@ -271,14 +273,13 @@ WRITTEN = some(WRITTEN, [("afq4", "1.2"), ("hqq4", "1.2"), ("q4_0", "0.2"), ("hq
 
 
 @pytest.mark.parametrize(("type", "version"), WRITTEN)
-def test_what_is_written_is_the_quantized_model(load_once, llama, tmp_path, type, version):
+def test_what_is_written_is_the_quantized_model(decoded, llama, tmp_path, type, version):
     convert(llama, tmp_path / "out", to=type, container="uqff", uqff_version=version, progress=False)
-    got = load_once(tmp_path / "out", dtype="float32", weights="float32").logits([PROMPT])
+    got = decoded(tmp_path / "out").logits([PROMPT])
     if type == "hqq4":  # whose groups run across rows in UQFF, and not where we hold them: compared with the source
-        expected, most = load_once(llama, dtype="float32", weights="float32").logits([PROMPT]), 1.0
+        expected, most = decoded(llama).logits([PROMPT]), 1.0
     else:
-        options = {"quantize": type, "dtype": "float32", "weights": "float32"}
-        expected, most = load_once(llama, **options).logits([PROMPT]), 1e-5 if version == "1.2" else 1.0
+        expected, most = decoded(llama, quantize=type).logits([PROMPT]), 1e-5 if version == "1.2" else 1.0
     np.testing.assert_allclose(got, expected, atol=most)
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files >= {f"{type}-0.uqff", "residual.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -375,7 +376,7 @@ def test_types_and_versions_that_uqff_does_not_have(llama, tmp_path):
 
 
 @pytest.mark.parametrize("type", some(["q8_0", "afq4"], ["afq4"]))
-def test_rows_in_the_order_of_gguf(tmp_path, type):
+def test_rows_in_the_order_of_gguf(decoded, tmp_path, type):
     """mistral.rs keeps them as they are in a GGUF file that it converts, neighbours being pairs."""
     shutil.copytree(ROOT / "1.2/llama", tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
@@ -389,11 +390,8 @@ def test_rows_in_the_order_of_gguf(tmp_path, type):
                 halves = tensors[key].reshape(heads, 2, tiny_hf.HEAD_DIM // 2, -1)
                 tensors[key] = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensors[key].shape)
     write_safetensors(file, tensors)
-    before, after = (
-        jaxllm.load(path, dtype="float32", weights="float32", progress=False, mesh="tp=2")
-        for path in (path_of("1.2/llama", type), file)
-    )
-    np.testing.assert_array_equal(before.logits([PROMPT]), after.logits([PROMPT]))
+    before, after = (np.asarray(decoded(path).logits([PROMPT])) for path in (path_of("1.2/llama", type), file))
+    np.testing.assert_array_equal(before, after)
 
 
 def broken(folder: Path, change) -> Path:

@@ -196,8 +196,15 @@ def in_kernels_layout(weight: Weight, sharding: NamedSharding, dtype: jax.typing
 
 
 def as_dense(dtype: jax.typing.DTypeLike) -> Convert:
-    """A `convert` of `fill`: dequantize each matrix in place, rounding once to `dtype`."""
-    return lambda weight, sharding: _decoder(jnp.dtype(dtype), sharding)(weight)
+    """A `convert` of `fill`: dequantize each matrix in place, rounding once to `dtype`. One of that type stays."""
+    dtype = jnp.dtype(dtype)
+
+    def convert(weight: Weight, sharding: NamedSharding) -> Weight:
+        if isinstance(weight, Dense) and weight.values.dtype == dtype:
+            return weight
+        return _decoder(dtype, sharding)(weight)
+
+    return convert
 
 
 @cache  # like matrices share a program, also those of models that are loaded one after the other
