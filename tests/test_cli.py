@@ -103,10 +103,11 @@ def run(monkeypatch, capsys, load_once):
     return generate
 
 
-@pytest.mark.optimized  # of many tokens, running takes longer than compiling
-def test_text_goes_to_stdout_and_rates_to_stderr(run):
-    code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT)
-    assert (code, out) == (0, ANSWER + "\n")
+def test_text_goes_to_stdout_and_rates_to_stderr(run, load_once, short_demo):
+    model = some("demo", short_demo)
+    alone = load_once(model, dtype="float32").chat([{"role": "user", "content": FRANCE["prompt"]}], 8).text
+    code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT, "--max-new-tokens", 8, model=model)
+    assert (code, out) == (0, some(ANSWER, alone) + "\n")
     assert re.fullmatch(r"\[prompt 37 tokens, .*\]\n", err)  # no progress bars where nobody watches
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import step_by_step
 from covering import in_turn, some
 from safetensors.numpy import load_file, save_file
 from same_model import assert_same_parameters
@@ -37,7 +38,13 @@ def test_logits_are_those_of_transformers(load_once, name, mesh):
 
 
 # A decode step does not know which file the weights are from: those of other models are in test_gguf_architectures.
-@pytest.mark.parametrize(("name", "mesh"), in_turn(some(NAMES, NOT_IN_GGUF), "tp=1", "tp=2"))
+@pytest.mark.parametrize(("name", "mesh"), in_turn(NOT_IN_GGUF, "tp=1", "tp=2"))
+def test_token_by_token_equals_all_at_once(load_once, name, mesh):
+    model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32")
+    np.testing.assert_allclose(step_by_step(model, golden(name)["tokens"]), golden(name)["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "mesh"), in_turn(some(NAMES, ["gemma3"]), "tp=1", "tp=2"))
 def test_greedy_tokens_are_those_of_transformers(load_once, name, mesh):
     expected = golden(name)
     model = load_once(CHECKPOINTS / name, mesh=mesh, dtype="float32")

@@ -86,16 +86,17 @@ jax.distributed.shutdown()
 """
 
 
-FULL = [(count, [(name, 6) for name in (*MODELS, DEMO)]) for count in (2, 4)]
-FEW = [(2, [(MODELS[0], 0), (MODELS[1], 0)]), (4, [(SIMPLE, 0)])]
+MESHES = ("tp=4,ep=2", "tp=2,ep=4", "dp=2,tp=4", "tp=8")
+FULL = [(count, [(name, mesh, 6) for name, mesh in zip((*MODELS, DEMO), MESHES, strict=True)]) for count in (2, 4)]
+# Experts and scales over both processes; a dense model over four.
+FEW = [(2, [("deepseek/v3_fp8", "tp=2,ep=4", 0)]), (4, [(SIMPLE, "tp=4,ep=2", 0)])]
 
 
 @pytest.mark.parametrize(("count", "models"), some(FULL, FEW))
 def test_scripts_of_several_processes(count, models, load_once):
     """The same script in each: every process has the tokens, and reads what its devices hold and no more. Of some
     models only those that are likeliest after each of a prompt's: that takes fewer programs."""
-    meshes = ("tp=4,ep=2", "tp=2,ep=4", "dp=2,tp=4", "tp=8")
-    todo = [[str(GOLDEN / name), mesh, most] for (name, most), mesh in zip(models, meshes, strict=False)]
+    todo = [[str(GOLDEN / name), mesh, most] for name, mesh, most in models]
     results = finished(count, LIBRARY, json.dumps(todo))
     expected = []
     for path, _, most in todo:
