@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from compiled import QUICK
 from covering import some
+from forked import Forked
 from tiny_gguf import Tiny, reference_logits, write
 
 import jaxllm
@@ -43,13 +44,13 @@ def start(*args, **options):
 
 
 def test_json_is_one_object_and_nothing_else(load_once, short_demo):
-    given = ("--prompt", FRANCE["prompt"], *FLOAT, "--json", *TP, "--max-new-tokens", 8)
-    process = start("-m", "jaxllm.generate", "--model", short_demo, *given)
+    given = ("--model", short_demo, "--prompt", FRANCE["prompt"], *FLOAT, "--json", *TP, "--max-new-tokens", 8)
+    process = Forked("import sys; from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))", "generate", *given)
     alone = load_once(short_demo, dtype="float32").chat([{"role": "user", "content": FRANCE["prompt"]}], 8)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert out.count("\n") == 1
-    got = json.loads(out)
+    done = process.finished()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    got = json.loads(done.stdout)
     assert got.pop("prefill_tok_s") > 0
     assert got.pop("decode_tok_s") > 0
     assert got == {
@@ -71,7 +72,7 @@ def test_an_error_is_the_exit_code_of_the_process():
 def test_a_reader_that_has_left_is_no_error(untokenized):
     reader, writer = os.pipe()
     os.close(reader)
-    process = start("-m", "jaxllm", "generate", "--model", untokenized[0], "--prompt-ids", "3,14", stdout=writer)
+    process = start("-m", "jaxllm.generate", "--model", untokenized[0], "--prompt-ids", "3,14", stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
