@@ -71,7 +71,7 @@ def test_answers_are_those_given_alone(load_once, file, mesh):
     assert engine.stats.generated_tokens == sum(lengths)
 
 
-@pytest.mark.parametrize("name", some(["checkpoints/mistral", *(few := ["gpt_oss/mxfp4", "deepseek/v3"])], few))
+@pytest.mark.parametrize("name", some(["gpt_oss/mxfp4", *(few := ["checkpoints/mistral", "deepseek/v3"])], few))
 def test_rows_of_other_architectures(load_once, name):
     """Rings, sinks and latents: steps of two of four sequences, of different lengths, give what transformers gives."""
     model = load_once(GOLDEN / name, mesh="tp=1", dtype="float32", weights="packed")

@@ -453,7 +453,7 @@ def test_many_conversations_take_no_more_than_few():
     """Memory, mappings and files stay as they are, else the exit code is 1."""
     code = "import runpy, sys\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
     script = Path(__file__).parent / "reference" / "soak.py"
-    done = Forked(code, script, "--conversations", 2000 if FULL else 80).finished(timeout=None)
+    done = Forked(code, script, "--conversations", 2000 if FULL else 40).finished(timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -29,7 +29,7 @@ UNLIKE = "v3_unlike_demo"
 FORMS = {"split": True, "whole": False}  # of kv_b
 MESHES = ["tp=1", "tp=2", "tp=2,ep=2", "tp=8"]
 # Of the others it is enough that what the file gives is the same, which the next tests say.
-CASES = [(name, form, "tp=2,ep=2") for name, form in some(in_turn(NAMES, *FORMS), [("v2", "whole"), ("v3", "split")])]
+CASES = [(name, form, "tp=2,ep=2") for name, form in some(in_turn(NAMES, *FORMS), [("v3", "split")])]
 CASES += some([("v3", form, mesh) for form in FORMS for mesh in ("tp=1", "tp=2", "tp=8")], [])
 
 
