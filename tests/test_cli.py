@@ -177,9 +177,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line_and_exit_code_2(run, name):
+def test_an_error_is_one_line_and_exit_code_2(run, short_demo, name):
     args, message, model = ERRORS[name]
-    code, out, err = run(*args, model=model)
+    code, out, err = run(*args, model=short_demo if model == "demo" else model)
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("error: ")
@@ -234,24 +234,22 @@ def command(capsys, *argv):
 GENERATE = ["--max-new-tokens", 5, "--dtype", "float32", "--weights", "packed"]
 
 
-def test_prompts_and_answers_are_ids_without_a_tokenizer(capsys, untokenized):
+def test_prompts_and_answers_are_ids_without_a_tokenizer(run, untokenized):
     path, answer = untokenized
-    code, out, err = command(capsys, "generate", "--model", path, "--prompt-ids", "3, 14,15", *GENERATE)
+    code, out, err = run("--prompt-ids", "3, 14,15", *GENERATE, model=path)
     assert (code, out) == (0, ",".join(map(str, answer([3, 14, 15], 5))) + "\n")
     assert "[prompt 3 tokens, " in err
     assert "answer 5 tokens" in err
 
 
-def test_lines_of_ids(capsys, tmp_path, untokenized):
+def test_lines_of_ids(run, tmp_path, untokenized):
     path, answer = untokenized
     (tmp_path / "in.txt").write_text("3,14,15\n\n9 2\n")
-    code, out, _ = command(
-        capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", "--json", *GENERATE
-    )
+    code, out, _ = run("--input-file", tmp_path / "in.txt", "--json", *GENERATE, model=path)
     got = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert [(g["prompt"], g["tokens"]) for g in got] == [(p, answer(p, 5)) for p in ([3, 14, 15], [9, 2])]
-    _, out, _ = command(capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", *GENERATE)
+    _, out, _ = run("--input-file", tmp_path / "in.txt", *GENERATE, model=path)
     assert out.splitlines()[:2] == ["> 3,14,15", ",".join(map(str, answer([3, 14, 15], 5)))]
 
 

@@ -37,7 +37,7 @@ from jaxllm.tokenizer import Tokenizer
 CHECKPOINTS = Path(__file__).parent / "golden" / "gpt_oss"
 NAMES = ("bf16", "mxfp4", "square", "square_gate_up")
 # Experts of 96 are 3 blocks: over 2, 4 or 8 devices they are padded with blocks of zeros.
-CASES = [*in_turn(NAMES, "tp=8", "tp=2,ep=4"), *(("mxfp4", mesh) for mesh in some(["tp=2", "tp=4", "ep=4"], ["tp=4"]))]
+CASES = [*in_turn(NAMES, "tp=8", "tp=2,ep=4"), *(("mxfp4", mesh) for mesh in some(["tp=2", "tp=4", "ep=4"], []))]
 
 
 def golden(name):
