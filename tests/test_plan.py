@@ -265,7 +265,8 @@ def test_a_search_ranks_every_mesh():
 
 
 def test_a_chips_bounds(monkeypatch):
-    """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding."""
+    """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding. Here keys and
+    values are in 8 bits, and compiled so."""
     monkeypatch.setattr("jaxllm.planning.planner.COMPILED", 2)
     chip = CHIPS["v5e"]
     devices = dataclasses.replace(topology("cpu:4"), chip=chip)
