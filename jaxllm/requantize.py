@@ -5,9 +5,8 @@ border of a shard, and the bits are the same on every mesh.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +52,10 @@ def _encode(values: jax.Array, importance: jax.Array | None, type: Encoding) -> 
     return type.encode(values.astype(jnp.float32), importance)
 
 
-def planned(shape: Sequence[int], type: Encoding) -> Weight:
-    """The shapes of a matrix of this shape when it is encoded."""
-    values = jax.ShapeDtypeStruct((*shape,), jnp.float32)
+@cache
+def planned(shape: tuple[int, ...], type: Encoding) -> Weight:
+    """The shapes of a matrix of this shape when it is encoded. Encoders take long to trace, and layers are alike."""
+    values = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(lambda w: type.encode(w, None), values)
 
 

@@ -34,6 +34,16 @@ def decode_steps(model):
     return [program for key, program in model.programs.compiled.items() if key[0] == "advance" and key[1][1] == 1]
 
 
+def step_by_step(model, tokens):
+    """The logits after each of `tokens[batch, time]`, which the model is given one at a time. One program does that; to
+    generate takes three."""
+    cache, logits = model.programs.empty_cache(len(tokens), 32), []
+    for t in range(tokens.shape[1]):
+        hidden, cache = model.programs.extend(cache, tokens[:, t : t + 1], np.ones(len(tokens), np.int32), 32)
+        logits.append(np.asarray(model.programs.head(hidden)))
+    return np.concatenate(logits, 1)
+
+
 def watch(monkeypatch, model, before=lambda batch: None, after=lambda batch: None):
     """Call `before` and `after` with the batch of each call that adds tokens to sequences."""
     advance = model.programs.advance

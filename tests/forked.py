@@ -36,15 +36,15 @@ def _run(code, args, environment, spent, out, err):
 class Forked:
     """A process of `python -c code *args` without input; it compiles quickly, unless `environment` says otherwise.
 
-    Its stderr is a file, as its stdout is, or a terminal of the name `terminal`.
+    Its stdout and stderr are files; the latter may be a terminal of the name `terminal`.
     """
 
     def __init__(self, code, *args, environment=None, terminal=None):
         self._folder = tempfile.TemporaryDirectory()
         self.args = [*map(str, args)]
         self._files = [Path(self._folder.name) / name for name in ("spent", "stdout", "stderr")]
-        self.stderr = self._files[-1]
-        self.stderr.touch()
+        _, self.stdout, self.stderr = self._files
+        self.stdout.touch(), self.stderr.touch()
         given = {**os.environ, **QUICK, **(environment or {})}
         paths = *map(str, self._files[:-1]), terminal or str(self.stderr)
         self._process = CONTEXT.Process(target=_run, args=(code, self.args, given, *paths))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from compiled import QUICK
 from covering import some
+from forked import Forked
 from tiny_gguf import Tiny, reference_logits, write
 
 import jaxllm
@@ -43,13 +44,13 @@ def start(*args, **options):
 
 
 def test_json_is_one_object_and_nothing_else(load_once, short_demo):
-    given = ("--prompt", FRANCE["prompt"], *FLOAT, "--json", *TP, "--max-new-tokens", 8)
-    process = start("-m", "jaxllm.generate", "--model", short_demo, *given)
+    given = ("--model", short_demo, "--prompt", FRANCE["prompt"], *FLOAT, "--json", *TP, "--max-new-tokens", 8)
+    process = Forked("import sys; from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))", "generate", *given)
     alone = load_once(short_demo, dtype="float32").chat([{"role": "user", "content": FRANCE["prompt"]}], 8)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert out.count("\n") == 1
-    got = json.loads(out)
+    done = process.finished()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    got = json.loads(done.stdout)
     assert got.pop("prefill_tok_s") > 0
     assert got.pop("decode_tok_s") > 0
     assert got == {
@@ -71,7 +72,7 @@ def test_an_error_is_the_exit_code_of_the_process():
 def test_a_reader_that_has_left_is_no_error(untokenized):
     reader, writer = os.pipe()
     os.close(reader)
-    process = start("-m", "jaxllm", "generate", "--model", untokenized[0], "--prompt-ids", "3,14", stdout=writer)
+    process = start("-m", "jaxllm.generate", "--model", untokenized[0], "--prompt-ids", "3,14", stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
@@ -103,10 +104,11 @@ def run(monkeypatch, capsys, load_once):
     return generate
 
 
-@pytest.mark.optimized  # of many tokens, running takes longer than compiling
-def test_text_goes_to_stdout_and_rates_to_stderr(run):
-    code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT)
-    assert (code, out) == (0, ANSWER + "\n")
+def test_text_goes_to_stdout_and_rates_to_stderr(run, load_once, short_demo):
+    model = some("demo", short_demo)
+    alone = load_once(model, dtype="float32").chat([{"role": "user", "content": FRANCE["prompt"]}], 8).text
+    code, out, err = run("--prompt", FRANCE["prompt"], *FLOAT, "--max-new-tokens", 8, model=model)
+    assert (code, out) == (0, some(ANSWER, alone) + "\n")
     assert re.fullmatch(r"\[prompt 37 tokens, .*\]\n", err)  # no progress bars where nobody watches
 
 
@@ -175,9 +177,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line_and_exit_code_2(run, name):
+def test_an_error_is_one_line_and_exit_code_2(run, short_demo, name):
     args, message, model = ERRORS[name]
-    code, out, err = run(*args, model=model)
+    code, out, err = run(*args, model=short_demo if model == "demo" else model)
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("error: ")
@@ -232,24 +234,22 @@ def command(capsys, *argv):
 GENERATE = ["--max-new-tokens", 5, "--dtype", "float32", "--weights", "packed"]
 
 
-def test_prompts_and_answers_are_ids_without_a_tokenizer(capsys, untokenized):
+def test_prompts_and_answers_are_ids_without_a_tokenizer(run, untokenized):
     path, answer = untokenized
-    code, out, err = command(capsys, "generate", "--model", path, "--prompt-ids", "3, 14,15", *GENERATE)
+    code, out, err = run("--prompt-ids", "3, 14,15", *GENERATE, model=path)
     assert (code, out) == (0, ",".join(map(str, answer([3, 14, 15], 5))) + "\n")
     assert "[prompt 3 tokens, " in err
     assert "answer 5 tokens" in err
 
 
-def test_lines_of_ids(capsys, tmp_path, untokenized):
+def test_lines_of_ids(run, tmp_path, untokenized):
     path, answer = untokenized
     (tmp_path / "in.txt").write_text("3,14,15\n\n9 2\n")
-    code, out, _ = command(
-        capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", "--json", *GENERATE
-    )
+    code, out, _ = run("--input-file", tmp_path / "in.txt", "--json", *GENERATE, model=path)
     got = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert [(g["prompt"], g["tokens"]) for g in got] == [(p, answer(p, 5)) for p in ([3, 14, 15], [9, 2])]
-    _, out, _ = command(capsys, "generate", "--model", path, "--input-file", tmp_path / "in.txt", *GENERATE)
+    _, out, _ = run("--input-file", tmp_path / "in.txt", *GENERATE, model=path)
     assert out.splitlines()[:2] == ["> 3,14,15", ",".join(map(str, answer([3, 14, 15], 5)))]
 
 

@@ -51,8 +51,7 @@ def test_processes_share_a_folder_and_damage_is_mended(start, tmp_path):
     assert "damaged entries of the compilation cache" in warned
     assert "Error reading" not in warned
     assert [warned.count(name) for name in names] == [2, 1]
-    answered(start())  # writes those that are missing
-    assert answered(start()) == (answer, "")
+    assert answered(start()) == (answer, "")  # writes those that are missing
     assert all(len(entry.read_bytes()) > len(entries[entry]) // 2 for entry in entries if entry.exists())
 
 

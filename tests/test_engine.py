@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TINY = Tiny(layers=1)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (12, 3, 40, 1, 25, 7)]
-SHORT = [PROMPTS[i] for i in (0, 1, 5)]  # which take one size of program; so do engines that all have 4 slots
+SHORT = [PROMPTS[i] for i in (0, 1)]  # which take one size of program; so do engines that all have 4 slots
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_answers_are_those_given_alone(load_once, file, mesh):
     assert engine.stats.generated_tokens == sum(lengths)
 
 
-@pytest.mark.parametrize("name", some(["checkpoints/mistral", *(few := ["gpt_oss/mxfp4", "deepseek/v3"])], few))
+@pytest.mark.parametrize("name", some(["gpt_oss/mxfp4", *(few := ["checkpoints/mistral", "deepseek/v3"])], few))
 def test_rows_of_other_architectures(load_once, name):
     """Rings, sinks and latents: steps of two of four sequences, of different lengths, give what transformers gives."""
     model = load_once(GOLDEN / name, mesh="tp=1", dtype="float32", weights="packed")

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from covering import some
+from jax._src.compilation_cache import reset_cache
 from tiny_gguf import Tiny, write
 
 import jaxllm
@@ -35,6 +37,16 @@ def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     write(path, TINY)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches():
+    """On, as in a command line; other tests have them off."""
+    for on in (True, False):
+        jax.config.update("jax_enable_compilation_cache", on)
+        reset_cache()  # JAX asks only once whether it is to be used
+        if on:
+            yield
 
 
 def keep_in(folder, monkeypatch):
@@ -109,7 +121,7 @@ def added(*made_of, size=3):
     return Executables(make_mesh("tp=1"), made_of, ()).get("add", (x,), compile)(x).tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"mesh": "tp=2,dp=2", "dtype": "float32"}], ids=["one", "four"])
+@pytest.mark.parametrize("options", [{"mesh": "tp=2,dp=2", "dtype": "float32"}, *some([{}], [])])
 def test_nothing_is_traced_the_second_time(model, kept, traced, options):
     first = answer(model, **options)
     assert traced() == {"advance", "draw", "begin", "zeros"}
@@ -251,9 +263,8 @@ def test_the_least_recently_used_make_room(kept, monkeypatch):
 def test_the_command_line_runs_its_sources_as_they_are(model, tmp_path):
     """The package is copied, run twice, and changed: now every token is to be 7."""
     copy = tmp_path / "copy"
-    ignored = shutil.ignore_patterns("__pycache__", "kernels")
-    shutil.copytree(ROOT / "jaxllm", copy / "jaxllm", ignore=ignored)
-    shutil.copytree(ROOT / "kernels", copy / "jaxllm" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "jaxllm", copy / "jaxllm", ignore=shutil.ignore_patterns("kernels"))
+    shutil.copytree(ROOT / "kernels", copy / "jaxllm" / "kernels")
     quick = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env = os.environ | quick | {"PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = ["-m", "jaxllm", "generate", "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--model"]

@@ -20,7 +20,7 @@ import numpy as np
 import openai
 import pytest
 import tiny_gguf
-from compiled import QUICK, dequantized
+from compiled import dequantized
 from covering import FULL, some
 from forked import Forked
 from gguf import GGMLQuantizationType as T
@@ -370,13 +370,11 @@ def chat(tmp_path_factory):
 
 def test_an_answer_is_interrupted_with_a_line_break(chat):
     args = ("generate", "--model", chat, "--raw", "--prompt", "th", "--max-new-tokens", 60_000)
-    command = [sys.executable, "-c", COMMAND, *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=os.environ | QUICK, **pipes) as process:
-        first = process.stdout.read(8)
-        process.send_signal(signal.SIGINT)
-        rest, said = process.communicate(timeout=60)
-    assert (process.returncode, said, len(first), rest[-1:]) == (130, "", 8, "\n")
+    process = Forked(COMMAND, *args)
+    await_(lambda: len(process.stdout.read_text()) >= 8)
+    process.send_signal(signal.SIGINT)
+    done = process.finished(timeout=60)
+    assert (done.returncode, done.stderr, done.stdout[-1:]) == (130, "", "\n")
 
 
 @pytest.mark.parametrize(("grace", "signals"), [(1, 1), (100, 2)], ids=["once", "twice"])
@@ -455,7 +453,7 @@ def test_many_conversations_take_no_more_than_few():
     """Memory, mappings and files stay as they are, else the exit code is 1."""
     code = "import runpy, sys\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
     script = Path(__file__).parent / "reference" / "soak.py"
-    done = Forked(code, script, "--conversations", 2000 if FULL else 80).finished(timeout=None)
+    done = Forked(code, script, "--conversations", 2000 if FULL else 40).finished(timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import step_by_step
 from covering import in_turn, some
 from deepseek_numpy import Transformer, load
 from hf_to_gguf import convert
@@ -27,7 +28,8 @@ NAMES = ["v2_lite", "v2", "v3", "v3_no_q_lora", "v3_plain_rope"]
 UNLIKE = "v3_unlike_demo"
 FORMS = {"split": True, "whole": False}  # of kv_b
 MESHES = ["tp=1", "tp=2", "tp=2,ep=2", "tp=8"]
-CASES = [(name, form, "tp=2,ep=2") for name, form in in_turn(NAMES, *FORMS)]
+# Of the others it is enough that what the file gives is the same, which the next tests say.
+CASES = [(name, form, "tp=2,ep=2") for name, form in some(in_turn(NAMES, *FORMS), [("v3", "split")])]
 CASES += some([("v3", form, mesh) for form in FORMS for mesh in ("tp=1", "tp=2", "tp=8")], [])
 
 
@@ -64,8 +66,7 @@ def test_logits_and_tokens_are_those_of_transformers(load_once, file, name, form
     model = load_once(file(name, form), mesh=mesh, dtype="float32", weights="packed")
     assert_logits(model, name)
     if name == "v3":
-        expected = golden(name)
-        assert model.generate(expected["tokens"][0].tolist(), 12).tokens == expected["greedy"].tolist()
+        np.testing.assert_allclose(step_by_step(model, golden(name)["tokens"]), golden(name)["logits"], atol=1e-3)
 
 
 def fields(config):
@@ -73,6 +74,11 @@ def fields(config):
     own = ("model_type", "split_kv_b", "rope")
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in own}
     return values, [config.rope.scale, *config.rope.inv_freq]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_those_of_the_directory(load_once, file, name):
+    assert_same_parameters(*(load_once(path, dtype="float32") for path in (file(name, "whole"), CHECKPOINTS / name)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,18 +189,14 @@ def exact(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(exact):
-    """Tokens, their logits and what greedy decoding appends to the first row, by the demo's mathematics in numpy."""
-    tokens, model = np.arange(3, 23).reshape(2, 10), Transformer(*load(exact))
-    logits = model(tokens)
-    answer = []
-    for _ in range(12):
-        answer.append(int((logits if not answer else model(np.full((2, 1), answer[-1])))[0, -1].argmax()))
-    return tokens, logits, answer
+    """Tokens and their logits, by the demo's mathematics in numpy."""
+    tokens = np.arange(3, 23).reshape(2, 10)
+    return tokens, Transformer(*load(exact))(tokens)
 
 
 @pytest.mark.parametrize(("mesh", "form"), in_turn(some(MESHES, ["tp=2,ep=2", "tp=8"]), *FORMS))
 def test_quantized_tensors_stay_as_they_are(load_once, exact, expected, form, mesh):
-    tokens, logits, answer = expected
+    tokens, logits = expected
     model = load_once(exact / f"{form}.gguf", mesh=mesh, dtype="float32", weights="packed")
     matrices = [p for p in model.placed if len(p.declaration.shape) > 1]
     held = {p.name.removesuffix(".weight").split(".")[-1]: p.weight.format for p in matrices}
@@ -202,4 +204,4 @@ def test_quantized_tensors_stay_as_they_are(load_once, exact, expected, form, me
     assert set(held.values()) == {"Q8_0"}
     assert ("k_b_proj" in held) == FORMS[form]
     np.testing.assert_allclose(model.logits(tokens), logits, atol=1e-3)
-    assert model.generate(tokens[0].tolist(), 12).tokens == answer
+    np.testing.assert_allclose(step_by_step(model, tokens), logits, atol=1e-3)

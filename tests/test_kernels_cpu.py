@@ -1,9 +1,6 @@
 """The native CPU kernels: every format, instruction set and number of threads; attention; what happens without them."""
 
-import os
 import platform
-import subprocess
-import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -12,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import QUICK, dequantized
+from compiled import dequantized
 from covering import some
+from forked import Forked
 from native_cases import COLS, ROWS, WEIGHTS, affine, check, floats, ggml
 
 import jaxllm
@@ -41,9 +39,9 @@ OTHER = "dotprod" if platform.machine() in ("aarch64", "arm64") else "avx2"
 @pytest.mark.parametrize(("instructions", "threads"), [("portable", "2"), (OTHER, "1")])
 def test_every_instruction_set(instructions, threads):
     """The best one, with this machine's threads, is what `test_every_format` runs."""
-    environment = os.environ | QUICK | {"JAXLLM_CPU": instructions, "JAXLLM_THREADS": threads}
-    command = [sys.executable, Path(__file__).with_name("native_cases.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    code = "import runpy, sys\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    environment = {"JAXLLM_CPU": instructions, "JAXLLM_THREADS": threads}
+    done = Forked(code, Path(__file__).with_name("native_cases.py"), environment=environment).finished()
     if "this processor has no such instruction set" in done.stderr:
         pytest.skip(f"{instructions} is not here")
     assert done.stdout == f"{instructions} {threads}\n", done.stderr[-2000:]

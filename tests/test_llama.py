@@ -99,21 +99,21 @@ def test_prompts_of_different_lengths_in_a_batch_get_what_they_get_alone(load_on
         assert c.tokens == greedy(CASES["grouped"], weights, c.prompt, 10)
 
 
-def test_a_prompt_longer_than_a_chunk_is_fed_in_pieces(load_once, tmp_path, monkeypatch):
-    tiny = Tiny(layers=1, context=256)
-    weights = write(tmp_path / "m.gguf", tiny)
+def test_a_prompt_longer_than_a_chunk_is_fed_in_pieces(load_once, files, monkeypatch):
+    (path, weights), tiny = files["grouped"], CASES["grouped"]
     monkeypatch.setattr("jaxllm.decoding.CHUNK", 16)
-    model = load_once(tmp_path / "m.gguf", dtype="float32", weights="packed")
+    model = load_once(path, mesh="tp=2", dtype="float32", weights="packed")
     prompts = [list(np.random.default_rng(1).integers(0, 50, n)) for n in (40, 16, 17, 3)]
     close(model.logits([prompts[0]])[0], reference_logits(tiny, weights, prompts[0]))
     for c in model.generate([list(map(int, p)) for p in prompts], 6):
         assert c.tokens == greedy(tiny, weights, c.prompt, 6)
 
 
-def test_an_answer_ends_where_the_context_does(load_once, files):
-    model = load_once(files["grouped"][0], dtype="float32", weights="packed", max_seq_len=16)
-    completions = model.generate([TOKENS, TOKENS[:2]], 100)
-    assert [len(c.tokens) + c.prompt_tokens for c in completions] == [17, 17]  # the last token need not be held
+def test_an_answer_ends_where_the_context_does(load_once, files, monkeypatch):
+    model = load_once(files["grouped"][0], mesh="tp=2", dtype="float32", weights="packed")
+    monkeypatch.setattr(model, "max_seq_len", 16)  # as if it had been loaded so, with the programs of other tests
+    completions = model.generate([TOKENS, TOKENS[:2], TOKENS[:8], TOKENS[:2]], 100)
+    assert [len(c.tokens) + c.prompt_tokens for c in completions] == [17] * 4  # the last token need not be held
     assert {c.finish_reason for c in completions} == {"length"}
 
 

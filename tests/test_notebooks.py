@@ -71,7 +71,13 @@ def test_a_notebook_runs_in_jupyter(path, monkeypatch):
 SHORTER = {
     **{f"max_new_tokens={count}": "max_new_tokens=1" for count in (12, 24, 32)},
     '"tp=2", "tp=8"': '"tp=8"',
+    '"qwen3_moe", "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4': (
+        '"qwen3_moe", "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 1'
+    ),
     '"num_hidden_layers": 4': '"num_hidden_layers": 2',
+    'mesh="tp=2,ep=4", quantize': 'mesh="tp=2", quantize',
+    'mesh="ep=8"': 'mesh="ep=2"',
+    '"afq4", "nf4", "int4", "mxfp4", "nvfp4"': '"nf4", "mxfp4"',
     "for layer in (1, 2, 3)": "for layer in (1,)",
     "layers.20.": "layers.1.",
     'will turn. " * 24': 'will turn. " * 12',

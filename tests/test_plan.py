@@ -29,7 +29,7 @@ from jaxllm.formats.ggml import GGML
 from jaxllm.formats.mxfp4 import MXFP4
 from jaxllm.kernels.cpu import library
 from jaxllm.layers.parameter import parameters
-from jaxllm.parallel import EXPERT_ROW, make_mesh
+from jaxllm.parallel import EXPERT_ROW, make_mesh, parse_mesh
 from jaxllm.placing import Source
 from jaxllm.planning import picture
 from jaxllm.planning.chips import CHIPS
@@ -41,21 +41,46 @@ from jaxllm.planning.topologies import topology
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """The same step of the same sketch is compiled once for all tests."""
+    made, compiled = {}, Sketch.compiled
+
+    def once(self, time):
+        formats = tuple(self.weights.items())
+        key = self.described.name, formats, self.topology.name, self.mesh_text, self.rows, self.capacity, time
+        key = *key, self.cache_dtype
+        if key not in made:
+            made[key] = compiled(self, time)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sketch, "compiled", once)
+        yield
+
+
 # Of a layer. OLMo 2 has one more, for the norms over all heads, and Gemma 3n for the spread of a layer's width.
 SUMS = {"checkpoints/qwen2_moe": 2, "checkpoints/phi3": 2, "deepseek/v3": 2, "checkpoints/olmo2": 3}
 SUMS |= {"checkpoints/gemma3n": [3, 3, 3, 2, 2, 2]}
 PLANNED = in_turn(SUMS, "tp=2,ep=4", "tp=8")
+PLANNED = [(name, "tp=2" if "gemma3n" in name else mesh) for name, mesh in PLANNED]  # of six layers, none like another
 PLANNED += [(name, "tp=1") for name in some([*SUMS], ["checkpoints/phi3"])]
 
 
+def planned(name, mesh):
+    return jaxllm.plan(str(GOLDEN / name), f"cpu:{math.prod(parse_mesh(mesh).values())}", mesh, context=64)
+
+
 @cache
-def planned(name, devices, mesh):
-    return jaxllm.plan(str(GOLDEN / name), f"cpu:{devices}", mesh, context=64)
+def large(model, devices=1, mesh="tp=1"):
+    return Sketch.of(describe(model), topology(f"cpu:{devices}"), mesh, 1, 4096)
 
 
 @pytest.mark.parametrize(("name", "mesh"), PLANNED)
-def test_a_plan_is_what_loading_gives(load_once, name, mesh):
-    made = planned(name, 1 if mesh == "tp=1" else 8, mesh)
+def test_a_plan_is_what_loading_gives(load_once, monkeypatch, name, mesh):
+    compiled = Sketch.compiled
+    monkeypatch.setattr(Sketch, "compiled", lambda self, time: compiled(self, 1))  # a prompt's step is not looked at
+    made = planned(name, mesh)
     loaded = load_once(GOLDEN / name, mesh=mesh, weights="packed")
     held = {p.name: device_bytes(p.weight) for p in loaded.placed}
     assert sum(made.weights.values()) == sum(held.values())
@@ -72,14 +97,16 @@ def test_a_plan_is_what_loading_gives(load_once, name, mesh):
 
 
 @pytest.mark.parametrize(("name", "cached"), [("deepseek/v3", "fp8"), *some([("checkpoints/qwen2_moe", "int8")], [])])
-def test_a_cache_in_8_bits_is_what_loading_gives(load_once, name, cached):
+def test_a_cache_in_8_bits_is_what_loading_gives(load_once, monkeypatch, name, cached):
+    monkeypatch.setattr(Sketch, "planned", lambda self: self)  # nothing is compiled
     made = jaxllm.plan(str(GOLDEN / name), "cpu:8", "tp=8", context=64, cache_dtype=cached)
     loaded = load_once(GOLDEN / name, mesh="tp=8", weights="packed", cache_dtype=cached)
-    assert sum(made.weights.values()) == sum(device_bytes(p.weight) for p in loaded.placed)
-    assert made.cache == device_bytes(loaded.programs.empty_cache(1, 512))
+    assert sum(made.sizes.values()) == sum(device_bytes(p.weight) for p in loaded.placed)
+    assert device_bytes(made.cache) == device_bytes(loaded.programs.empty_cache(1, 512))
 
 
-def test_quantized_as_loading_does(load_once):
+def test_quantized_as_loading_does(load_once, monkeypatch):
+    monkeypatch.setattr(Sketch, "planned", lambda self: self)
     path, options = GOLDEN / "checkpoints/qwen3_moe", {"mesh": "tp=2,ep=2", "quantize": "q4_k"}
     made = jaxllm.plan(str(path), "cpu:4", options["mesh"], context=64, quantize=options["quantize"])
     formats = Counter()
@@ -152,7 +179,7 @@ def test_deepseek_v3_on_256_devices():
     ],
 )
 def test_a_token_meets_the_active_parameters(model, billions, active, within):
-    sketch = Sketch.of(describe(model), topology("cpu:1"), "tp=1", 1, 1)
+    sketch = dataclasses.replace(large(model), context=1)
     count = sum(math.prod(param.get_value().shape) for param in parameters(sketch.model).values())
     assert count / 1e9 == pytest.approx(billions, rel=0.005)
     decode, _ = sketch.costs
@@ -184,8 +211,7 @@ def test_costs_of_a_dense_model_by_hand():
     ],
 )
 def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
-    described, short, long = describe(model), 4096, 8192
-    sketch = Sketch.of(described, topology("cpu:1"), "tp=1", 1, short)
+    sketch, short, long = large(model), 4096, 8192
     (decode, prefill), (decode_long, prefill_long) = sketch.costs, dataclasses.replace(sketch, context=long).costs
     assert decode_long.flops - decode.flops == of_a_position * (long - short)
     pairs = (long * (long + 1) - short * (short + 1)) / 2
@@ -196,7 +222,7 @@ def test_what_a_longer_context_costs(model, of_a_position, of_a_pair):
 def test_all_devices_do_what_one_does():
     """Over tp; and with ep each does its part of the experts and all of the rest."""
     one, tp, ep = (
-        Sketch.of(describe("gpt-oss-20b"), topology(f"cpu:{n}"), mesh, 8, 256).costs[0]
+        dataclasses.replace(large("gpt-oss-20b", n, mesh), batch=8, context=256).costs[0]
         for n, mesh in ((1, "tp=1"), (2, "tp=2"), (2, "ep=2"))
     )
     assert 2 * tp.flops == pytest.approx(one.flops, rel=0.01)
@@ -231,7 +257,7 @@ def test_a_gather_that_is_started():
 
 
 def test_a_search_ranks_every_mesh():
-    made = jaxllm.plan(str(GOLDEN / "checkpoints/qwen2_moe"), "cpu:2", context=64, search=True)
+    made = jaxllm.plan(str(GOLDEN / "checkpoints/llama"), "cpu:2", context=64, search=True)
     assert sorted(meshes(4)) == ["tp=1,ep=4", "tp=2,ep=2", "tp=4,ep=1"]
     assert sorted(r.mesh for r in made.ranking) == sorted(meshes(2)) == ["tp=1,ep=2", "tp=2,ep=1"]
     assert made.mesh == made.ranking[0].mesh and all(r.fits and r.compiled for r in made.ranking)
@@ -239,11 +265,12 @@ def test_a_search_ranks_every_mesh():
 
 
 def test_a_chips_bounds(monkeypatch):
-    """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding."""
+    """Of emulated devices that are taken to be a chip's: the best mesh has the highest bound on decoding. Here keys and
+    values are in 8 bits, and compiled so."""
     monkeypatch.setattr("jaxllm.planning.planner.COMPILED", 2)
     chip = CHIPS["v5e"]
-    devices = dataclasses.replace(topology("cpu:8"), chip=chip)
-    made = best(describe(str(GOLDEN / "checkpoints/qwen2_moe")), devices, 1, 64)
+    devices = dataclasses.replace(topology("cpu:4"), chip=chip)
+    made = best(describe(str(GOLDEN / "checkpoints/llama")), devices, 1, 64, "int8")
     bounds = [ranked.bound for ranked in made.ranking if ranked.compiled]
     assert len(bounds) == 2 < len(made.ranking) and bounds == sorted(bounds, reverse=True)
     assert made.decode.bound(made.limits) == bounds[0] and made.decode.binds(made.limits) == "memory"
@@ -267,14 +294,12 @@ def test_layers_that_share_a_cache():
 def test_what_does_not_fit_says_what_would(monkeypatch):
     """With a byte too little, on a mesh that holds everything twice and on one that does not; and far too little."""
     path = str(GOLDEN / "checkpoints/llama")
-    needed = {mesh: jaxllm.plan(path, "cpu:2", mesh, context=64).total for mesh in ("ep=2", "tp=2")}
-    cases = [
-        ("ep=2", needed["ep=2"] - 1, "the mesh tp=2,ep=1 would"),
-        ("tp=2", needed["tp=2"] - 1, "--quantize q8_0 would"),
-    ]
+    needed = {mesh: jaxllm.plan(path, "cpu:2", mesh, context=64).total for mesh in meshes(2)}
+    tp, ep = meshes(2)
     for mesh, memory, advice in [
-        *cases,
-        ("tp=2", needed["tp=2"] / 9.5, "it would take the memory of 19 such devices or more"),
+        (ep, needed[ep] - 1, f"the mesh {tp} would"),
+        (tp, needed[tp] - 1, "--quantize q8_0 would"),
+        (tp, needed[tp] / 9.5, "it would take the memory of 19 such devices or more"),
     ]:
         monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=2 * memory))
         made = jaxllm.plan(path, "cpu:2", mesh, context=64)
@@ -303,7 +328,7 @@ def test_as_text_json_and_picture(capsys):
     options = ["--model", path, "--topology", "cpu:8", "--mesh", "tp=2,ep=4", "--context", "64"]
     assert main(["plan", *options, "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
-    made = planned("checkpoints/qwen2_moe", 8, "tp=2,ep=4")
+    made = planned("checkpoints/qwen2_moe", "tp=2,ep=4")
     assert got == json.loads(json.dumps(made.json())) and got["fits"] is True
     assert main(["plan", *options]) == 0
     assert capsys.readouterr().out == f"{made}\n"
@@ -312,7 +337,7 @@ def test_as_text_json_and_picture(capsys):
 
 def test_a_plan_on_another_chip():
     """The bounds by hand: the slowest of the three limits, from the numbers of NVIDIA's data sheet of the H100 SXM."""
-    made = planned("checkpoints/qwen2_moe", 8, "tp=2,ep=4")
+    made = planned("checkpoints/qwen2_moe", "tp=2,ep=4")
     there = made.on("h100")
     assert there.topology == "h100:8" and there.fits and there.verdict.startswith("fits, 74.5")  # of 80e9 bytes
     step = made.decode
@@ -323,7 +348,7 @@ def test_a_plan_on_another_chip():
 
 
 def test_the_picture_of_a_chip():
-    sketch = Sketch.of(describe("gpt-oss-20b"), topology("cpu:1"), "tp=1", 1, 256)
+    sketch = dataclasses.replace(large("gpt-oss-20b"), context=256)
     chip = CHIPS["b200"]
     points = {"decode": sketch.costs[0].flops / sketch.costs[0].nbytes, "prefill": 4000.0}
     roof = picture.roofline(points, chip.bandwidth, {"bfloat16": chip.flops, "FP8": chip.flops_fp8})
