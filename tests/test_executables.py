@@ -24,14 +24,6 @@ ROOT = Path(__file__).parent.parent
 TINY = Tiny(layers=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached():
-    """As users have it, and not other tests."""
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -42,11 +34,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def caches():
     """On, as in a command line; other tests have them off."""
-    for on in (True, False):
-        jax.config.update("jax_enable_compilation_cache", on)
-        reset_cache()  # JAX asks only once whether it is to be used
-        if on:
-            yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()  # JAX asks only once whether it is to be used
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
 
 
 def keep_in(folder, monkeypatch):
