@@ -271,8 +271,9 @@ def survives(mutant: Mutant) -> bool:
             (tree / "jaxllm" / "kernels").symlink_to("../kernels")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
         done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
-        if done.returncode not in (0, 1):
-            raise SystemExit(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
+        if done.returncode not in (0, 1) or not done.stdout:
+            said = (done.stdout or done.stderr).decode()[-2000:]
+            raise SystemExit(f"{mutant.name}: pytest ended with {done.returncode}\n{said}")
         return done.returncode == 0
 
 
