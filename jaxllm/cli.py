@@ -14,10 +14,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Never
+from typing import Any, Never, TextIO
 
 from jaxllm import sources
 from jaxllm.errors import InputError
@@ -186,17 +185,19 @@ def _exit_code(run: Callable[[], None], debug: bool) -> int:
     except KeyboardInterrupt as error:
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has closed it
-        _forget_output()
+        _forget(sys.stdout)
     except OSError as error:
         if error.errno not in FULL or debug:
             raise
-        with suppress(OSError):  # perhaps that is where errors go too
+        try:
             print("error: not written:", error, file=sys.stderr)
-        _forget_output()
+        except OSError:  # that is where errors go too
+            _forget(sys.stderr)
+        _forget(sys.stdout)
         return 2
     return 0
 
 
-def _forget_output() -> None:
+def _forget(file: TextIO) -> None:
     """What could not be written is not tried once more when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

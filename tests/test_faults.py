@@ -505,9 +505,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(chat, tmp_pat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_to_a_full_disk_is_one_line():
-    command = [sys.executable, "-m", "jaxllm", "--help"]
+    command, buffered = [sys.executable, "-m", "jaxllm", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, text=True, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(command, env=buffered, text=True, stdout=full, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (2, "error: not written: [Errno 28] No space left on device\n")
-        done = subprocess.run(command, stdout=full, stderr=full)
+        done = subprocess.run(command, env=buffered, stdout=full, stderr=full)
         assert done.returncode == 2
