@@ -1,7 +1,7 @@
 """Eight emulated CPU devices, strict dtypes, and caches that stay inside the checkout.
 
-What tests compile in their own process is kept nowhere: hardly any program is compiled twice, and writing one takes
-30 ms. The command lines that they start keep theirs, as users' do.
+What tests compile in their own process is kept nowhere: hardly any program is compiled twice, and JAX's cache takes
+longer to look up and to write than that would save. The command lines that they start keep theirs, as users' do.
 """
 
 import collections

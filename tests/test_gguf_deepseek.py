@@ -1,4 +1,4 @@
-"""GGUF files of architecture deepseek2, with the logits and tokens that transformers gives for the same weights."""
+"""GGUF files of architecture deepseek2, with the logits that transformers gives for the same weights."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def assert_equal(model, other):
 
 
 @pytest.mark.parametrize(("name", "form", "mesh"), CASES)
-def test_logits_and_tokens_are_those_of_transformers(load_once, file, name, form, mesh):
+def test_logits_are_those_of_transformers(load_once, file, name, form, mesh):
     """A prompt is attended to per head, a decode step on latents: both give transformers' result."""
     model = load_once(file(name, form), mesh=mesh, dtype="float32", weights="packed")
     assert_logits(model, name)
